@@ -1,0 +1,151 @@
+"""What the core asks of the muscles.
+
+Two layers. :class:`Trainer` and :class:`Sampler` are the muscles themselves: plain, synchronous, over decoded
+values, without Ray and without HTTP. :class:`TrainingEngine` and :class:`SamplingEngine` are how the service
+reaches them from the event loop: asynchronous, over bytes, wherever they live. A worker (``engine/worker``) joins
+the two: it decodes, cuts, calls and encodes, so the notebook's process only ever moves bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tuft_jupyter.core.errors import TuftError
+from tuft_jupyter.core.types import (
+    AdamParams,
+    ForwardBackward,
+    ForwardBackwardResult,
+    LoraSpec,
+    OpKind,
+    SampleRequest,
+    SampleResult,
+)
+
+
+class Trainer(Protocol):
+    """Trains many adapters over one frozen base model. Runs are named by their id.
+
+    A batch holds the work of several runs; the answer to each run equals what it would be alone. A refusal
+    of one item never touches the others: it is returned in that item's place, not raised.
+    """
+
+    def create(self, run: str, lora: LoraSpec) -> None:
+        """Add a fresh adapter (B = 0, A from ``lora.seed``). UserError if the geometry is impossible."""
+
+    def load(self, run: str, source: Path, *, optimizer: bool) -> LoraSpec:
+        """Replace (or create) the run's adapter by a checkpoint directory; gradients are cleared.
+
+        ``optimizer`` restores the Adam moments and step count too; without it they start cold.
+        UserError names what does not fit (base model, rank, target modules, a missing or corrupt file), before
+        anything is touched.
+        """
+
+    def check(self, request: ForwardBackward) -> None:
+        """UserError naming the datum, the field and the limit if any part of the request cannot be run."""
+
+    def forward_backward(
+        self, batch: Sequence[tuple[str, ForwardBackward]]
+    ) -> list[ForwardBackwardResult | TuftError]:
+        """One pass over the datums of several runs; gradients of sums are added to each run's accumulator.
+
+        Every request was accepted by :meth:`check`. Items with ``backward=False`` leave no gradient.
+        """
+
+    def optim_step(self, batch: Sequence[tuple[str, AdamParams]]) -> list[Mapping[str, float] | TuftError]:
+        """AdamW on each run's accumulated gradient, then clear it. Returns ``grad_norm`` and such."""
+
+    def save(self, run: str, target: Path, *, optimizer: bool) -> int:
+        """Write a plain PEFT directory atomically; returns its size in bytes."""
+
+    def remove(self, run: str) -> None:
+        """Forget the adapter and its optimizer; unknown runs are ignored."""
+
+
+class Sampler(Protocol):
+    """Draws tokens for many adapters in one decode batch.
+
+    ``submit`` may be called from any thread; ``step`` from one thread only. A request is identified by ``key``.
+    """
+
+    def check(self, request: SampleRequest) -> None:
+        """UserError if the prompt, the counts or the parameters are out of bounds."""
+
+    def submit(self, key: str, adapter: Path | None, request: SampleRequest) -> None:
+        """Queue a request for the base model (None) or for the adapter saved in that directory."""
+
+    def step(self) -> list[tuple[str, SampleResult | TuftError]]:
+        """Admit what fits, decode one token for every live sequence; returns the requests that ended."""
+
+    def busy(self) -> bool:
+        """True while any request is queued or decoding."""
+
+    def cancel(self, key: str) -> None:
+        """Drop a request between steps; unknown keys are ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An op, or the next part of it, on its way to a training worker.
+
+    ``grant`` is how many tokens of a forward or forward_backward may be worked on in this step (at least one
+    datum always is). An op over its grant comes back unfinished and is sent again, then without ``body``: the
+    worker remembers where it stopped.
+    """
+
+    request_id: str
+    run: str
+    kind: OpKind
+    args: Mapping[str, Any] = field(default_factory=dict)
+    body: bytes = b""
+    content_type: str = ""
+    grant: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a task, or of a sample request.
+
+    ``finished`` is False while an op has tokens left. ``facts`` are the few numbers that the journal keeps beside
+    the bytes (``loss_sum``, ``weight_sum``, ``tokens``, ``grad_norm``, ``size_bytes``, ``engine_ms`` ...).
+    ``category`` is "" for success, else "user" or "server" with the text in ``error``.
+    """
+
+    request_id: str
+    finished: bool = True
+    result: bytes = b""
+    content_type: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    category: str = ""
+    error: str = ""
+
+
+class EngineDied(Exception):
+    """The worker is gone and with it every adapter it held; a new one can be started."""
+
+
+class TrainingEngine(Protocol):
+    """One base model's training worker, reached from the event loop."""
+
+    async def start(self) -> None:
+        """Bring up a (new) worker with the model loaded; TuftError says why it cannot be."""
+
+    async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Run one batch; one outcome per task, in order. EngineDied if the worker went away."""
+
+    async def stop(self) -> None: ...
+
+
+class SamplingEngine(Protocol):
+    """One base model's sampling worker, reached from the event loop."""
+
+    async def start(self) -> None: ...
+
+    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> Outcome:
+        """Sample from the base model or from the adapter in a directory; the body is the JSON request."""
+
+    async def cancel(self, request_id: str) -> None: ...
+
+    async def stop(self) -> None: ...

@@ -1,0 +1,384 @@
+"""State is a fold of records: sessions, runs, samplers and checkpoints as the journal tells them.
+
+:func:`apply` is the only way to change a :class:`State`. Recovery calls it for every record of the journal, the
+running service for every record it appends, and the lab's ``model.ts`` does the same in the browser; both are tested
+on the golden files in ``tests/golden``. The module knows neither how records are stored nor who may see what.
+
+Record kinds and their ``data``:
+
+========================  =====================================================================================
+``session_opened``        ``session``, ``tags``, ``user_metadata``, ``sdk_version``, ``display_name``, ``project_id``
+``session_finished``      ``session``, ``reason``, ``detail``
+``op_accepted``           ``request_id``, ``run``, ``seq``, ``op``, ``tokens``, ``digest``, ``args`` (blob: the body)
+``op_done``               ``request_id``, ``run``, ``seq``, ``op``, ``facts``, ``content_type`` (blob: the result)
+``op_failed``             ``request_id``, ``run``, ``seq``, ``op``, ``category``, ``error``
+``sampler_opened``        ``sampler``, ``session``, ``base_model``, ``model_path``, ``directory``
+``checkpoint_changed``    ``path`` and any of ``expires``, ``public``, ``deleted``
+``run_snapshot``          ``run``, ``directory``, ``covers`` (the highest record whose op the snapshot contains)
+``run_closed``            ``run``, ``reason``
+========================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuft_jupyter.core.types import OpKind, Record
+
+CREATES_RUN = {OpKind.CREATE_MODEL, OpKind.LOAD_WEIGHTS}
+SAVES = {OpKind.SAVE_WEIGHTS, OpKind.SAVE_WEIGHTS_FOR_SAMPLER}
+CURVE_COLUMNS = ("step", "time", "loss", "tokens", "grad_norm", "learning_rate")
+
+
+@dataclass(slots=True)
+class Session:
+    id: str
+    tenant: str
+    created: float
+    sdk_version: str = ""
+    display_name: str | None = None
+    project_id: str | None = None
+    tags: list[str] = field(default_factory=list)
+    user_metadata: dict[str, str] = field(default_factory=dict)
+    finished: str | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """An adapter in training. ``curve`` holds one entry per optimizer step in each column.
+
+    ``loss`` of a step is the loss per weighted token (nats) over the passes since the step before. ``pending``
+    counts accepted ops without an outcome. ``snapshot`` is the directory that replay can start from and ``covers``
+    the record it contains; ops done after it are in ``replay`` (record numbers of their acceptance).
+    """
+
+    id: str
+    session: str
+    tenant: str
+    base_model: str
+    created: float
+    lora: dict[str, Any] = field(default_factory=dict)
+    user_metadata: dict[str, str] = field(default_factory=dict)
+    status: str = "creating"
+    error: str | None = None
+    last_request: float = 0.0
+    step: int = 0
+    tokens: int = 0
+    engine_ms: float = 0.0
+    pending: int = 0
+    curve: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in CURVE_COLUMNS})
+    snapshot: str | None = None
+    covers: int = 0
+    replay: list[int] = field(default_factory=list)
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    step_tokens: int = 0
+    passes: int = 0
+
+
+@dataclass(slots=True)
+class Sampler:
+    id: str
+    session: str
+    tenant: str
+    base_model: str
+    created: float
+    model_path: str | None = None
+    directory: str | None = None
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    path: str
+    run: str
+    tenant: str
+    kind: str
+    name: str
+    base_model: str
+    created: float
+    directory: str
+    size_bytes: int = 0
+    lora: dict[str, Any] = field(default_factory=dict)
+    user_metadata: dict[str, str] = field(default_factory=dict)
+    expires: float | None = None
+    public: bool = False
+    step: int = 0
+
+
+@dataclass(slots=True)
+class State:
+    """Everything the journal tells, keyed by id. ``n`` is the last record applied."""
+
+    n: int = 0
+    sessions: dict[str, Session] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+    samplers: dict[str, Sampler] = field(default_factory=dict)
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+    """request id -> record that accepted it, while the op has no outcome"""
+
+
+def fold(records: Iterable[Record]) -> State:
+    state = State()
+    for record in records:
+        apply(state, record)
+    return state
+
+
+def apply(state: State, record: Record) -> None:
+    """Fold one record in. Records of kinds this version does not know change nothing but ``n``."""
+    handler = _HANDLERS.get(record.kind)
+    if handler is not None:
+        handler(state, record, record.data)
+    state.n = max(state.n, record.n)
+
+
+def _session_opened(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    state.sessions[data["session"]] = Session(
+        id=data["session"],
+        tenant=record.tenant,
+        created=record.time,
+        sdk_version=data.get("sdk_version") or "",
+        display_name=data.get("display_name"),
+        project_id=data.get("project_id"),
+        tags=list(data.get("tags") or ()),
+        user_metadata=dict(data.get("user_metadata") or {}),
+    )
+
+
+def _session_finished(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    session = state.sessions.get(data["session"])
+    if session is not None and session.finished is None:
+        session.finished = data["reason"]
+
+
+def _op_accepted(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    args = data["args"]
+    if data["op"] in CREATES_RUN and data["run"] not in state.runs:
+        state.runs[data["run"]] = Run(
+            id=data["run"],
+            session=args["session"],
+            tenant=record.tenant,
+            base_model=args["base_model"],
+            created=record.time,
+            lora=dict(args["lora"]),
+            user_metadata=dict(args.get("user_metadata") or {}),
+        )
+    run = state.runs[data["run"]]
+    run.pending += 1
+    run.last_request = record.time
+    state.accepted[data["request_id"]] = record.n
+
+
+def _op_done(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    run = state.runs[data["run"]]
+    accepted = state.accepted.pop(data["request_id"], 0)
+    run.pending -= 1
+    facts = data.get("facts") or {}
+    run.engine_ms += facts.get("engine_ms", 0.0)
+    kind = OpKind(data["op"])
+    if kind in CREATES_RUN:
+        run.status = "ready"
+        run.step = facts.get("step", run.step)
+        _forget_gradients(run)
+        run.replay = [accepted]
+    elif kind is OpKind.FORWARD_BACKWARD:
+        run.loss_sum += facts.get("loss_sum", 0.0)
+        run.weight_sum += facts.get("weight_sum", 0.0)
+        run.step_tokens += facts.get("tokens", 0)
+        run.passes += 1
+        run.tokens += facts.get("tokens", 0)
+        run.replay.append(accepted)
+    elif kind is OpKind.OPTIM_STEP:
+        _step(run, record.time, facts)
+        run.replay.append(accepted)
+    elif kind in SAVES and "checkpoint" in facts:
+        _saved(state, run, record, facts)
+    elif kind is OpKind.UNLOAD_MODEL:
+        run.status = "closed"
+
+
+def _forget_gradients(run: Run) -> None:
+    run.loss_sum = run.weight_sum = 0.0
+    run.step_tokens = run.passes = 0
+
+
+def _step(run: Run, time: float, facts: Mapping[str, Any]) -> None:
+    run.step += 1
+    loss = run.loss_sum / run.weight_sum if run.passes and run.weight_sum > 0 else None
+    point = {
+        "step": run.step,
+        "time": time,
+        "loss": loss,
+        "tokens": run.step_tokens,
+        "grad_norm": facts.get("grad_norm"),
+        "learning_rate": facts.get("learning_rate"),
+    }
+    for name in CURVE_COLUMNS:
+        run.curve[name].append(point[name])
+    _forget_gradients(run)
+
+
+def _saved(state: State, run: Run, record: Record, facts: Mapping[str, Any]) -> None:
+    saved = facts["checkpoint"]
+    state.checkpoints[saved["path"]] = Checkpoint(
+        path=saved["path"],
+        run=run.id,
+        tenant=run.tenant,
+        kind=saved["kind"],
+        name=saved["name"],
+        base_model=run.base_model,
+        created=record.time,
+        directory=saved["directory"],
+        size_bytes=facts.get("size_bytes", 0),
+        lora=dict(run.lora),
+        user_metadata=dict(saved.get("user_metadata") or run.user_metadata),
+        expires=saved.get("expires"),
+        step=run.step,
+    )
+
+
+def _op_failed(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    run = state.runs[data["run"]]
+    state.accepted.pop(data["request_id"], None)
+    run.pending -= 1
+    if data["op"] in CREATES_RUN and run.status == "creating":
+        run.status = "failed"
+        run.error = data["error"]
+
+
+def _sampler_opened(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    state.samplers[data["sampler"]] = Sampler(
+        id=data["sampler"],
+        session=data["session"],
+        tenant=record.tenant,
+        base_model=data["base_model"],
+        created=record.time,
+        model_path=data.get("model_path"),
+        directory=data.get("directory"),
+    )
+
+
+def _checkpoint_changed(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    checkpoint = state.checkpoints.get(data["path"])
+    if checkpoint is None:
+        return
+    if data.get("deleted"):
+        del state.checkpoints[data["path"]]
+        return
+    if "expires" in data:
+        checkpoint.expires = data["expires"]
+    if "public" in data:
+        checkpoint.public = data["public"]
+
+
+def _run_snapshot(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    run = state.runs[data["run"]]
+    run.snapshot = data["directory"]
+    run.covers = data["covers"]
+    run.replay = [n for n in run.replay if n > data["covers"]]
+
+
+def _run_closed(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    run = state.runs.get(data["run"])
+    if run is not None:
+        run.status = "closed"
+
+
+_HANDLERS = {
+    "session_opened": _session_opened,
+    "session_finished": _session_finished,
+    "op_accepted": _op_accepted,
+    "op_done": _op_done,
+    "op_failed": _op_failed,
+    "sampler_opened": _sampler_opened,
+    "checkpoint_changed": _checkpoint_changed,
+    "run_snapshot": _run_snapshot,
+    "run_closed": _run_closed,
+}
+
+
+def public(state: State, tenant: str | None = None) -> dict[str, Any]:
+    """What the lab may show: plain JSON, of one tenant (or of everybody for ``None``), without directories."""
+
+    def mine(items: Iterable[Any]) -> list[Any]:
+        return [item for item in items if tenant is None or item.tenant == tenant]
+
+    return {
+        "n": state.n,
+        "sessions": [
+            {
+                "id": s.id,
+                "tenant": s.tenant,
+                "created": s.created,
+                "display_name": s.display_name,
+                "sdk_version": s.sdk_version,
+                "finished": s.finished,
+            }
+            for s in mine(state.sessions.values())
+        ],
+        "runs": [_public_run(r) for r in mine(state.runs.values())],
+        "samplers": [
+            {
+                "id": s.id,
+                "session": s.session,
+                "tenant": s.tenant,
+                "base_model": s.base_model,
+                "created": s.created,
+                "model_path": s.model_path,
+            }
+            for s in mine(state.samplers.values())
+        ],
+        "checkpoints": [
+            {
+                "path": c.path,
+                "run": c.run,
+                "tenant": c.tenant,
+                "kind": c.kind,
+                "name": c.name,
+                "created": c.created,
+                "size_bytes": c.size_bytes,
+                "expires": c.expires,
+                "public": c.public,
+                "step": c.step,
+            }
+            for c in mine(state.checkpoints.values())
+        ],
+    }
+
+
+def _public_run(run: Run) -> dict[str, Any]:
+    return {
+        "id": run.id,
+        "session": run.session,
+        "tenant": run.tenant,
+        "base_model": run.base_model,
+        "rank": run.lora.get("rank"),
+        "created": run.created,
+        "status": run.status,
+        "error": run.error,
+        "step": run.step,
+        "tokens": run.tokens,
+        "pending": run.pending,
+        "last_request": run.last_request,
+        "loss_sum": run.loss_sum,
+        "weight_sum": run.weight_sum,
+        "step_tokens": run.step_tokens,
+        "passes": run.passes,
+        "curve": run.curve,
+    }
+
+
+def public_record(record: Record) -> dict[str, Any]:
+    """A record as a live event: what the browser needs to fold it, without bodies and directories."""
+    data = {k: v for k, v in record.data.items() if k not in ("directory", "digest", "content_type")}
+    if "args" in data:
+        shown = ("session", "base_model", "lora")
+        data["args"] = {k: v for k, v in data["args"].items() if k in shown}
+    facts = data.get("facts")
+    if facts and "checkpoint" in facts:
+        checkpoint = {k: v for k, v in facts["checkpoint"].items() if k != "directory"}
+        data["facts"] = {**facts, "checkpoint": checkpoint}
+    return {"n": record.n, "kind": record.kind, "tenant": record.tenant, "time": record.time, "data": data}
