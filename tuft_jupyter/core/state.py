@@ -194,8 +194,11 @@ def _op_done(state: State, record: Record, data: Mapping[str, Any]) -> None:
     elif kind is OpKind.OPTIM_STEP:
         _step(run, record.time, facts)
         run.replay.append(accepted)
-    elif kind in SAVES and "checkpoint" in facts:
-        _saved(state, run, record, facts)
+    elif kind in SAVES:
+        if "checkpoint" in facts:
+            _saved(state, run, record, facts)
+        if "sampler" in facts:  # an ephemeral save opens its sampler in the same record, so no crash parts them
+            _sampler_opened(state, record, facts["sampler"])
     elif kind is OpKind.UNLOAD_MODEL:
         run.status = "closed"
 
@@ -377,8 +380,9 @@ def public_record(record: Record) -> dict[str, Any]:
     if "args" in data:
         shown = ("session", "base_model", "lora")
         data["args"] = {k: v for k, v in data["args"].items() if k in shown}
-    facts = data.get("facts")
-    if facts and "checkpoint" in facts:
-        checkpoint = {k: v for k, v in facts["checkpoint"].items() if k != "directory"}
-        data["facts"] = {**facts, "checkpoint": checkpoint}
+    facts = data.get("facts") or {}
+    for part in ("checkpoint", "sampler"):
+        if part in facts:
+            shown_part = {k: v for k, v in facts[part].items() if k != "directory"}
+            facts = data["facts"] = {**facts, part: shown_part}
     return {"n": record.n, "kind": record.kind, "tenant": record.tenant, "time": record.time, "data": data}

@@ -1,0 +1,242 @@
+"""The journal of operations: the only truth, kept in memory or in one SQLite file.
+
+A journal numbers records, makes them durable, and then hands each to ``sink`` on the event loop, in order and before
+the ``append`` that wrote it returns. It knows nothing of what the records mean. Promises: a record whose ``append``
+returned survives the death of the process (SQLite: also of the machine, WAL with full sync); appends that wait
+together share one commit; an append that failed left nothing behind; two processes never write one file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import queue
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from tuft_jupyter.core.errors import Overloaded, ServerError
+from tuft_jupyter.core.types import Record
+
+Sink = Callable[[Record], None]
+
+
+class Journal(Protocol):
+    """Where records go. ``description`` says in words what survives what."""
+
+    description: str
+
+    async def open(self, sink: Sink) -> None:
+        """Take the journal over and hand every record it holds to ``sink`` (without blobs), oldest first."""
+
+    async def append(self, record: Record) -> Record:
+        """Number and keep a record; returns it numbered, after ``sink`` saw it. Overloaded if it cannot be kept."""
+
+    async def blob(self, n: int) -> bytes | None:
+        """The blob of record ``n``, or None if it never had one or it was dropped."""
+
+    async def drop_blobs(self, numbers: Iterable[int]) -> None:
+        """Forget blobs that no replay and no client needs any more."""
+
+    async def close(self) -> None: ...
+
+
+class MemoryJournal:
+    """Keeps everything in this process; all is lost when it ends (``persistence: disabled``)."""
+
+    description = "in memory only: everything is lost when the server stops"
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._n = 0
+        self._blobs: dict[int, bytes] = {}
+        self._sink: Sink = lambda record: None
+
+    async def open(self, sink: Sink) -> None:
+        self._sink = sink
+
+    async def append(self, record: Record) -> Record:
+        self._n += 1
+        if record.blob is not None:
+            self._blobs[self._n] = record.blob
+        numbered = replace(record, n=self._n, time=record.time or self._clock())
+        self._sink(numbered)
+        return numbered
+
+    async def blob(self, n: int) -> bytes | None:
+        return self._blobs.get(n)
+
+    async def drop_blobs(self, numbers: Iterable[int]) -> None:
+        for n in numbers:
+            self._blobs.pop(n, None)
+
+    async def close(self) -> None:
+        self._blobs.clear()
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS records (
+    n INTEGER PRIMARY KEY, kind TEXT NOT NULL, tenant TEXT NOT NULL, time REAL NOT NULL, data TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS blobs (n INTEGER PRIMARY KEY, blob BLOB NOT NULL);
+"""
+
+_Job = Callable[[sqlite3.Connection], Any]
+
+
+class SqliteJournal:
+    """One SQLite file in WAL mode with full sync, written by one thread that commits whatever waits together."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self.description = f"file {path}: survives a crash of the server, the notebook and the machine"
+        self._clock = clock
+        self._n = 0
+        self._jobs: queue.SimpleQueue[tuple[Any, asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._lock: IO[str] | None = None
+        self._thread: threading.Thread | None = None
+        self._sink: Sink = lambda record: None
+
+    async def open(self, sink: Sink) -> None:
+        self._sink = sink
+        self._loop = asyncio.get_running_loop()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _take_lock(self.path)
+        self._thread = threading.Thread(target=self._write, name="tuft-journal", daemon=True)
+        self._thread.start()
+        for record in await self._ask(_read_all):
+            sink(record)
+            self._n = record.n
+
+    async def append(self, record: Record) -> Record:
+        written: Record = await self._ask(replace(record, time=record.time or self._clock()))
+        return written
+
+    async def blob(self, n: int) -> bytes | None:
+        def read(db: sqlite3.Connection) -> bytes | None:
+            row = db.execute("SELECT blob FROM blobs WHERE n = ?", (n,)).fetchone()
+            return bytes(row[0]) if row else None
+
+        found: bytes | None = await self._ask(read)
+        return found
+
+    async def drop_blobs(self, numbers: Iterable[int]) -> None:
+        keys = [(n,) for n in numbers]
+        if keys:
+            await self._ask(lambda db: db.executemany("DELETE FROM blobs WHERE n = ?", keys) and None)
+
+    async def close(self) -> None:
+        if self._thread is not None:
+            self._jobs.put(None)
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _ask(self, job: Record | _Job) -> asyncio.Future[Any]:
+        if self._thread is None:
+            raise ServerError("the journal is closed: the server is shutting down")
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        self._jobs.put((job, answer))
+        return answer
+
+    def _write(self) -> None:
+        """The writer thread: everything that waits goes into one transaction, one sync, one hop back."""
+        db = sqlite3.connect(self.path, isolation_level=None)
+        db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
+        closing = False
+        while not closing:
+            batch = [self._jobs.get()]
+            while True:
+                try:
+                    batch.append(self._jobs.get_nowait())
+                except queue.Empty:
+                    break
+            closing = None in batch
+            jobs = [item for item in batch if item is not None]
+            if jobs:
+                answers = self._commit(db, [job for job, _ in jobs])
+                pairs = [(future, answer) for (_, future), answer in zip(jobs, answers, strict=True)]
+                self._loop.call_soon_threadsafe(self._deliver, pairs)
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.close()
+
+    def _commit(self, db: sqlite3.Connection, jobs: Sequence[Record | _Job]) -> list[Any]:
+        answers: list[Any] = []
+        n = self._n
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for job in jobs:
+                if isinstance(job, Record):
+                    n += 1
+                    _insert(db, n, job)
+                    answers.append(replace(job, n=n, blob=None))
+                else:
+                    answers.append(job(db))
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            reason = Overloaded(
+                f"the journal {self.path} cannot be written ({error}): the request was not accepted; "
+                "free disk space, then try again",
+                retry_after=2.0,
+            )
+            return [reason for _ in jobs]
+        self._n = n
+        return answers
+
+    def _deliver(self, pairs: list[tuple[asyncio.Future[Any], Any]]) -> None:
+        for future, answer in pairs:
+            if isinstance(answer, Record):
+                self._sink(answer)
+            if future.done():  # the one who asked went away; what was written stays written
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+
+def _insert(db: sqlite3.Connection, n: int, record: Record) -> None:
+    data = json.dumps(record.data, separators=(",", ":"), allow_nan=False)
+    db.execute(
+        "INSERT INTO records VALUES (?, ?, ?, ?, ?)", (n, record.kind, record.tenant, record.time, data)
+    )
+    if record.blob is not None:
+        db.execute("INSERT INTO blobs VALUES (?, ?)", (n, record.blob))
+
+
+def _read_all(db: sqlite3.Connection) -> list[Record]:
+    rows = db.execute("SELECT n, kind, tenant, time, data FROM records ORDER BY n")
+    return [
+        Record(n=n, kind=kind, tenant=tenant, time=at, data=json.loads(data))
+        for n, kind, tenant, at, data in rows
+    ]
+
+
+def _take_lock(path: Path) -> IO[str]:
+    """Hold ``<path>.lock`` for the life of the process; the kernel lets it go however the process ends."""
+    lock = open(path.with_name(path.name + ".lock"), "a+")  # noqa: SIM115 - held open on purpose
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise ServerError(
+            f"the journal {path} is in use by {holder}: stop that server, connect to it, or choose another "
+            "file (persistence.file_path) or TUFT_HOME"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
