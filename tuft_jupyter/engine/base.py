@@ -1,0 +1,144 @@
+"""A frozen base model, loaded so that it can be run over packed rows.
+
+Knows Hugging Face directories and nothing of adapters or losses. Promises that a model it returns gives the
+same log-probabilities packed as alone: a family for which that does not hold (state that crosses sequences,
+scaled logits, attention sinks) is refused when loading, not found out in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.engine import packing
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """``hf`` is the whole causal LM; ``name`` is what users call it.
+
+    ``fingerprint`` tells it from other weights, whatever their path or dtype.
+    """
+
+    name: str
+    path: str
+    hf: PreTrainedModel
+    vocab_size: int
+    max_length: int
+    fingerprint: str
+
+    @property
+    def decoder(self) -> nn.Module:
+        """All before the unembedding: from ids [1, N], its ``last_hidden_state`` is [1, N, hidden]."""
+        return self.hf.base_model
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The unembedding as it is now (PEFT may have wrapped it)."""
+        return self.hf.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+
+def load_base(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> BaseModel:
+    """Load a local model directory, frozen, for packed use.
+
+    ``name`` None calls it by its path; ``dtype`` None keeps the dtype of the files; ``device`` None takes
+    CUDA if there is one. UserError says why a directory or a model family cannot be served.
+    """
+    path = str(path)
+    disable_progress_bar()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"base model {path!r} cannot be read: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"base model {path!r} is quantized; use its unquantized weights")
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=packing.ATTENTION,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"base model {path!r} cannot be loaded: {error}") from error
+    hf.requires_grad_(False)
+    hf.eval()
+    hf.to(device)
+    text = hf.config.get_text_config()
+    base = BaseModel(
+        name=name or path,
+        path=path,
+        hf=hf,
+        vocab_size=min(hf.get_input_embeddings().num_embeddings, hf.get_output_embeddings().out_features),
+        max_length=int(text.max_position_embeddings),
+        fingerprint=_fingerprint(hf),
+    )
+    _check_packing(base)
+    return base
+
+
+def _fingerprint(hf: PreTrainedModel) -> str:
+    """SHA-256 over the geometry and a sample of the weights, in bfloat16 so that the dtype does not count."""
+    digest = hashlib.sha256()
+    shapes: dict[str, Any] = {name: list(tensor.shape) for name, tensor in hf.state_dict().items()}
+    digest.update(json.dumps([hf.config.model_type, shapes], sort_keys=True).encode())
+    for name, tensor in sorted(hf.state_dict().items()):
+        flat = tensor.flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _check_packing(base: BaseModel) -> None:
+    """Two sequences packed must get the logits that each gets alone from the model's own attention."""
+    lengths = (7, 5)
+    ids = [torch.arange(1, 1 + n, device=base.device) * 31 % base.vocab_size for n in lengths]
+    refusal = f"models of the family {base.hf.config.model_type!r} cannot be run over packed rows"
+    try:
+        packed = packing.causal(lengths, (None, None), base.device)
+        with packed.active():
+            hidden = base.decoder(
+                input_ids=torch.cat(ids)[None],
+                position_ids=packing.positions(packed.cu, base.device),
+                use_cache=False,
+            ).last_hidden_state
+        ours: Tensor = base.lm_head(hidden)[0].float()
+        base.hf.set_attn_implementation("eager")
+        alone = torch.cat([base.hf(input_ids=i[None], use_cache=False).logits[0].float() for i in ids])
+    except (NotImplementedError, TypeError, AttributeError) as error:
+        raise UserError(f"{refusal}: {error}") from error
+    finally:
+        base.hf.set_attn_implementation(packing.ATTENTION)
+    tolerance = 1e-3 if base.dtype == torch.float32 else 0.1
+    error = float((ours - alone).norm() / alone.norm())
+    if not error <= tolerance:
+        raise UserError(
+            f"{refusal}: logits differ from those of single sequences (relative error {error:.1e})"
+        )

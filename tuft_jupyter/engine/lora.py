@@ -1,0 +1,344 @@
+"""LoRA adapters of many tenants on one frozen base model.
+
+PEFT injects the layers, resolves target modules, names the tensors and defines the files; the layer class is
+ours (:class:`MultiLoraLinear`, registered as PEFT's custom module for ``nn.Linear``). Over a packed row it
+does one base matmul for all tokens and two thin ones per segment, and in the backward pass adds the gradients
+of A and B straight into the adapter's own fp32 accumulator: an adapter that has no tokens in the row costs
+nothing.
+
+Each adapter lives in one flat fp32 vector (weights) and, if trainable, a second one (gradients); the A and B
+that PEFT sees are views of it, so an optimizer step, a norm or a copy is one operation per adapter. Knows
+nothing of losses, optimizers, files or requests.
+
+Shapes: N tokens of the row, I input and O output features, R rank, P elements of one adapter.
+Reference: Hu et al. 2021, LoRA (arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.types import LoraSpec
+from tuft_jupyter.engine import packing
+from tuft_jupyter.engine.base import BaseModel
+
+_ALIGN = 16  # elements: A and B start on cache lines
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One adapter in one layer: ``a`` [R, I] and ``b`` [O, R] in the model's dtype.
+
+    ``grad_a`` and ``grad_b`` are where their gradients add up; None if the adapter is only read.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    grad_a: Tensor | None
+    grad_b: Tensor | None
+
+    def add_gradients(self, x_NI: Tensor, h_NR: Tensor, dy_NO: Tensor) -> Tensor:
+        """Accumulate dA and dB of ``y += scale * h B^T`` with ``h = x A^T``.
+
+        Returns ``dy B`` [N, R]; the adapter's share of dx is ``scale`` times that times A.
+        """
+        dh_NR = torch.mm(dy_NO, self.b)
+        if self.grad_a is None or self.grad_b is None:
+            return dh_NR
+        if self.grad_a.dtype == dy_NO.dtype:
+            self.grad_b.addmm_(dy_NO.t(), h_NR, alpha=self.scale)
+            self.grad_a.addmm_(dh_NR.t(), x_NI, alpha=self.scale)
+        else:
+            self.grad_b.add_(torch.mm(dy_NO.t(), h_NR), alpha=self.scale)
+            self.grad_a.add_(torch.mm(dh_NR.t(), x_NI), alpha=self.scale)
+        return dh_NR
+
+
+Part = tuple[int, int, Slot]
+
+
+class _FusedLora(torch.autograd.Function):
+    """``y = x W^T + b`` plus each part's low-rank update.
+
+    A and B are not inputs: their gradients go to the slots.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, anchor: Tensor, weight_OI: Tensor, bias_O: Tensor | None, parts: list[Part]
+    ) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO, hidden = _forward(x_NI, weight_OI, bias_O, parts)
+        ctx.save_for_backward(x_NI, *hidden)
+        ctx.weight_OI, ctx.parts, ctx.shape = weight_OI, parts, x.shape
+        return y_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+        x_NI, *hidden = ctx.saved_tensors
+        dy_NO = dy.reshape(-1, dy.shape[-1])
+        dx_NI = torch.mm(dy_NO, ctx.weight_OI) if ctx.needs_input_grad[0] else None
+        for (start, end, slot), h in zip(ctx.parts, hidden, strict=True):
+            dh = slot.add_gradients(x_NI[start:end], h, dy_NO[start:end])
+            if dx_NI is not None:
+                dx_NI[start:end].addmm_(dh, slot.a, alpha=slot.scale)
+        return (None if dx_NI is None else dx_NI.view(ctx.shape)), None, None, None, None
+
+
+def _forward(
+    x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, parts: list[Part]
+) -> tuple[Tensor, list[Tensor]]:
+    y_NO = F.linear(x_NI, weight_OI, bias_O)
+    hidden = []
+    for start, end, slot in parts:
+        h_NR = torch.mm(x_NI[start:end], slot.a.t())
+        y_NO[start:end].addmm_(h_NR, slot.b.t(), alpha=slot.scale)
+        hidden.append(h_NR)
+    return y_NO, hidden
+
+
+class MultiLoraLinear(PeftLinear):
+    """A linear layer with any number of adapters, of any ranks; over a packed row each segment gets its own.
+
+    Outside of a packed row it is PEFT's own layer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.slots: dict[str, Slot] = {}
+        self._anchor = torch.zeros((), requires_grad=True)  # makes autograd call us where x needs no gradient
+
+    def parts(self, segments: tuple[packing.Segment, ...]) -> list[Part]:
+        """The segments whose adapter has weights in this layer."""
+        return [(start, end, self.slots[name]) for start, end, name in segments if name in self.slots]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        packed = packing.current()
+        if packed is None:
+            return super().forward(x, *args, **kwargs)
+        if x.shape[:-1].numel() != packed.tokens:
+            raise RuntimeError(f"{x.shape[:-1].numel()} tokens in a packed row of {packed.tokens}")
+        base = self.base_layer
+        parts = self.parts(packed.segments)
+        if torch.is_grad_enabled():
+            return _FusedLora.apply(x, self._anchor, base.weight, base.bias, parts)
+        y_NO, _ = _forward(x.reshape(-1, x.shape[-1]), base.weight, base.bias, parts)
+        return y_NO.view(*x.shape[:-1], -1)
+
+
+@dataclass(slots=True)
+class Adapter:
+    """One adapter: ``weights`` fp32 [P], ``grads`` fp32 [P] or None if it is only read.
+
+    ``views`` are A and B of each tensor by PEFT's file names, into ``weights``; ``compute`` holds the copy in
+    the model's dtype (the same memory if that is fp32).
+    """
+
+    name: str
+    config: LoraConfig
+    weights: Tensor
+    grads: Tensor | None
+    compute: Tensor
+    views: dict[str, Tensor] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Carry changed weights over to the copy that the layers compute with."""
+        if self.compute is not self.weights:
+            self.compute.copy_(self.weights)
+
+
+class AdapterBank:
+    """All adapters over one base model, by name.
+
+    Adding or removing one leaves the others' memory where it is; segments of a packed row name adapters of
+    the bank.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        self._peft: PeftModel | None = None
+        self._adapters: dict[str, Adapter] = {}
+        self._serial = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self._adapters[name]
+
+    def add(self, name: str, config: LoraConfig, *, trainable: bool) -> Adapter:
+        """Inject a new adapter with A = B = 0.
+
+        UserError if its target modules are not in the base model or are of a kind that cannot be adapted.
+        """
+        if name in self._adapters:
+            raise UserError(f"adapter {name!r} exists already")
+        self._serial += 1
+        peft_name = f"tuft{self._serial}"
+        config._register_custom_module({nn.Linear: MultiLoraLinear})
+        with warnings.catch_warnings():
+            # PEFT warns that an adapter on a tied unembedding cannot be merged; ours never are.
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            try:
+                if self._peft is None:
+                    self._peft = PeftModel(
+                        self.base.hf, config, adapter_name=peft_name, low_cpu_mem_usage=True
+                    )
+                else:
+                    self._peft.add_adapter(peft_name, config, low_cpu_mem_usage=True)
+            except ValueError as error:
+                raise UserError(f"target_modules cannot be adapted: {error}") from error
+        adapter = self._allocate(peft_name, config, trainable)
+        self._bind(name, adapter)
+        self._adapters[name] = adapter
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; unknown names are ignored."""
+        adapter = self._adapters.pop(name, None)
+        if adapter is None or self._peft is None:
+            return
+        for layer in self._layers().values():
+            layer.slots.pop(name, None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
+            self._peft.delete_adapter(adapter.name)
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors under the names PEFT gives them in a file (views, fp32)."""
+        assert self._peft is not None
+        return dict(
+            get_peft_model_state_dict(
+                self._peft, adapter_name=self._adapters[name].name, save_embedding_layers=False
+            )
+        )
+
+    def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors of exactly the names and shapes of :meth:`state_dict` into the adapter."""
+        assert self._peft is not None
+        adapter = self._adapters[name]
+        set_peft_model_state_dict(self._peft, dict(tensors), adapter_name=adapter.name)
+        adapter.refresh()
+
+    def _layers(self) -> dict[str, MultiLoraLinear]:
+        return {path: m for path, m in self.base.hf.named_modules() if isinstance(m, MultiLoraLinear)}
+
+    def _allocate(self, peft_name: str, config: LoraConfig, trainable: bool) -> Adapter:
+        sizes = []
+        for layer in self._layers().values():
+            if peft_name in layer.lora_A:
+                sizes += [layer.lora_A[peft_name].weight.shape, layer.lora_B[peft_name].weight.shape]
+        total = sum(_padded(shape.numel()) for shape in sizes)
+        device, dtype = self.base.device, self.base.dtype
+        weights = torch.zeros(total, device=device)
+        return Adapter(
+            name=peft_name,
+            config=config,
+            weights=weights,
+            grads=torch.zeros(total, device=device) if trainable else None,
+            compute=weights if dtype == torch.float32 else torch.zeros(total, device=device, dtype=dtype),
+        )
+
+    def _bind(self, name: str, adapter: Adapter) -> None:
+        """Point PEFT's parameters and the layers' slots at the flat vectors."""
+        offset = 0
+        for path, layer in self._layers().items():
+            if adapter.name not in layer.lora_A:
+                continue
+            found: dict[str, tuple[Tensor, Tensor | None]] = {}
+            for which in ("lora_A", "lora_B"):
+                linear = getattr(layer, which)[adapter.name]
+                shape = linear.weight.shape
+                span = slice(offset, offset + shape.numel())
+                offset += _padded(shape.numel())
+                view = adapter.weights[span].view(shape)
+                linear.weight = nn.Parameter(view, requires_grad=False)
+                adapter.views[f"base_model.model.{path}.{which}.weight"] = view
+                found[which] = (
+                    adapter.compute[span].view(shape),
+                    None if adapter.grads is None else adapter.grads[span].view(shape),
+                )
+            (a, grad_a), (b, grad_b) = found["lora_A"], found["lora_B"]
+            layer.slots[name] = Slot(a, b, layer.scaling[adapter.name], grad_a, grad_b)
+
+
+def _padded(elements: int) -> int:
+    return -(-elements // _ALIGN) * _ALIGN
+
+
+@torch.no_grad()
+def initialize(adapter: Adapter, seed: int) -> None:
+    """PEFT's default start: A uniform in ±1/sqrt(I) (Kaiming, a = sqrt 5), B zero; the same for the same
+    seed.
+
+    Drawn on the CPU, so that a seed means the same adapter on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, view in adapter.views.items():
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(view.shape[1])
+            view.copy_(torch.empty(view.shape).uniform_(-bound, bound, generator=generator))
+        else:
+            view.zero_()
+    adapter.refresh()
+
+
+def lora_config(base: BaseModel, spec: LoraSpec) -> LoraConfig:
+    """PEFT's description of an adapter of this geometry.
+
+    ``target_modules`` lists the layer names of this family.
+    """
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,  # type: ignore[arg-type]
+        target_modules=target_modules(base, spec),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name,
+        inference_mode=True,
+    )
+
+
+def target_modules(base: BaseModel, spec: LoraSpec) -> list[str]:
+    """The names of the linear layers that the flags of ``spec`` stand for in this model family.
+
+    Inside the decoder, linear layers under a module whose name speaks of attention are attention projections,
+    all others belong to the MLP; the output embedding is the unembedding. UserError if a flag stands for
+    nothing or for weights that are not linear layers (fused experts).
+    """
+    flags = {"train_attn": spec.train_attn, "train_mlp": spec.train_mlp, "train_unembed": spec.train_unembed}
+    if not any(flags.values()):
+        raise UserError("an adapter needs at least one of train_attn, train_mlp and train_unembed")
+    if spec.train_mlp and any("experts" in n and p.dim() == 3 for n, p in base.hf.named_parameters()):
+        raise UserError("train_mlp: the experts of this model are fused tensors; set train_mlp=False")
+    found: dict[str, set[tuple[str, str]]] = {flag: set() for flag in flags}
+    head = base.lm_head
+    for path, module in base.hf.named_modules():
+        inner = module.base_layer if isinstance(module, MultiLoraLinear) else module
+        if not isinstance(inner, nn.Linear) or path.endswith(".base_layer") or ".lora_" in path:
+            continue
+        parents, _, name = path.rpartition(".")
+        attention = "attn" in parents or "attention" in parents
+        flag = "train_unembed" if module is head else "train_attn" if attention else "train_mlp"
+        found[flag].add((parents.rpartition(".")[2], name))
+    chosen: set[str] = set()
+    for flag in (flag for flag, on in flags.items() if on):
+        if not found[flag]:
+            raise UserError(f"{flag}: this model has no such linear layers; set {flag}=False")
+        elsewhere = {name for other, pairs in found.items() if other != flag for _, name in pairs}
+        chosen |= {f"{parent}.{name}" if name in elsewhere else name for parent, name in found[flag]}
+    return sorted(chosen)

@@ -1,0 +1,264 @@
+"""Sequences packed into one row without padding, and how a Hugging Face model is run over such a row.
+
+The contract. A :class:`Packed` describes one flat row of N tokens: where each sequence ends, which adapter
+each stretch of tokens belongs to, and how to attend. Inside ``with packed.active():`` a model loaded by
+:mod:`~tuft_jupyter.engine.base` may be called as ``model(input_ids=[1, N], position_ids=[1, N],
+use_cache=False)``. Its linear layers (:mod:`~tuft_jupyter.engine.lora`) then apply to every token the adapter
+of its segment, and each attention layer calls ``packed.attention(layer, q, k, v, scaling, window)``. Training
+attends within each sequence (:class:`CausalAttention`); a sampler brings an object that also owns a KV cache.
+Which packed row is active is a fact of the thread, not of the process.
+
+Nothing here knows losses, gradients, requests or tenants. Promises: no sequence sees another, no token is
+padded, and a call outside of ``active()`` fails instead of computing something else.
+
+Shapes: N tokens of the row, H query heads, G key/value heads, D head dimension, S sequences, T tokens of one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+ATTENTION = "tuft_packed"
+
+Segment = tuple[int, int, str | None]
+"""``(start, end, adapter)``.
+
+Tokens [start, end) of the row belong to that adapter, None is the bare base model.
+"""
+
+
+class Attention(Protocol):
+    """How the tokens of a packed row attend in one layer."""
+
+    def __call__(
+        self,
+        layer: int,
+        q_1HND: Tensor,
+        k_1GND: Tensor,
+        v_1GND: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Attended values, shape [1, N, H, D]; queries and keys are already rotated.
+
+        ``scaling`` None means ``D ** -0.5``. ``window`` W lets a token see itself and the W - 1 before it;
+        None means all before it.
+        """
+
+
+_thread = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One flat row: ``cu`` are the S + 1 sequence boundaries, ``segments`` cover [0, N) in order."""
+
+    cu: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    attention: Attention
+
+    @property
+    def tokens(self) -> int:
+        return self.cu[-1]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make this the row that layers called from this thread work on."""
+        before = current()
+        _thread.packed = self
+        try:
+            yield
+        finally:
+            _thread.packed = before
+
+
+def current() -> Packed | None:
+    """The row active in this thread."""
+    return getattr(_thread, "packed", None)
+
+
+def boundaries(lengths: Sequence[int]) -> tuple[int, ...]:
+    """``(0, l0, l0 + l1, ...)``."""
+    cu = [0]
+    for length in lengths:
+        cu.append(cu[-1] + length)
+    return tuple(cu)
+
+
+def segments_of(lengths: Sequence[int], adapters: Sequence[str | None]) -> tuple[Segment, ...]:
+    """Segments of a row whose sequence i has ``lengths[i]`` tokens and adapter ``adapters[i]``."""
+    segments: list[Segment] = []
+    start = 0
+    for adapter, group in groupby(zip(adapters, lengths, strict=True), key=lambda pair: pair[0]):
+        end = start + sum(length for _, length in group)
+        segments.append((start, end, adapter))
+        start = end
+    return tuple(segments)
+
+
+def positions(cu: Sequence[int], device: torch.device) -> Tensor:
+    """Position ids [1, N]: each sequence counts from 0."""
+    return torch.cat([torch.arange(end - start) for start, end in pairwise(cu)])[None].to(device)
+
+
+class CausalAttention:
+    """Each token sees its own sequence up to itself.
+
+    On CPU, neighbouring sequences of equal length go through one call of scaled dot product attention, others
+    through one call each (a mask over the whole row would cost N x N). On CUDA, one variable-length kernel
+    serves the row where it can (half precision), else the same calls as on CPU.
+    """
+
+    def __init__(self, cu: Sequence[int], device: torch.device) -> None:
+        lengths = [end - start for start, end in pairwise(cu)]
+        self._longest = max(lengths)
+        self._runs: list[tuple[int, int, int]] = []  # (start, sequences, tokens of each)
+        start = 0
+        for length, group in groupby(lengths):
+            count = len(list(group))
+            self._runs.append((start, count, length))
+            start += count * length
+        self._cu = torch.tensor(cu, dtype=torch.int32, device=device) if device.type == "cuda" else None
+
+    def __call__(
+        self,
+        layer: int,
+        q_1HND: Tensor,
+        k_1GND: Tensor,
+        v_1GND: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        if self._cu is not None and q_1HND.dtype in (torch.float16, torch.bfloat16):
+            return self._varlen(q_1HND, k_1GND, v_1GND, scaling, window)
+        if len(self._runs) == 1:
+            return self._run(q_1HND, k_1GND, v_1GND, *self._runs[0][1:], scaling, window)
+        return torch.cat(
+            [
+                self._run(
+                    *(t[:, :, start : start + count * length] for t in (q_1HND, k_1GND, v_1GND)),
+                    count,
+                    length,
+                    scaling,
+                    window,
+                )
+                for start, count, length in self._runs
+            ],
+            dim=1,
+        )
+
+    def _run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        count: int,
+        length: int,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """``count`` neighbouring sequences of ``length`` tokens.
+
+        [1, H, count * length, D] to [1, N, H, D].
+        """
+        if count > 1:
+            q, k, v = (t[0].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v))
+        mask = None
+        if window is not None and window < length:
+            t = torch.arange(length, device=q.device)
+            behind = t[:, None] - t[None, :]
+            mask = (behind >= 0) & (behind < window)
+        o_SHTD = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return o_SHTD.transpose(1, 2).flatten(0, 1)[None]
+
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        o_NHD = varlen_attn(
+            *(t[0].transpose(0, 1).contiguous() for t in (q, k, v)),
+            self._cu,
+            self._cu,
+            self._longest,
+            self._longest,
+            scale=scaling,
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return o_NHD[None]
+
+
+def causal(lengths: Sequence[int], adapters: Sequence[str | None], device: torch.device) -> Packed:
+    """The row of a training pass: sequences of these lengths and adapters, each seeing itself only."""
+    cu = boundaries(lengths)
+    return Packed(cu, segments_of(lengths, adapters), CausalAttention(cu, device))
+
+
+def micro_batches(lengths: Sequence[int], adapters: Sequence[str | None], budget: int) -> list[list[int]]:
+    """Cut rows into micro-batches of at most ``budget`` tokens (a longer row stands alone).
+
+    Returns indices into ``lengths``. Each adapter's rows, longest first, are cut by themselves, so how its
+    rows are grouped does not depend on who else is there; the pieces then share micro-batches where they fit.
+    Within a micro-batch each adapter is one segment and equal lengths are neighbours.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (adapters[i] or "", -lengths[i], i))
+    pieces: list[tuple[int, list[int]]] = []
+    for _, group in groupby(order, key=lambda i: adapters[i]):
+        size, piece = 0, list[int]()
+        for i in group:
+            if piece and size + lengths[i] > budget:
+                pieces.append((size, piece))
+                size, piece = 0, []
+            size, piece = size + lengths[i], [*piece, i]
+        pieces.append((size, piece))
+    batches: list[tuple[int, list[int], set[str | None]]] = []
+    for size, piece in sorted(pieces, key=lambda p: -p[0]):
+        adapter = adapters[piece[0]]
+        for b, (used, rows, present) in enumerate(batches):
+            if used + size <= budget and adapter not in present:
+                batches[b] = (used + size, rows + piece, present | {adapter})
+                break
+        else:
+            batches.append((size, piece, {adapter}))
+    return [rows for _, rows, _ in batches]
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    packed = current()
+    if packed is None:
+        raise RuntimeError("a packed model was called outside of Packed.active()")
+    for unsupported in ("softcap", "s_aux"):
+        if kwargs.get(unsupported) is not None:
+            raise NotImplementedError(f"attention with {unsupported}")
+    return packed.attention(module.layer_idx, query, key, value, scaling, sliding_window), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
