@@ -1,0 +1,1 @@
+"""The Tinker protocol: bytes to core values and back, and the table of routes."""

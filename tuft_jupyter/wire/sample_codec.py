@@ -1,0 +1,219 @@
+"""Sampling on the wire: the JSON of ``asample`` in, the protobuf SampleResponse out.
+
+Fields that this server does not know are ignored, so that the next SDK's defaults do not break it; a known
+field that asks for more than is offered, and an unknown sampling parameter that is switched on, are refused
+by name, because leaving them out would silently change numbers. (A refusal is never a 5xx: the SDK would
+repeat the request for ever.)
+
+It does not know the model: vocabulary, context length and the limits on counts are the sampler's to check.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.types import Int32Array, SampleRequest, SampleResult, SamplingParams, StopReason
+from tuft_jupyter.wire import tuft_wire_pb2 as pb
+
+_MAX_TOPK = 1024
+
+
+class _Chunk(msgspec.Struct):
+    type: str = "encoded_text"
+    tokens: list[int] | None = None
+
+
+class _Prompt(msgspec.Struct):
+    chunks: list[_Chunk] = []
+
+
+class _Request(msgspec.Struct):
+    prompt: _Prompt
+    sampling_params: dict[str, Any] | None = None
+    num_samples: int = 1
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int | None = 0
+    topk_sample_logprobs: int | None = 0
+    prompt_alt_tokens_k: int | None = 0
+    prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: Any = None
+
+
+class _Params(msgspec.Struct):
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str | int] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+_decoder = msgspec.json.Decoder(_Request)
+_KNOWN_PARAMS = frozenset(_Params.__struct_fields__)
+_NOT_OFFERED = (
+    "topk_sample_logprobs",
+    "prompt_alt_tokens_k",
+    "prompt_logprobs_last_n",
+    "target_prompt_logprobs",
+)
+
+
+def decode_sample_request(body: bytes, *, default_max_tokens: int) -> SampleRequest:
+    """Decode the body of ``asample``.
+
+    ``default_max_tokens`` stands in for a missing ``max_tokens`` (the protocol: as far as the context goes).
+    ``stop``: absent means the model's end-of-sequence tokens; token ids replace them (none: never stop);
+    strings are looked for beside them.
+    """
+    try:
+        request = _decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"the sample request is not valid: {error}") from None
+    for name in _NOT_OFFERED:
+        if getattr(request, name):
+            raise UserError(f"{name} is not offered by this server; leave it out")
+    if request.num_samples < 1:
+        raise UserError(f"num_samples must be at least 1, got {request.num_samples}")
+    topk = request.topk_prompt_logprobs or 0
+    if not 0 <= topk <= _MAX_TOPK:
+        raise UserError(f"topk_prompt_logprobs must be between 0 and {_MAX_TOPK}, got {topk}")
+    return SampleRequest(
+        prompt=_prompt(request.prompt),
+        num_samples=request.num_samples,
+        params=_params(request.sampling_params or {}, default_max_tokens),
+        prompt_logprobs=bool(request.prompt_logprobs),
+        topk_prompt_logprobs=topk,
+    )
+
+
+def _prompt(prompt: _Prompt) -> Int32Array:
+    tokens: list[int] = []
+    for index, chunk in enumerate(prompt.chunks):
+        if chunk.tokens is None:
+            raise UserError(
+                f"prompt.chunks[{index}]: this server's models read text only, not {chunk.type} chunks"
+            )
+        tokens += chunk.tokens
+    if not tokens:
+        raise UserError("prompt is empty; send at least one token")
+    try:
+        return np.array(tokens, dtype=np.int32)
+    except OverflowError:
+        raise UserError("prompt has a token id that does not fit int32") from None
+
+
+def _params(given: dict[str, Any], default_max_tokens: int) -> SamplingParams:
+    for name, value in given.items():
+        if name not in _KNOWN_PARAMS and not _is_off(value):
+            raise UserError(f"sampling_params.{name} is not known to this server; leave it out")
+    try:
+        params = msgspec.convert(given, _Params)
+    except msgspec.ValidationError as error:
+        raise UserError(f"sampling_params: {error}") from None
+    max_tokens = default_max_tokens if params.max_tokens is None else params.max_tokens
+    temperature = 1.0 if params.temperature is None else params.temperature
+    top_k = -1 if params.top_k is None else params.top_k
+    top_p = 1.0 if params.top_p is None else params.top_p
+    if max_tokens < 1:
+        raise UserError(f"sampling_params.max_tokens must be at least 1, got {max_tokens}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"sampling_params.temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k < -1:
+        raise UserError(f"sampling_params.top_k must be -1 (no limit) or more, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"sampling_params.top_p must lie in (0, 1], got {top_p}")
+    if params.seed is not None and not 0 <= params.seed < 1 << 64:
+        raise UserError(f"sampling_params.seed must be an unsigned 64-bit number, got {params.seed}")
+    stop_tokens, stop_strings = _stop(params.stop)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=-1 if top_k == 0 else top_k,
+        top_p=top_p,
+        seed=params.seed,
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+    )
+
+
+def _is_off(value: object) -> bool:
+    """Whether a parameter we do not know has a value that, by custom, means that it does nothing."""
+    if value is True:
+        return False
+    return value is None or value in (0, 1, -1, "", [], {})
+
+
+def _stop(stop: str | list[str | int] | None) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """(stop tokens, stop strings)."""
+    if stop is None:
+        return None, ()
+    entries = [stop] if isinstance(stop, str) else stop
+    strings = tuple(entry for entry in entries if isinstance(entry, str))
+    tokens = tuple(entry for entry in entries if not isinstance(entry, str))
+    if strings and tokens:
+        raise UserError("sampling_params.stop must be all strings or all token ids, not a mixture")
+    if "" in strings:
+        raise UserError(
+            "sampling_params.stop contains an empty string, which would stop at once; leave it out"
+        )
+    return (None, strings) if strings else (tokens, ())
+
+
+_STOP_REASONS = {
+    StopReason.STOP: pb.STOP_REASON_STOP,
+    StopReason.LENGTH: pb.STOP_REASON_LENGTH,
+}
+
+
+def encode_sample_response(result: SampleResult) -> bytes:
+    """Encode the answer to ``asample`` as SampleResponse."""
+    response = pb.SampleResponse(
+        sequences=[
+            pb.SampledSequence(
+                stop_reason=_STOP_REASONS[sequence.stop_reason],
+                tokens=np.ascontiguousarray(sequence.tokens, "<i4").tobytes(),
+                logprobs=np.ascontiguousarray(sequence.logprobs, "<f4").tobytes(),
+            )
+            for sequence in result.sequences
+        ]
+    )
+    if result.prompt_logprobs is not None:
+        response.prompt_logprobs = np.ascontiguousarray(result.prompt_logprobs, "<f4").tobytes()
+    if result.topk_prompt_ids is not None and result.topk_prompt_logprobs is not None:
+        length, k = result.topk_prompt_ids.shape
+        response.topk_prompt_logprobs.CopyFrom(
+            pb.TopkLogprobs(
+                token_ids=np.ascontiguousarray(result.topk_prompt_ids, "<i4").tobytes(),
+                logprobs=np.ascontiguousarray(result.topk_prompt_logprobs, "<f4").tobytes(),
+                k=k,
+                length=length,
+            )
+        )
+    return response.SerializeToString()
+
+
+def encode_sample_response_json(result: SampleResult) -> bytes:
+    """The same answer in the JSON of SDKs before 0.18. JSON has no NaN: a missing logprob is ``null``."""
+    answer: dict[str, Any] = {
+        "type": "sample",
+        "sequences": [
+            {
+                "stop_reason": sequence.stop_reason.value,
+                "tokens": sequence.tokens.tolist(),
+                "logprobs": sequence.logprobs.tolist(),
+            }
+            for sequence in result.sequences
+        ],
+    }
+    if result.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = result.prompt_logprobs.tolist()
+    if result.topk_prompt_ids is not None and result.topk_prompt_logprobs is not None:
+        rows = zip(result.topk_prompt_ids.tolist(), result.topk_prompt_logprobs.tolist(), strict=True)
+        cells = [list(zip(ids, logprobs, strict=True)) for ids, logprobs in rows]
+        answer["topk_prompt_logprobs"] = [None, *cells[1:]]
+    return msgspec.json.encode(answer)
