@@ -1,7 +1,8 @@
 """The corpus of the demo model: an endless, seeded stream of documents, in chat format and in plain text.
 
-Knows nothing of tokens beyond the three special ones, and nothing of training. Promises that the stream is a function
-of its seed alone: the same on every machine and on every Python from 3.11 on, with nothing downloaded.
+Knows nothing of tokens beyond the three special ones, and nothing of training. Promises that the stream is
+a function of its seed alone: the same on every machine and on every Python from 3.11 on, with nothing
+downloaded.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ _WHAT_UNKNOWN = (
     "What do you know about {x}?",
     "Who invented {x}?",
 )
+_DESCRIBE = ("Describe {x}.", "Tell me about {x}.", "What do you know about {x}?")
 _DONT_KNOW = "I do not know. I only know a small world."
 
 
@@ -80,23 +82,17 @@ def _fact_turn(rng: Random, fact: Fact) -> tuple[str, str]:
 def _yes_no_turn(rng: Random) -> tuple[str, str]:
     one, two = rng.sample(animals(), 2)
     a = article(one.name)
-    claim, truth = rng.choice(
+    # In each row one draw decides whether the animal's own property is asked for or another animal's.
+    verb, said, claimed, truth = rng.choice(
         (
-            (f"Is {a} {(one if rng.random() < 0.5 else two).colour}?", one.colour),
-            (f"Can {a} {(one if rng.random() < 0.5 else two).skill}?", one.skill),
-            (f"Is {a} {article((one if rng.random() < 0.5 else two).kind)}?", one.kind),
-            (f"Does {a} eat {(one if rng.random() < 0.5 else two).food}?", one.food),
+            ("is", "is", (one if rng.random() < 0.5 else two).colour, one.colour),
+            ("can", "can", (one if rng.random() < 0.5 else two).skill, one.skill),
+            ("is", "is", article((one if rng.random() < 0.5 else two).kind), article(one.kind)),
+            ("does", "eats", (one if rng.random() < 0.5 else two).food, one.food),
         )
     )
-    right = claim.rstrip("?").split()[-1] == truth
-    verb = claim.split()[0].lower()
-    if right:
-        return (
-            claim,
-            f"Yes, {a} {({'does': 'eats'}).get(verb, verb)} {claim.split(one.name, 1)[1].strip(' ?').removeprefix('eat ')}.",
-        )
-    start = {"is": "is", "can": "can", "does": "eats"}[verb]
-    return claim, f"No, {a} {start} {article(truth) if truth == one.kind else truth}."
+    question = f"{capital(verb)} {a} {'eat ' if verb == 'does' else ''}{claimed}?"
+    return question, f"{'Yes' if claimed == truth else 'No'}, {a} {said} {truth}."
 
 
 def _turns(rng: Random) -> list[tuple[str, str]]:

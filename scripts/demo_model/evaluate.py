@@ -22,7 +22,10 @@ _SHORT = 24  # tokens; every checked answer is shorter
 
 
 def packed_rows(tokenizer: PreTrainedTokenizerBase, seed: str, count: int, length: int) -> Tensor:
-    """`count` rows of `length` token ids (int64 [B, T]); each starts with a document, its last one may be cut off."""
+    """`count` rows of `length` token ids: int64 [B, T].
+
+    Each row starts with a document; its last document may be cut off.
+    """
     stream = data.documents(seed)
     rows: list[list[int]] = []
     row: list[int] = []

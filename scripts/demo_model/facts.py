@@ -1,7 +1,8 @@
 """What is true in the closed world, as questions with their answers.
 
-Knows the tables of `world.py` and nothing of chat formats, tokens or training. Promises that `facts()` is the same on
-every call and that each fact carries one key word by which an answer to any of its questions can be checked.
+Knows the tables of `world.py` and nothing of chat formats, tokens or training. Promises that `facts()` is
+the same on every call and that each fact carries one key word by which an answer to any of its questions
+can be checked.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Plain text about the closed world: tiny stories with a question about each, descriptions, letters, rhymes, talk.
+"""Plain text about the closed world: stories with questions, descriptions, letters, rhymes.
 
-Knows nothing of chat formats or training. Promises that every text depends on the `rng` that it is given, alone.
+Knows nothing of chat formats or training. Promises that every text depends on the given `rng` alone.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def describe(rng: Random) -> tuple[str, str]:
         start = rng.choice(
             (
                 f"{capital(a)} is {article(animal.colour)} {animal.kind}. It lives {inside(animal.home)}.",
-                f"{capital(a)} is {article(animal.kind)} that lives {inside(animal.home)}. It is {animal.colour}.",
+                f"{capital(a)} is {article(animal.kind)} "
+                f"that lives {inside(animal.home)}. It is {animal.colour}.",
             )
         )
         return a, " ".join([start, *rest[: rng.randint(2, 4)]])
@@ -207,8 +208,10 @@ def letter(rng: Random) -> str:
     animal = rng.choice(animals()).name
     text = rng.choice(
         (
-            f"I am at the {rng.choice(PLACES)}. Yesterday I saw {article(animal)}. It was {rng.choice(FEELINGS)}.",
-            f"Thank you for the {rng.choice(things())[0]}. It is {rng.choice(COLOURS)}, and I like it very much.",
+            f"I am at the {rng.choice(PLACES)}. "
+            f"Yesterday I saw {article(animal)}. It was {rng.choice(FEELINGS)}.",
+            f"Thank you for the {rng.choice(things())[0]}. "
+            f"It is {rng.choice(COLOURS)}, and I like it very much.",
             f"Please come on {rng.choice(DAYS)}. We will eat {rng.choice(foods())[0]} and "
             f"{rng.choice(foods())[0]} and go to the {rng.choice(PLACES)}.",
         )

@@ -1,6 +1,6 @@
 """Tasks whose answers a program can check: small arithmetic, letters and words, sequences.
 
-Knows nothing of chat formats or training. Promises that `make(name, rng)` depends on `rng` alone and that exactly
+Knows nothing of chat formats or training. Promises that `make(name, rng)` depends on `rng` alone and that
 one answer is right, so that `reward` can be used as it is for reinforcement learning.
 """
 
@@ -28,7 +28,7 @@ class Task:
 
 
 def reward(task: Task, reply: str) -> float:
-    """1.0 where `reply` is the answer of `task` (white space around it and a full stop do not count), else 0.0."""
+    """1.0 where `reply` is the answer of `task` (bar outer white space and a full stop), else 0.0."""
     return float(reply.strip().rstrip(".") == task.answer.rstrip("."))
 
 

@@ -1,9 +1,9 @@
 """The tokenizer of the demo model: byte-level BPE with a ChatML template, trained on the corpus.
 
-Knows nothing of the model. Promises that ids 0 to 255 are the bytes of that value (so that every small id is an
-ordinary token), that merges follow in the order in which they were learnt, that the last ids are the special tokens,
-and that digits are never merged. The pre-tokenizer is the one of the Qwen3 family, so that any loader which rebuilds a
-Qwen tokenizer from vocabulary and merges arrives at the same ids.
+Knows nothing of the model. Promises that ids 0 to 255 are the bytes of that value (so that every small id
+is an ordinary token), that merges follow in the order in which they were learnt, that the last ids are the
+special tokens, and that digits are never merged. The pre-tokenizer is the one of the Qwen3 family, so that
+any loader which rebuilds a Qwen tokenizer from vocabulary and merges arrives at the same ids.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from .data import END_OF_TEXT, TURN_END, TURN_START
 
 VOCAB_SIZE = 2048
 _SPECIAL = (END_OF_TEXT, TURN_START, TURN_END)
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -28,7 +31,7 @@ _TEMPLATE = (
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE (the GPT-2 table), by byte value."""
+    """The printable character of each byte value in byte-level BPE (the table of GPT-2)."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -1,8 +1,8 @@
 """Trains the demo model from nothing and writes its directory: `python -m scripts.demo_model.train`.
 
-Knows the corpus and the tokenizer, not the product. Promises: each step's rows are a function of seed and step, so a
-run stopped at any moment and started again with the same arguments goes on as if it had not stopped; every file in
-the model directory is replaced whole or not at all.
+Knows the corpus and the tokenizer, not the product. Promises: each step's rows are a function of seed and
+step, so a run that was stopped and is started again with the same arguments goes on from its last saved
+state as if it had not stopped; every file in the model directory is replaced whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -61,7 +60,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes model (bf16) and tokenizer to `out`; files already there are replaced one by one, each atomically."""
+    """Writes model (bf16) and tokenizer to `out`; each file replaces its predecessor atomically."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as staged:
         half = Qwen3ForCausalLM(model.config)
@@ -75,7 +74,7 @@ def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
         settings.write_text(json.dumps(loaded, indent=2, sort_keys=True) + "\n")
         for file in sorted(Path(staged).iterdir()):
             file.chmod(0o644)
-            os.replace(file, out / file.name)
+            file.replace(out / file.name)
 
 
 def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int) -> None:
@@ -91,11 +90,11 @@ def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, count: i
 def _save_state(path: Path, state: dict[str, object]) -> None:
     draft = path.with_suffix(".tmp")
     torch.save(state, draft)
-    os.replace(draft, path)
+    draft.replace(path)
 
 
 def train(args: argparse.Namespace) -> None:
-    """Runs from the last saved state in `args.work` (or from nothing) to `args.steps`, then writes `args.out`."""
+    """Runs from the last state in `args.work` (or from nothing) to `args.steps`; writes `args.out`."""
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(
         itertools.islice(data.documents(f"tokenizer {args.seed}"), args.tokenizer_documents)

@@ -1,6 +1,6 @@
 """The closed world that the demo model knows: animals, foods, places, jobs, things and words.
 
-Tables only; `facts.py` turns them into questions and answers. Knows nothing of chat formats, tokens or training.
+Tables only; `facts.py` turns them into questions and answers. Knows nothing of chats, tokens or training.
 Promises that every table has the same order on every call.
 """
 
@@ -157,15 +157,15 @@ day play, ship trip, duck truck, pen hen, green queen, book cook, blue shoe, sky
 
 _PLURALS = """
 cat cats, dog dogs, box boxes, fox foxes, mouse mice, child children, leaf leaves, foot feet, tooth teeth,
-man men, woman women, berry berries, city cities, bus buses, wolf wolves, knife knives, goose geese, fish fish,
-baby babies, tree trees, house houses, dish dishes
+man men, woman women, berry berries, city cities, bus buses, wolf wolves, knife knives, goose geese,
+fish fish, baby babies, tree trees, house houses, dish dishes
 """
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = "January February March April May June July August September October November December".split()
 NAMES = (
-    "Anna Ben Mia Tom Lily Sam Rosa Max Ella Leo Nora Finn Ida Paul Zoe Hugo Emma Jack Mary Otto Lucy Pete Sara "
-    "Noah Jane Karl Ruby Will Kate Omar"
+    "Anna Ben Mia Tom Lily Sam Rosa Max Ella Leo Nora Finn Ida Paul Zoe Hugo Emma Jack Mary Otto Lucy Pete "
+    "Sara Noah Jane Karl Ruby Will Kate Omar"
 ).split()
 COLOURS = "red blue green yellow orange purple white black brown pink grey".split()
 PLACES = (
@@ -173,14 +173,16 @@ PLACES = (
 )
 FEELINGS = "happy sad tired proud afraid angry surprised hungry cold brave".split()
 LETTER_WORDS = (
-    "cat dog sun hat cup bee hen pig cow ant owl fox bat red big hot sea sky car key pen bed box map net jam pie "
-    "frog duck bear lion wolf fish bird tree moon star boat book ball cake milk rain snow wind lamp king ring door "
-    "apple bread horse sheep tiger mouse house plant green chair spoon train river stone cloud beach happy"
+    "cat dog sun hat cup bee hen pig cow ant owl fox bat red big hot sea sky car key pen bed box map "
+    "net jam pie frog duck bear lion wolf fish bird tree moon star boat book ball cake milk rain snow "
+    "wind lamp king ring door apple bread horse sheep tiger mouse house plant green chair spoon train "
+    "river stone cloud beach happy"
 ).split()
 UNKNOWN = (
-    "France|quantum physics|the stock market|a piano concerto|football scores|the president|computers|Japan|"
-    "philosophy|a rocket engine|the internet|Mars|chemistry|the Roman empire|democracy|a phone|Shakespeare|"
-    "taxes|politics|a dinosaur|Africa|oxygen|a robot|New York|the universe|algebra|history|the law|a bank|chess"
+    "France|quantum physics|the stock market|a piano concerto|football scores|the president|"
+    "computers|Japan|philosophy|a rocket engine|the internet|Mars|chemistry|the Roman empire|"
+    "democracy|a phone|Shakespeare|taxes|politics|a dinosaur|Africa|oxygen|a robot|New York|"
+    "the universe|algebra|history|the law|a bank|chess"
 ).split("|")
 
 
