@@ -79,12 +79,10 @@ def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
 
 def report(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int) -> None:
     """Prints held-out loss and the share of right answers, `count` questions of each kind."""
-    model.eval()
     print(f"held-out loss {evaluate.held_out_loss(model, tokenizer):.4f} nats per token", flush=True)
     print(f"facts {evaluate.fact_accuracy(model, tokenizer, 3 * count):.2f}", flush=True)
     scores = evaluate.task_accuracies(model, tokenizer, count)
     print("tasks " + ", ".join(f"{name} {score:.2f}" for name, score in scores.items()), flush=True)
-    model.train()
 
 
 def _save_state(path: Path, state: dict[str, object]) -> None:
@@ -116,7 +114,8 @@ def train(args: argparse.Namespace) -> None:
         first, spent = state["step"], state["seconds"]
         print(f"goes on at step {first}", flush=True)
     started = time.monotonic() - spent
-    for step in range(first, args.steps):
+    last = min(args.steps, first + args.stop_after) if args.stop_after else args.steps
+    for step in range(first, last):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.learning_rate)
         ids_BT = evaluate.packed_rows(tokenizer, f"train {args.seed}/{step}", args.rows, _ROW)
@@ -126,13 +125,11 @@ def train(args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        if done % 50 == 0 or done == args.steps:
-            seconds = time.monotonic() - started
+        done, seconds = step + 1, time.monotonic() - started
+        if done % 50 == 0 or done == last:
             tokens = done * args.rows * _ROW
             print(f"step {done} loss {loss.item():.4f} tokens {tokens} seconds {seconds:.0f}", flush=True)
-        if done % args.save_every == 0 or done == args.steps:
-            seconds = time.monotonic() - started
+        if done % args.save_every == 0 or done == last:
             _save_state(
                 state_file,
                 {
@@ -143,34 +140,30 @@ def train(args: argparse.Namespace) -> None:
                 },
             )
             export(model, tokenizer, args.out)
-            if done < args.steps:
-                report(model, tokenizer, 24)
-    report(Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.float32), tokenizer, args.questions)
+            if args.questions:
+                written = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+                report(written, tokenizer, args.questions)
 
 
-def main() -> None:
-    """Reads the command line and trains."""
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line (`argv`, or the process's own) and trains."""
     here = Path(__file__).resolve().parents[2]
     parser = argparse.ArgumentParser(description="Train the demo model from nothing.")
-    parser.add_argument(
-        "--out", type=Path, default=here / "tuft_jupyter" / "demo", help="model directory to write"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=here / "build" / "demo_model", help="where the state is kept"
-    )
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--rows", type=int, default=8, help=f"rows of {_ROW} tokens in one step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=500, help="steps between saved states")
-    parser.add_argument("--tokenizer-documents", type=int, default=30_000)
-    parser.add_argument(
-        "--questions", type=int, default=128, help="questions of each kind in the last report"
-    )
-    parser.add_argument("--quick", action="store_true", help="a few steps only, to see that everything runs")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--out", type=Path, default=here / "tuft_jupyter" / "demo", help="model directory to write")
+    add("--work", type=Path, default=here / "build" / "demo_model", help="where the state is kept")
+    add("--seed", type=int, default=1)
+    add("--steps", type=int, default=6000, help="length of the whole run")
+    add("--stop-after", type=int, help="steps of this call; the next call with the same --work goes on")
+    add("--save-every", type=int, default=500, help="steps between saved states")
+    add("--rows", type=int, default=8, help=f"rows of {_ROW} tokens in one step")
+    add("--learning-rate", type=float, default=2e-3, help="at its peak")
+    add("--tokenizer-documents", type=int, default=30_000, help="documents that the tokenizer is trained on")
+    add("--questions", type=int, default=64, help="questions of each kind in a report; 0: no report")
+    add("--quick", action="store_true", help="sizes so small that they only show that everything runs")
+    args = parser.parse_args(argv)
     if args.quick:
-        args.steps, args.rows, args.tokenizer_documents, args.questions = 2, 2, 500, 2
+        args.steps, args.rows, args.tokenizer_documents = 3, 1, 200
     train(args)
 
 
