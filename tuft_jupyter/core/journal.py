@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -37,10 +37,10 @@ class Journal(Protocol):
         """Take the journal over and hand every record it holds to ``sink`` (without blobs), oldest first."""
 
     async def append(self, record: Record) -> Record:
-        """Number and keep a record; returns it numbered, after ``sink`` saw it. Overloaded if it cannot be kept."""
+        """Number and keep a record; returns it once ``sink`` saw it (without blob). Overloaded if it cannot be kept."""
 
-    async def blob(self, n: int) -> bytes | None:
-        """The blob of record ``n``, or None if it never had one or it was dropped."""
+    async def read(self, n: int) -> Record | None:
+        """Record ``n`` with its blob (None where it had none or it was dropped)."""
 
     async def drop_blobs(self, numbers: Iterable[int]) -> None:
         """Forget blobs that no replay and no client needs any more."""
@@ -56,7 +56,7 @@ class MemoryJournal:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._n = 0
-        self._blobs: dict[int, bytes] = {}
+        self._records: dict[int, Record] = {}
         self._sink: Sink = lambda record: None
 
     async def open(self, sink: Sink) -> None:
@@ -64,21 +64,21 @@ class MemoryJournal:
 
     async def append(self, record: Record) -> Record:
         self._n += 1
-        if record.blob is not None:
-            self._blobs[self._n] = record.blob
         numbered = replace(record, n=self._n, time=record.time or self._clock())
-        self._sink(numbered)
+        if record.blob is not None:
+            self._records[self._n] = numbered
+        self._sink(replace(numbered, blob=None))
         return numbered
 
-    async def blob(self, n: int) -> bytes | None:
-        return self._blobs.get(n)
+    async def read(self, n: int) -> Record | None:
+        return self._records.get(n)
 
     async def drop_blobs(self, numbers: Iterable[int]) -> None:
         for n in numbers:
-            self._blobs.pop(n, None)
+            self._records.pop(n, None)
 
     async def close(self) -> None:
-        self._blobs.clear()
+        self._records.clear()
 
 
 _SCHEMA = """
@@ -89,6 +89,14 @@ CREATE TABLE IF NOT EXISTS blobs (n INTEGER PRIMARY KEY, blob BLOB NOT NULL);
 """
 
 _Job = Callable[[sqlite3.Connection], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A record with its data as JSON text, ready to be written."""
+
+    record: Record
+    text: str
 
 
 class SqliteJournal:
@@ -116,21 +124,21 @@ class SqliteJournal:
             self._n = record.n
 
     async def append(self, record: Record) -> Record:
-        written: Record = await self._ask(replace(record, time=record.time or self._clock()))
+        record = replace(record, time=record.time or self._clock())
+        text = json.dumps(
+            record.data, separators=(",", ":"), allow_nan=False
+        )  # here, so that a bad value fails alone
+        written: Record = await self._ask(_Line(record, text))
         return written
 
-    async def blob(self, n: int) -> bytes | None:
-        def read(db: sqlite3.Connection) -> bytes | None:
-            row = db.execute("SELECT blob FROM blobs WHERE n = ?", (n,)).fetchone()
-            return bytes(row[0]) if row else None
-
-        found: bytes | None = await self._ask(read)
+    async def read(self, n: int) -> Record | None:
+        found: Record | None = await self._ask(lambda db: _read_one(db, n))
         return found
 
     async def drop_blobs(self, numbers: Iterable[int]) -> None:
         keys = [(n,) for n in numbers]
         if keys:
-            await self._ask(lambda db: db.executemany("DELETE FROM blobs WHERE n = ?", keys) and None)
+            await self._ask(lambda db: db.executemany("DELETE FROM blobs WHERE n = ?", keys))
 
     async def close(self) -> None:
         if self._thread is not None:
@@ -141,7 +149,7 @@ class SqliteJournal:
             self._lock.close()
             self._lock = None
 
-    def _ask(self, job: Record | _Job) -> asyncio.Future[Any]:
+    def _ask(self, job: _Line | _Job) -> asyncio.Future[Any]:
         if self._thread is None:
             raise ServerError("the journal is closed: the server is shutting down")
         answer: asyncio.Future[Any] = self._loop.create_future()
@@ -169,16 +177,16 @@ class SqliteJournal:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         db.close()
 
-    def _commit(self, db: sqlite3.Connection, jobs: Sequence[Record | _Job]) -> list[Any]:
+    def _commit(self, db: sqlite3.Connection, jobs: Sequence[_Line | _Job]) -> list[Any]:
         answers: list[Any] = []
         n = self._n
         try:
             db.execute("BEGIN IMMEDIATE")
             for job in jobs:
-                if isinstance(job, Record):
+                if isinstance(job, _Line):
                     n += 1
                     _insert(db, n, job)
-                    answers.append(replace(job, n=n, blob=None))
+                    answers.append(replace(job.record, n=n, blob=None))
                 else:
                     answers.append(job(db))
             db.execute("COMMIT")
@@ -206,21 +214,27 @@ class SqliteJournal:
                 future.set_result(answer)
 
 
-def _insert(db: sqlite3.Connection, n: int, record: Record) -> None:
-    data = json.dumps(record.data, separators=(",", ":"), allow_nan=False)
-    db.execute(
-        "INSERT INTO records VALUES (?, ?, ?, ?, ?)", (n, record.kind, record.tenant, record.time, data)
-    )
+def _insert(db: sqlite3.Connection, n: int, line: _Line) -> None:
+    record = line.record
+    row = (n, record.kind, record.tenant, record.time, line.text)
+    db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", row)
     if record.blob is not None:
         db.execute("INSERT INTO blobs VALUES (?, ?)", (n, record.blob))
 
 
 def _read_all(db: sqlite3.Connection) -> list[Record]:
     rows = db.execute("SELECT n, kind, tenant, time, data FROM records ORDER BY n")
-    return [
-        Record(n=n, kind=kind, tenant=tenant, time=at, data=json.loads(data))
-        for n, kind, tenant, at, data in rows
-    ]
+    return [Record(kind, tenant, json.loads(data), at, n) for n, kind, tenant, at, data in rows]
+
+
+def _read_one(db: sqlite3.Connection, n: int) -> Record | None:
+    row = db.execute(
+        "SELECT kind, tenant, data, time, blob FROM records LEFT JOIN blobs USING (n) WHERE n = ?", (n,)
+    ).fetchone()
+    if row is None:
+        return None
+    kind, tenant, data, at, blob = row
+    return Record(kind, tenant, json.loads(data), at, n, blob)
 
 
 def _take_lock(path: Path) -> IO[str]:

@@ -16,6 +16,7 @@ Record kinds and their ``data``:
 ``checkpoint_changed``    ``path`` and any of ``expires``, ``public``, ``deleted``
 ``run_snapshot``          ``run``, ``directory``, ``covers`` (the highest record whose op the snapshot contains)
 ``run_closed``            ``run``, ``reason``
+``model_offered``         ``name``, ``path``: a base model added while the server ran
 ========================  =====================================================================================
 """
 
@@ -49,9 +50,10 @@ class Session:
 class Run:
     """An adapter in training. ``curve`` holds one entry per optimizer step in each column.
 
-    ``loss`` of a step is the loss per weighted token (nats) over the passes since the step before. ``pending``
-    counts accepted ops without an outcome. ``snapshot`` is the directory that replay can start from and ``covers``
-    the record it contains; ops done after it are in ``replay`` (record numbers of their acceptance).
+    ``loss`` of a step is the loss per weighted token (nats) over the passes since the step before.
+    ``pending`` counts accepted ops without an outcome. ``snapshot`` is the directory that replay can start
+    from and ``covers`` the record it contains; ops done after it are in ``replay`` (record numbers of their
+    acceptance).
     """
 
     id: str
@@ -116,6 +118,7 @@ class State:
     runs: dict[str, Run] = field(default_factory=dict)
     samplers: dict[str, Sampler] = field(default_factory=dict)
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     """request id -> record that accepted it, while the op has no outcome"""
 
@@ -197,7 +200,7 @@ def _op_done(state: State, record: Record, data: Mapping[str, Any]) -> None:
     elif kind in SAVES:
         if "checkpoint" in facts:
             _saved(state, run, record, facts)
-        if "sampler" in facts:  # an ephemeral save opens its sampler in the same record, so no crash parts them
+        if "sampler" in facts:  # an ephemeral save opens its sampler in one record: no crash parts them
             _sampler_opened(state, record, facts["sampler"])
     elif kind is OpKind.UNLOAD_MODEL:
         run.status = "closed"
@@ -290,7 +293,12 @@ def _run_closed(state: State, record: Record, data: Mapping[str, Any]) -> None:
         run.status = "closed"
 
 
+def _model_offered(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    state.models[data["name"]] = data["path"]
+
+
 _HANDLERS = {
+    "model_offered": _model_offered,
     "session_opened": _session_opened,
     "session_finished": _session_finished,
     "op_accepted": _op_accepted,
@@ -304,7 +312,7 @@ _HANDLERS = {
 
 
 def public(state: State, tenant: str | None = None) -> dict[str, Any]:
-    """What the lab may show: plain JSON, of one tenant (or of everybody for ``None``), without directories."""
+    """What the lab may show: plain JSON, of one tenant or (None) of everybody, without directories."""
 
     def mine(items: Iterable[Any]) -> list[Any]:
         return [item for item in items if tenant is None or item.tenant == tenant]
@@ -383,6 +391,6 @@ def public_record(record: Record) -> dict[str, Any]:
     facts = data.get("facts") or {}
     for part in ("checkpoint", "sampler"):
         if part in facts:
-            shown_part = {k: v for k, v in facts[part].items() if k != "directory"}
-            facts = data["facts"] = {**facts, part: shown_part}
+            part_shown = {k: v for k, v in facts[part].items() if k != "directory"}
+            facts = data["facts"] = {**facts, part: part_shown}
     return {"n": record.n, "kind": record.kind, "tenant": record.tenant, "time": record.time, "data": data}

@@ -1,0 +1,306 @@
+"""The driver: feeds one base model's training worker, and brings it back when it dies.
+
+It takes what :class:`Lanes` chooses, runs it as one step, and records each outcome. A worker holds nothing that cannot
+be made again: after its death each run is rebuilt, when its next op comes up, from its last snapshot by replaying the
+ops done since, in order; the client only waits a little longer. The driver knows no HTTP and no torch.
+
+Promises: an op's outcome is recorded before anybody hears it; an op that took the worker down twice fails alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuft_jupyter.core.engine import EngineDied, Outcome, Task, TrainingEngine
+from tuft_jupyter.core.errors import Overloaded, TuftError
+from tuft_jupyter.core.lanes import Grant, Lane, Lanes
+from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.state import CREATES_RUN
+from tuft_jupyter.core.types import ModelCard, Op, OpKind
+
+log = logging.getLogger("tuft_jupyter.driver")
+
+MAX_ATTEMPTS = 2
+"""Times an op may be in a batch whose worker dies before it is failed itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRule:
+    """A run is written to disk after this many steps, or this many seconds after its last snapshot."""
+
+    steps: int = 20
+    seconds: float = 30.0
+
+
+class Driver:
+    """``status`` is "idle", "loading", "ready" or "failed"; ``detail`` says why."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        engine: TrainingEngine,
+        lanes: Lanes,
+        ledger: Ledger,
+        snapshots: Path,
+        rule: SnapshotRule | None = None,
+    ) -> None:
+        self.card = card
+        self.engine = engine
+        self.lanes = lanes
+        self.ledger = ledger
+        self.snapshots = snapshots
+        self.rule = rule or SnapshotRule()
+        self.status = "idle"
+        self.detail = ""
+        self._wanted = asyncio.Event()
+        self._snapshot_at: dict[str, float] = {}
+        self._steps: dict[str, int] = {}
+        self._backoff = 0.0
+        self._leaving: set[str] = set()
+
+    def wake(self) -> None:
+        """Bring the worker up now, before there is work for it."""
+        self._wanted.set()
+
+    def release(self, run: str) -> None:
+        """Let a run's adapter leave the worker when its lane is empty; it comes back when it is used again."""
+        self._leaving.add(run)
+        self.wake()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        while True:
+            await self._something_to_do()
+            if self.status != "ready":
+                await self._start()
+                continue
+            batch: list[Grant] = []
+            try:
+                await self._let_go()
+                batch = self.lanes.next_batch()
+                if batch:
+                    await self._step(batch)
+            except EngineDied as death:
+                self._lost(batch, str(death))
+            except Exception as bug:  # a driver that dies would park every client for ever
+                log.exception("the driver of %s failed", self.card.name)
+                self._lost(batch, f"{type(bug).__name__}: {bug}")
+
+    async def stop(self) -> None:
+        """Write down what is not yet in a snapshot, then stop the worker."""
+        try:
+            if self.status == "ready":
+                for lane in list(self.lanes.by_run.values()):
+                    if lane.resident and not lane.queue:
+                        await self._snapshot(lane)
+        except (EngineDied, TuftError) as error:
+            log.warning("no last snapshot of %s: %s", self.card.name, error)
+        await self.engine.stop()
+
+    async def _something_to_do(self) -> None:
+        waits = [asyncio.ensure_future(self.lanes.work()), asyncio.ensure_future(self._wanted.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        self._wanted.clear()
+
+    async def _start(self) -> None:
+        self.status, self.detail = "loading", f"loading {self.card.name}"
+        try:
+            await self.engine.start()
+        except (TuftError, EngineDied) as error:
+            self.status, self.detail = "failed", str(error)
+            log.error("%s cannot be served: %s", self.card.name, error)
+            category = error.category if isinstance(error, TuftError) else "server"
+            await self._fail_all(category, f"{self.card.name} cannot be loaded: {error}")
+            return
+        self.status, self.detail, self._backoff = "ready", "", 0.0
+
+    def _lost(self, batch: Sequence[Grant], reason: str) -> None:
+        """The worker is gone: everything it held is to be rebuilt, and whatever was in the batch is suspect."""
+        for grant in batch:
+            grant.entry.attempts += 1
+        log.warning(
+            "the training worker of %s died (%s); its runs are rebuilt as they are used",
+            self.card.name,
+            reason,
+        )
+        self.status, self.detail = "idle", "restarting the training worker"
+        for lane in self.lanes.by_run.values():
+            lane.resident = False
+            for entry in lane.queue:
+                entry.sent, entry.done = False, 0
+
+    async def _fail_all(self, category: str, error: str) -> None:
+        for lane in list(self.lanes.by_run.values()):
+            while lane.queue:
+                await self._failed(Grant(lane, lane.queue[0], 0), category, error)
+
+    async def _step(self, batch: Sequence[Grant]) -> None:
+        for grant in batch:
+            if grant.entry.attempts >= MAX_ATTEMPTS:
+                error = "the training worker died twice while running this request, so it is not tried again"
+                await self._failed(grant, "server", error)
+                return
+        for lane in {id(grant.lane): grant.lane for grant in batch}.values():
+            if not lane.resident and lane.queue and not await self._rebuild(lane):
+                return
+        tasks = [_task(grant) for grant in batch]
+        for grant in batch:
+            grant.entry.sent = True
+        outcomes = await self.engine.step(tasks)
+        await asyncio.gather(*(self._settle(g, o) for g, o in zip(batch, outcomes, strict=True)))
+        for lane in {id(grant.lane): grant.lane for grant in batch}.values():
+            if self._snapshot_due(lane):
+                await self._snapshot(lane)
+
+    async def _settle(self, grant: Grant, outcome: Outcome) -> None:
+        if outcome.category:
+            if outcome.facts.get("dirty"):
+                grant.lane.resident = False
+            await self._failed(grant, outcome.category, outcome.error)
+        elif not outcome.finished:
+            grant.entry.done += grant.tokens
+        else:
+            await self._done(grant, outcome)
+
+    async def _done(self, grant: Grant, outcome: Outcome) -> None:
+        op = grant.entry.op
+        self.lanes.finish(grant)
+        if op.kind in CREATES_RUN:
+            grant.lane.resident = True
+            if op.kind is OpKind.LOAD_WEIGHTS:  # its checkpoint may be deleted later: do not depend on it
+                self._steps[op.run] = self.rule.steps
+        elif op.kind is OpKind.OPTIM_STEP:
+            self._steps[op.run] = self._steps.get(op.run, 0) + 1
+        data = {
+            "request_id": op.request_id,
+            "run": op.run,
+            "seq": op.seq,
+            "op": op.kind.value,
+            "facts": {**outcome.facts, **op.args.get("facts", {})},
+            "content_type": outcome.content_type,
+        }
+        answer = Answer(outcome.result, outcome.content_type)
+        await self._keep("op_done", op, data, outcome.result, answer)
+
+    async def _failed(self, grant: Grant, category: str, error: str) -> None:
+        op = grant.entry.op
+        self.lanes.finish(grant)
+        data = {
+            "request_id": op.request_id,
+            "run": op.run,
+            "seq": op.seq,
+            "op": op.kind.value,
+            "category": category,
+            "error": error,
+        }
+        await self._keep("op_failed", op, data, None, None)
+
+    async def _keep(
+        self, kind: str, op: Op, data: dict[str, Any], blob: bytes | None, answer: Answer | None
+    ) -> None:
+        """Record an outcome; while the journal cannot take it, wait: the work is done and must not be lost."""
+        while True:
+            try:
+                await self.ledger.record(kind, op.tenant, data, blob, answer)
+                return
+            except Overloaded as full:
+                log.error("waiting to record %s of %s: %s", kind, op.run, full)
+                await asyncio.sleep(full.retry_after)
+
+    async def _rebuild(self, lane: Lane) -> bool:
+        """Bring a run back into the worker as the journal tells it; False if its lane was failed instead."""
+        run = self.ledger.state.runs[lane.run]
+        if run.status == "creating":
+            lane.resident = True  # its first op makes it
+            return True
+        try:
+            if run.snapshot is not None:
+                restore = {"directory": run.snapshot, "optimizer": True}
+                await self._replay(Task("restore", run.id, OpKind.LOAD_WEIGHTS, restore))
+            for accepted in run.replay:
+                await self._replay(_replayed(await self.ledger.op(accepted)))
+        except (TuftError, LookupError) as error:
+            log.error("run %s cannot be rebuilt: %s", run.id, error)
+            text = f"the state of this run could not be brought back after a restart of its worker: {error}"
+            while lane.queue:
+                await self._failed(Grant(lane, lane.queue[0], 0), "server", text)
+            return False
+        lane.resident = True
+        self._steps[run.id] = sum(1 for _ in run.replay) // 2
+        return True
+
+    async def _replay(self, task: Task) -> None:
+        while True:
+            (outcome,) = await self.engine.step([task])
+            if outcome.category:
+                raise LookupError(outcome.error)
+            if outcome.finished:
+                return
+            task = Task(task.request_id, task.run, task.kind, task.args, b"", task.content_type, task.grant)
+
+    def _snapshot_due(self, lane: Lane) -> bool:
+        run = self.ledger.state.runs[lane.run]
+        if not lane.resident or run.status != "ready" or run.passes or not run.replay:
+            return False
+        if lane.queue and lane.queue[0].sent:
+            return False
+        now = self.ledger.clock()
+        last = self._snapshot_at.setdefault(lane.run, now)
+        return self._steps.get(lane.run, 0) >= self.rule.steps or now - last >= self.rule.seconds
+
+    async def _snapshot(self, lane: Lane) -> None:
+        """Write the run down, so that replay can start here, and drop what is no longer needed for it."""
+        run = self.ledger.state.runs[lane.run]
+        if run.passes or not run.replay or run.status != "ready":
+            return
+        directory = self.snapshots / uuid.uuid4().hex
+        task = Task("snapshot", run.id, OpKind.SAVE_WEIGHTS, {"directory": str(directory), "optimizer": True})
+        (outcome,) = await self.engine.step([task])
+        self._snapshot_at[lane.run] = self.ledger.clock()
+        self._steps[lane.run] = 0
+        if outcome.category:
+            log.warning("no snapshot of %s: %s", run.id, outcome.error)
+            return
+        covered, before = list(run.replay), run.snapshot
+        data = {"run": run.id, "directory": str(directory), "covers": covered[-1]}
+        try:
+            await self.ledger.record("run_snapshot", run.tenant, data)
+            await self.ledger.journal.drop_blobs(covered)
+        except Overloaded as full:
+            log.warning("no snapshot of %s: %s", run.id, full)
+            return
+        if before is not None:
+            await asyncio.to_thread(shutil.rmtree, before, True)
+
+    async def _let_go(self) -> None:
+        for run in list(self._leaving):
+            lane = self.lanes.by_run.get(run)
+            if lane is not None and lane.queue:
+                continue
+            self._leaving.discard(run)
+            if lane is not None and lane.resident:
+                await self._snapshot(lane)
+                await self.engine.step([Task("release", run, OpKind.UNLOAD_MODEL)])
+                lane.resident = False
+
+
+def _task(grant: Grant) -> Task:
+    op = grant.entry.op
+    body = b"" if grant.entry.sent else op.body
+    return Task(op.request_id, op.run, op.kind, op.args, body, op.content_type, grant.tokens)
+
+
+def _replayed(op: Op) -> Task:
+    return Task(op.request_id, op.run, op.kind, op.args, op.body, op.content_type, max(op.tokens, 1))

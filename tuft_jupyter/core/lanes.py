@@ -1,0 +1,206 @@
+"""Lanes: the ordered ops of each run, and the one place that decides what runs next.
+
+A lane is first in, first out, in order of arrival. It remembers every accepted (seq, digest), so a repeated request
+gets the same request id and is not run again; sequence numbers have holes by nature and nothing waits for them.
+:meth:`Lanes.next_batch` shares the engine by deficit round robin over tenants (Shreedhar & Varghese 1995), counted
+in tokens: a large op is granted in parts, so a small op of another tenant waits for at most one batch.
+
+The module knows neither the journal nor the engine: it is a plain data structure for the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.types import Op, OpKind
+
+FLAT_COST = 16
+"""Tokens that an op without tokens (optim_step, save ...) counts for."""
+
+ADDITIVE = {OpKind.FORWARD, OpKind.FORWARD_BACKWARD}
+REMEMBERED = 4096
+"""(seq, digest) pairs a lane remembers: far more than a client can have in flight."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An op in its lane. ``record`` is the journal record that accepted it; ``done`` counts tokens worked off."""
+
+    op: Op
+    record: int
+    done: int = 0
+    sent: bool = False
+    attempts: int = 0
+
+    @property
+    def cost(self) -> int:
+        return max(self.op.tokens - self.done, 1) if self.op.kind in ADDITIVE else FLAT_COST
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One run's queue. ``resident`` is True while the engine holds the adapter as the journal tells it."""
+
+    run: str
+    tenant: str
+    queue: deque[Entry] = field(default_factory=deque)
+    seen: OrderedDict[int, tuple[str, str]] = field(default_factory=OrderedDict)
+    resident: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Grant:
+    """Permission to work on up to ``tokens`` tokens of an entry in the coming step."""
+
+    lane: Lane
+    entry: Entry
+    tokens: int
+
+
+class Lanes:
+    """All lanes of one base model. ``weights`` gives a tenant a larger share than 1."""
+
+    def __init__(self, budget: int, shared_budget: int | None = None) -> None:
+        self.budget = budget
+        self.shared_budget = shared_budget or budget
+        self.by_run: dict[str, Lane] = {}
+        self._deficit: OrderedDict[str, float] = OrderedDict()
+        self._next_lane: dict[str, str] = {}
+        self._work = asyncio.Event()
+
+    def lane(self, run: str, tenant: str) -> Lane:
+        """The lane of a run, made when first asked for."""
+        return self.by_run.setdefault(run, Lane(run, tenant))
+
+    def seen(self, run: str, seq: int, digest: str) -> str | None:
+        """The request id of an op accepted before under this number; UserError if it was a different op."""
+        lane = self.by_run.get(run)
+        known = lane.seen.get(seq) if lane else None
+        if known is None:
+            return None
+        if known[0] != digest:
+            raise UserError(
+                f"seq_id {seq} of {run} was already used by a different request: "
+                "send each request with its own seq_id (create a new training client if two programs share one)"
+            )
+        return known[1]
+
+    def remember(self, run: str, tenant: str, seq: int, digest: str, request_id: str) -> None:
+        seen = self.lane(run, tenant).seen
+        seen[seq] = (digest, request_id)
+        while len(seen) > REMEMBERED:
+            seen.popitem(last=False)
+
+    def forget(self, run: str, seq: int) -> None:
+        """Undo :meth:`remember` for a request that could not be accepted after all."""
+        self.by_run[run].seen.pop(seq, None)
+
+    def push(self, op: Op, record: int) -> Entry:
+        entry = Entry(op, record)
+        self.lane(op.run, op.tenant).queue.append(entry)
+        self._deficit.setdefault(op.tenant, 0.0)
+        self._work.set()
+        return entry
+
+    def finish(self, grant: Grant) -> None:
+        """The entry at the head of its lane is over."""
+        grant.lane.queue.remove(grant.entry)
+
+    def drop(self, run: str) -> None:
+        self.by_run.pop(run, None)
+
+    async def work(self) -> None:
+        """Wait until there is something to run."""
+        while not any(lane.queue for lane in self.by_run.values()):
+            self._work.clear()
+            await self._work.wait()
+
+    def position(self, run: str, request_id: str) -> tuple[int, int]:
+        """(ops of all tenants queued before this one in its own lane, lanes with work)."""
+        lane = self.by_run.get(run)
+        ahead = 0
+        for entry in lane.queue if lane else ():
+            if entry.op.request_id == request_id:
+                break
+            ahead += 1
+        return ahead, sum(1 for lane in self.by_run.values() if lane.queue)
+
+    def next_batch(self) -> list[Grant]:
+        """What to run next: at most one budget of tokens, shared by the tenants that have work.
+
+        An op that was in a batch when the engine died runs alone the next time, so that a poisonous one is told
+        from its neighbours.
+        """
+        suspect = self._suspect()
+        if suspect is not None:
+            return [suspect]
+        waiting: dict[str, list[Lane]] = {}
+        for lane in self.by_run.values():
+            if lane.queue:
+                waiting.setdefault(lane.tenant, []).append(lane)
+        for tenant in list(self._deficit):
+            if tenant not in waiting:
+                del self._deficit[tenant]  # an idle tenant saves nothing up
+        budget = self.budget if len(waiting) <= 1 else self.shared_budget
+        quantum = max(1, budget // max(1, len(waiting)))
+        batch: list[Grant] = []
+        left = budget
+        for tenant in [name for name in self._deficit if name in waiting]:
+            self._deficit[tenant] = min(self._deficit[tenant] + quantum, 2.0 * budget)
+            left = self._serve(tenant, waiting[tenant], left, batch, int(self._deficit[tenant]))
+        for tenant in waiting:  # what nobody claimed goes to whoever still has work
+            left = self._serve(tenant, waiting[tenant], left, batch, left)
+        if self._deficit:
+            self._deficit.move_to_end(next(iter(self._deficit)))
+        return batch
+
+    def _suspect(self) -> Grant | None:
+        for lane in self.by_run.values():
+            if lane.queue and lane.queue[0].attempts:
+                return Grant(lane, lane.queue[0], lane.queue[0].cost)
+        return None
+
+    def _serve(self, tenant: str, lanes: list[Lane], left: int, batch: list[Grant], allowance: int) -> int:
+        """Take ops of one tenant, one lane after the other, while budget and allowance last."""
+        granted = {id(grant.entry): grant for grant in batch}
+        start = self._next_lane.get(tenant)
+        order = sorted(lanes, key=lambda lane: lane.run)
+        order = [lane for lane in order if not start or lane.run > start] + [
+            lane for lane in order if start and lane.run <= start
+        ]
+        for lane in order:
+            for entry in _runnable(lane):
+                if left <= 0 or allowance <= 0:
+                    return left
+                grant = granted.get(id(entry))
+                taken = grant.tokens if grant else 0
+                share = min(entry.cost - taken, left, allowance)
+                if share <= 0:
+                    continue
+                if grant:
+                    grant.tokens += share
+                else:
+                    batch.append(Grant(lane, entry, share))
+                left -= share
+                allowance -= share
+                self._deficit[tenant] -= share
+                self._next_lane[tenant] = lane.run
+                if taken + share < entry.cost:
+                    break  # the rest of this op comes first in its lane
+        return left
+
+
+def _runnable(lane: Lane) -> list[Entry]:
+    """The entries at the head of a lane that one step may hold: passes add up, anything else runs by itself."""
+    head = lane.queue[0]
+    if head.op.kind not in ADDITIVE:
+        return [head]
+    entries = []
+    for entry in lane.queue:
+        if entry.op.kind not in ADDITIVE:
+            break
+        entries.append(entry)
+    return entries

@@ -1,0 +1,187 @@
+"""Sampling: weights pinned under an id, and requests that go to the sampling worker at once.
+
+Samples are not journaled: a lost one is answered with :class:`~tuft_jupyter.core.errors.Lost`, and the SDK sends it
+again. Each base model has one sampling worker, brought up when first needed; it batches by itself and loads adapters
+from the directories that requests name. The module knows no HTTP and does not look into request bodies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuft_jupyter.core.access import owned
+from tuft_jupyter.core.engine import EngineDied, SamplingEngine
+from tuft_jupyter.core.errors import NotFound, TuftError
+from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.state import Checkpoint, Sampler
+from tuft_jupyter.core.types import ModelCard, Principal, sampler_id
+
+if TYPE_CHECKING:
+    from tuft_jupyter.core.service import Catalog
+
+log = logging.getLogger("tuft_jupyter.sampling")
+
+REMEMBERED = 65_536
+"""(sampler, seq) pairs remembered, so that a repeated request is not drawn twice."""
+
+
+class Worker:
+    """One base model's sampling engine with its state of life."""
+
+    def __init__(self, card: ModelCard, engine: SamplingEngine) -> None:
+        self.card = card
+        self.engine = engine
+        self.status = "idle"
+        self.detail = ""
+        self._starting: asyncio.Task[None] | None = None
+
+    async def ready(self) -> None:
+        """Return once the engine is up; many callers share one start."""
+        if self.status == "ready":
+            return
+        if self._starting is None:
+            self._starting = asyncio.get_running_loop().create_task(self._start())
+        try:
+            await asyncio.shield(self._starting)
+        finally:
+            if self._starting is not None and self._starting.done():
+                self._starting = None
+
+    def lost(self) -> None:
+        self.status, self.detail = "idle", "restarting the sampling worker"
+
+    async def _start(self) -> None:
+        self.status, self.detail = "loading", f"loading {self.card.name} for sampling"
+        try:
+            await self.engine.start()
+        except (TuftError, EngineDied) as error:
+            self.status, self.detail = "failed", str(error)
+            raise
+        self.status, self.detail = "ready", ""
+
+
+class Sampling:
+    """The samplers of all tenants and their requests."""
+
+    def __init__(
+        self, ledger: Ledger, catalog: Catalog, make_engine: Callable[[ModelCard], SamplingEngine]
+    ) -> None:
+        self.ledger = ledger
+        self.catalog = catalog
+        self.workers: dict[str, Worker] = {}
+        self._make_engine = make_engine
+        self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def stop(self) -> None:
+        for task in list(self._running):
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*(worker.engine.stop() for worker in self.workers.values()))
+
+    def worker(self, card: ModelCard) -> Worker:
+        worker = self.workers.get(card.name)
+        if worker is None:
+            worker = self.workers[card.name] = Worker(card, self._make_engine(card))
+        return worker
+
+    async def open(
+        self,
+        principal: Principal,
+        session: str,
+        number: int,
+        card: ModelCard,
+        checkpoint: Checkpoint | None,
+    ) -> Sampler:
+        """Pin a base model, or a checkpoint made on it, under ``{session}:sample:{number}``; asking again gives the same."""
+        name = sampler_id(session, number)
+        known = self.ledger.state.samplers.get(name)
+        if known is not None:
+            return owned(principal, self.ledger.state.samplers, name, "sampler")
+        data = {
+            "sampler": name,
+            "session": session,
+            "base_model": card.name,
+            "model_path": checkpoint.path if checkpoint else None,
+            "directory": checkpoint.directory if checkpoint else None,
+        }
+        await self.ledger.record("sampler_opened", principal.tenant, data)
+        self._spawn(self._warm(card))
+        return self.ledger.state.samplers[name]
+
+    def get(self, principal: Principal, sampler: str) -> Sampler:
+        return owned(principal, self.ledger.state.samplers, sampler, "sampler")
+
+    def submit(self, principal: Principal, sampler: str, seq: int, body: bytes) -> str:
+        """Send a request on its way; the same (sampler, seq) gives the same request id and is drawn once."""
+        found = self.get(principal, sampler)
+        known = self._seen.get((sampler, seq))
+        if known is not None:
+            return known
+        if found.directory is not None and not Path(found.directory).is_dir():
+            raise NotFound(f"the weights of sampler {sampler!r} were deleted: save them again")
+        request_id = secrets.token_hex(16)
+        self._seen[sampler, seq] = request_id
+        while len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        self.ledger.promises.open(request_id, found.tenant, sampler)
+        self._spawn(self._run(found, request_id, body))
+        return request_id
+
+    async def cancel(self, principal: Principal, request_id: str) -> None:
+        """Stop drawing for a request; what is not a running sample of the principal's is left alone."""
+        promise = self.ledger.promises.get(principal, request_id)
+        sampler = self.ledger.state.samplers.get(promise.owner)
+        worker = self.workers.get(sampler.base_model) if sampler else None
+        if worker is not None and promise.answer is None:
+            await worker.engine.cancel(request_id)
+
+    def reason(self, sampler: str) -> str:
+        """In words, what the requests of a sampler wait for."""
+        found = self.ledger.state.samplers.get(sampler)
+        worker = self.workers.get(found.base_model) if found else None
+        if worker is None or worker.status == "ready":
+            return "drawing tokens"
+        return worker.detail or "the sampling worker is starting"
+
+    async def _warm(self, card: ModelCard) -> None:
+        try:
+            await self.worker(card).ready()
+        except (TuftError, EngineDied) as error:
+            log.warning("%s cannot sample yet: %s", card.name, error)
+
+    async def _run(self, sampler: Sampler, request_id: str, body: bytes) -> None:
+        answer = Answer(category="server", error="the sampling worker died twice during this request")
+        try:
+            worker = self.worker(self.catalog.resolve(sampler.base_model))
+            for _ in range(2):
+                try:
+                    await worker.ready()
+                    outcome = await worker.engine.sample(request_id, sampler.directory, body)
+                except EngineDied as death:
+                    log.warning("the sampling worker of %s died: %s", sampler.base_model, death)
+                    worker.lost()
+                    continue
+                if outcome.category:
+                    answer = Answer(category=outcome.category, error=outcome.error)
+                else:
+                    answer = Answer(outcome.result, outcome.content_type)
+                break
+        except TuftError as error:
+            answer = Answer(category=error.category, error=error.message)
+        except Exception as bug:  # the client must hear something
+            log.exception("sampling failed")
+            answer = Answer(category="server", error=f"sampling failed: {type(bug).__name__}")
+        self.ledger.promises.settle(request_id, answer)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)

@@ -1,0 +1,215 @@
+"""The JSON requests of the Tinker protocol, as we read them.
+
+Each struct names the fields we use; everything else is read over, because a newer SDK may send more than this version
+knows (DESIGN, decision 1). What would change numbers if it were ignored is named here and refused by
+:mod:`~tuft_jupyter.wire.api`. Decoding errors name the field. Nothing here imports the SDK.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import msgspec
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.types import AdamParams
+
+T = TypeVar("T", bound="Message")
+
+
+class Message(msgspec.Struct, kw_only=True):
+    """A request body. Sizes and ranges that need no look at the state are checked while decoding."""
+
+
+class ClientConfig(Message):
+    sdk_version: str = ""
+
+
+class CreateSession(Message):
+    tags: list[str] = []
+    user_metadata: dict[str, str] | None = None
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class SessionOnly(Message):
+    session_id: str
+
+
+class FinishReason(Message):
+    type: str
+
+
+class FinishSession(Message):
+    reason: FinishReason
+    detail: str | None = None
+
+
+class LoraConfig(Message):
+    rank: int
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class OptimizerConfig(Message):
+    type: str = "adamw"
+
+
+class CreateModel(Message):
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    lora_config: LoraConfig
+    user_metadata: dict[str, str] | None = None
+    optimizer_config: OptimizerConfig | None = None
+
+
+class ModelOnly(Message):
+    model_id: str
+
+
+class Adam(Message):
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    def checked(self) -> AdamParams:
+        """UserError naming the first field that is out of its range."""
+        unit = "must be at least 0 and below 1"
+        ranges = {
+            "learning_rate": (0.0, math.inf, "must be a finite number of at least 0"),
+            "beta1": (0.0, 1.0, unit),
+            "beta2": (0.0, 1.0, unit),
+            "eps": (0.0, math.inf, "must be a finite number of at least 0"),
+            "weight_decay": (0.0, math.inf, "must be a finite number of at least 0"),
+            "grad_clip_norm": (0.0, math.inf, "must be a finite number of at least 0 (0 means no clipping)"),
+        }
+        for name, (low, high, rule) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value < high:
+                raise UserError(f"adam_params.{name}: {value} {rule}")
+        return AdamParams(
+            self.learning_rate, self.beta1, self.beta2, self.eps, self.weight_decay, self.grad_clip_norm
+        )
+
+
+class OptimStep(Message):
+    model_id: str
+    seq_id: int = 0
+    adam_params: Adam | None = None
+    optimizer_params: dict[str, Any] | None = None
+
+
+class SaveWeights(Message):
+    model_id: str
+    seq_id: int = 0
+    path: str | None = None
+    ttl_seconds: float | None = None
+    overwrite: bool = True
+    user_metadata: dict[str, str] | None = None
+
+
+class SaveWeightsForSampler(Message):
+    model_id: str
+    seq_id: int = 0
+    path: str | None = None
+    sampling_session_seq_id: int | None = None
+    ttl_seconds: float | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class LoadWeights(Message):
+    """Into an existing model (``model_id``), or as a new one (``session_id`` and ``model_seq_id``)."""
+
+    path: str
+    optimizer: bool = False
+    model_id: str | None = None
+    seq_id: int = 0
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    base_model: str | None = None
+    user_metadata: dict[str, str] | None = None
+    optimizer_config: OptimizerConfig | None = None
+    weights_access_token: str | None = None
+
+
+class CreateSamplingSession(Message):
+    session_id: str
+    sampling_session_seq_id: int
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class SampleEnvelope(Message):
+    """The few fields of a sample request that are needed to route it; the worker decodes the rest."""
+
+    sampling_session_id: str
+    seq_id: int = 0
+    num_samples: int = 1
+    record_stability_info: bool = False
+
+
+class RetrieveFuture(Message):
+    request_id: str
+    allow_metadata_only: bool = False
+
+
+class RequestOnly(Message):
+    request_id: str
+
+
+class PollTarget(Message):
+    type: str
+    sampling_session_id: str
+
+
+class RetrieveFutures(Message):
+    target: PollTarget
+    prev_cursor: int = 0
+    timeout: float | None = None
+    retrieved_request_ids: list[str] = []
+
+
+class TinkerPath(Message):
+    tinker_path: str
+
+
+class SetTtl(Message):
+    ttl_seconds: float | None = None
+
+
+class AddModel(Message):
+    model: str
+
+
+class Nothing(Message):
+    """A body that is read over."""
+
+
+_decoders: dict[type[Message], msgspec.json.Decoder[Any]] = {}
+
+
+def decode(message: type[T], body: bytes) -> T:
+    """Read a JSON body; UserError (400) names the field that is missing or has the wrong type."""
+    decoder = _decoders.get(message)
+    if decoder is None:
+        decoder = _decoders[message] = msgspec.json.Decoder(message)
+    try:
+        found: T = decoder.decode(body or b"{}")
+    except msgspec.ValidationError as error:
+        raise UserError(f"request body: {_plain(str(error))}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"request body is not JSON: {error}") from None
+    return found
+
+
+def _plain(error: str) -> str:
+    """msgspec says 'Expected `int`, got `str` - at `$.lora_config.rank`'; drop the JSONPath's dollar."""
+    return error.replace("`$.", "`").replace("`$`", "the whole body")

@@ -1,0 +1,157 @@
+"""THE TABLE: every route of the Tinker API that this server answers.
+
+From it come the Tornado handlers, the API reference, and the tests of access, documentation and error shape. Paths are
+below ``<base url>/tuft/api/v1`` in a notebook server and below ``/api/v1`` in a daemon. ``{name}`` matches one path
+segment (which may hold colons). Order matters: the first match wins.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tuft_jupyter.wire import messages as m
+
+KIB, MIB = 2**10, 2**20
+
+
+class Access(StrEnum):
+    """OPEN needs nothing; KEY needs a valid key; what is fetched by id must in addition be the caller's own."""
+
+    OPEN = "open"
+    KEY = "key"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """``verb`` is the function of :class:`tuft_jupyter.wire.api.Api`; ``message`` what the body is read as."""
+
+    method: str
+    path: str
+    verb: str
+    doc: str
+    message: type[m.Message] | None = None
+    access: Access = Access.KEY
+    max_body: int = 1 * MIB
+
+    @property
+    def pattern(self) -> str:
+        """The path as an anchored regular expression with named groups."""
+        return re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path) + "$"
+
+
+BULK = 64 * MIB
+"""Bodies that carry training data or prompts; the server's configuration may set it lower."""
+
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/healthz", "healthz", "Liveness: the server answers.", access=Access.OPEN),
+    Route("POST", "/client/config", "client_config", "Flags that steer the SDK.", m.ClientConfig),
+    Route(
+        "POST",
+        "/client/dynamic_config",
+        "dynamic_config",
+        "Flags the SDK fetches again and again.",
+        m.Nothing,
+    ),
+    Route("GET", "/get_server_capabilities", "capabilities", "The base models offered."),
+    Route("POST", "/create_session", "create_session", "Open a session.", m.CreateSession),
+    Route("POST", "/session_heartbeat", "heartbeat", "Keep a session alive.", m.SessionOnly),
+    Route("GET", "/sessions", "list_sessions", "Ids of the caller's sessions, newest first."),
+    Route("GET", "/sessions/{session}", "get_session", "A session with its runs and samplers."),
+    Route("POST", "/sessions/{session}/finish", "finish_session", "End a session.", m.FinishSession),
+    Route("POST", "/telemetry", "telemetry", "Accepted and not kept.", m.Nothing, max_body=8 * MIB),
+    Route("POST", "/create_model", "create_model", "Start a run with a fresh LoRA adapter.", m.CreateModel),
+    Route("POST", "/get_info", "get_info", "What a run is: base model, rank, tokenizer.", m.ModelOnly),
+    Route("POST", "/unload_model", "unload_model", "End a run and free its memory.", m.ModelOnly),
+    Route(
+        "POST", "/forward", "forward", "Log-probabilities without gradients (SDK before 0.25).", max_body=BULK
+    ),
+    Route(
+        "POST",
+        "/forward_backward",
+        "forward_backward",
+        "Loss and gradients of a batch, added to the run's accumulator.",
+        max_body=BULK,
+    ),
+    Route("POST", "/optim_step", "optim_step", "One AdamW step with the accumulated gradient.", m.OptimStep),
+    Route("POST", "/save_weights", "save_weights", "Save a run with its optimizer.", m.SaveWeights),
+    Route(
+        "POST",
+        "/save_weights_for_sampler",
+        "save_weights_for_sampler",
+        "Save a run's weights for sampling, by name or straight into a sampler.",
+        m.SaveWeightsForSampler,
+    ),
+    Route(
+        "POST",
+        "/load_weights",
+        "load_weights",
+        "Load a checkpoint into a run, or as a new run.",
+        m.LoadWeights,
+    ),
+    Route(
+        "POST",
+        "/create_sampling_session",
+        "create_sampling_session",
+        "Pin a base model or a checkpoint for sampling.",
+        m.CreateSamplingSession,
+    ),
+    Route("GET", "/samplers/{sampler}", "get_sampler", "What a sampler samples from."),
+    Route("POST", "/asample", "asample", "Draw tokens.", m.SampleEnvelope, max_body=8 * MIB),
+    Route("POST", "/retrieve_future", "retrieve_future", "Wait for a promise.", m.RetrieveFuture),
+    Route("POST", "/cancel_future", "cancel_future", "Stop drawing for a sample request.", m.RequestOnly),
+    Route("GET", "/training_runs", "list_runs", "The caller's runs, newest first."),
+    Route("GET", "/training_runs/{run}", "get_run", "One run."),
+    Route("GET", "/training_runs/{run}/checkpoints", "list_run_checkpoints", "A run's checkpoints."),
+    Route("GET", "/checkpoints", "list_checkpoints", "The caller's checkpoints, newest first."),
+    Route(
+        "PUT",
+        "/training_runs/{run}/checkpoints/{kind}/{name}/ttl",
+        "set_ttl",
+        "Let a checkpoint expire, or keep it.",
+        m.SetTtl,
+    ),
+    Route(
+        "POST",
+        "/training_runs/{run}/checkpoints/{kind}/{name}/publish",
+        "publish",
+        "Let every tenant load it.",
+    ),
+    Route(
+        "DELETE",
+        "/training_runs/{run}/checkpoints/{kind}/{name}/publish",
+        "unpublish",
+        "Make it private again.",
+    ),
+    Route(
+        "DELETE",
+        "/training_runs/{run}/checkpoints/{kind}/{name}",
+        "delete_checkpoint",
+        "Delete a checkpoint.",
+    ),
+    Route("POST", "/weights_info", "weights_info", "What a checkpoint was trained on.", m.TinkerPath),
+    Route("GET", "/tuft/status", "status", "Readiness: what is loaded, and what the server waits for."),
+    Route("POST", "/tuft/models", "add_model", "Offer one more base model and load it.", m.AddModel),
+    Route("GET", "/tuft/tokenizer", "tokenizer", "A base model's tokenizer files (?model=NAME), as text."),
+)
+
+NOT_OFFERED: tuple[tuple[str, str], ...] = (
+    ("POST", "/retrieve_futures"),
+    ("POST", "/join_sampling_session"),
+    ("POST", "/create_custom_loss"),
+    ("POST", "/copy_weights"),
+    ("POST", "/save_weights_external"),
+    ("GET", "/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls"),
+    ("GET", "/training_runs/{run}/checkpoints/{kind}/{name}/archive"),
+    ("PUT", "/sessions/{session}/project"),
+    ("POST", "/sessions/search"),
+    ("GET", "/sessions/{session}/trace_export"),
+    ("POST", "/auth/token"),
+    ("GET", "/auth/apikey/me"),
+    ("DELETE", "/auth/apikey/me"),
+    ("GET", "/audit"),
+    ("GET", "/billing/usage/events"),
+    ("GET", "/billing/usage/checkpoints/current"),
+)
+"""Parts of the protocol that newer SDKs may call and this version does not offer: answered 501 by name."""
