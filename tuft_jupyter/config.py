@@ -1,0 +1,282 @@
+"""One frozen :class:`Settings`, read from: defaults < YAML file < environment < traits < command line.
+
+Standard library and PyYAML only. The module knows nothing of servers, models or kernels; it turns text into
+checked values. It promises that nothing is guessed: an unknown key, a wrong type or a value out of range is a
+:class:`ConfigError` that names the key, where it stands and what is near it. The YAML of TuFT's README is
+read as it is.
+
+Every plain field ``x`` of :class:`Settings` can be given as ``TUFT_X`` in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from tuft_jupyter import home as homes
+from tuft_jupyter.checked import ConfigError, Reader
+
+DEFAULT_PORT = 10610
+DEFAULT_RANK_LIMIT = 64
+DEMO_MODEL = "tuft/demo"
+LOCAL_USER = "local-user"
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+MODES = {
+    "disabled": "disabled", "disable": "disabled", "memory": "disabled",
+    "redis_url": "redis_url", "redis": "redis_url",
+    "file_redis": "file_redis", "file": "file_redis",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PersistenceConfig:
+    """Where the journal of operations is kept.
+
+    ``disabled`` keeps it in memory, ``redis_url`` in a Redis server, ``file_redis`` in one SQLite file (the
+    word is TuFT's). The later words DISABLE, REDIS, FILE and memory, redis, file are understood, in any case.
+    """
+
+    mode: str = "disabled"
+    redis_url: str = field(default="redis://localhost:6379/0", repr=False)
+    file_path: Path = Path("~/.cache/tuft/file_redis.json")
+    namespace: str = "tuft"
+
+    def __post_init__(self) -> None:
+        mode = MODES.get(str(self.mode).lower())
+        if mode is None:
+            raise ConfigError(f"mode must be disabled, redis_url or file_redis, not {self.mode!r}")
+        object.__setattr__(self, "mode", mode)
+        object.__setattr__(self, "file_path", Path(self.file_path).expanduser())
+        if not self.namespace:
+            raise ConfigError("namespace must not be empty")
+
+    @property
+    def enabled(self) -> bool:
+        return self.mode != "disabled"
+
+    @classmethod
+    def disabled(cls) -> Self:
+        return cls()
+
+    @classmethod
+    def from_redis_url(cls, redis_url: str, namespace: str = "tuft") -> Self:
+        return cls(mode="redis_url", redis_url=redis_url, namespace=namespace)
+
+    @classmethod
+    def from_file_redis(
+        cls, file_path: str | Path = "~/.cache/tuft/file_redis.json", namespace: str = "tuft"
+    ) -> Self:
+        return cls(mode="file_redis", file_path=Path(file_path), namespace=namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """One base model: ``model_name`` on the wire, ``model_path`` a directory or a hub id (default: the name).
+
+    ``max_model_len`` in tokens; None: as far as the model itself goes. ``temperature`` to
+    ``min_response_tokens`` are the sampler's defaults, ``max_lora_rank`` and ``max_loras`` its limits. Names
+    and defaults are those of TuFT 0.1.
+    """
+
+    model_name: str
+    model_path: str = ""
+    max_model_len: int | None = None
+    tensor_parallel_size: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    logprobs: int = 0
+    seed: int = 42
+    min_response_tokens: int = 0
+    max_lora_rank: int = 16
+    max_loras: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.model_name:
+            raise ConfigError("model_name must not be empty")
+        if not self.model_path:
+            object.__setattr__(self, "model_path", self.model_name)
+        for name in ("max_model_len", "tensor_parallel_size", "max_lora_rank", "max_loras"):
+            _at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything a server is told. ``file`` is the configuration file that was read, None if there was none.
+
+    ``max_lora_rank`` holds for models that no file lists (:meth:`rank_limit`). ``authorized_users`` maps keys
+    to tenants. ``adapter_timeout`` and ``adapter_max_lifetime`` are seconds, ``max_body_bytes`` bounds one
+    request body. None means: ``micro_batch_tokens`` by device, ``ray_address`` a local Ray of our own,
+    ``trainer_threads`` by CPUs.
+    """
+
+    home: Path
+    checkpoint_dir: Path
+    supported_models: tuple[ModelSettings, ...] = ()
+    max_lora_rank: int = DEFAULT_RANK_LIMIT
+    authorized_users: Mapping[str, str] = field(default_factory=dict, repr=False)
+    persistence: PersistenceConfig = field(default_factory=PersistenceConfig)
+    model_owner: str = LOCAL_USER
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    adapter_timeout: float = 1800.0
+    adapter_max_lifetime: float = 36000.0
+    max_body_bytes: int = 64 * 1024 * 1024
+    micro_batch_tokens: int | None = None
+    ray_address: str | None = None
+    trainer_threads: int | None = None
+    log_level: str = "info"
+    toy_backend_seed: int = 0
+    """accepted as TuFT 0.1 has it; without effect, because there is no toy engine"""
+    file: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_lora_rank", "max_body_bytes", "micro_batch_tokens", "trainer_threads"):
+            _at_least(name, getattr(self, name), 1)
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be 0 (any free one) to 65535, not {self.port}")
+        if self.log_level.lower() not in LOG_LEVELS:
+            raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
+        object.__setattr__(self, "log_level", self.log_level.lower())
+        seen: set[str] = set()
+        for model in self.supported_models:
+            if model.model_name in seen:
+                raise ConfigError(f"supported_models names {model.model_name!r} twice; names must be unique")
+            seen.add(model.model_name)
+        if "" in self.authorized_users:
+            raise ConfigError("authorized_users has an empty key")
+
+    def rank_limit(self, model_name: str) -> int:
+        """The highest LoRA rank that may be trained on a model."""
+        limits = {model.model_name: model.max_lora_rank for model in self.supported_models}
+        return limits.get(model_name, self.max_lora_rank)
+
+
+def load_settings(
+    file: str | os.PathLike[str] | None = None,
+    env: Mapping[str, str] = os.environ,
+    overrides: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read settings; ``overrides`` are traits and command line flags, already laid over one another.
+
+    Without a file: what :func:`generated_config` makes of ``$TUFT_MODEL_PATH``, so the journal is a file
+    under ``$TUFT_HOME``. A file without a ``persistence`` section means ``disabled``. ConfigError if anything
+    is wrong.
+    """
+    home = homes.home_dir(env)
+    if file is None:
+        source, base = "the generated configuration", Path.cwd()
+        document = _minimal(env.get("TUFT_MODEL_PATH") or None, home)
+    else:
+        source, base = str(file), Path(file).expanduser().absolute().parent
+        document = _read_yaml(Path(file).expanduser())
+    values = Reader(source, base).read(Settings, document, without=_SET_ELSEWHERE)
+    if file is not None and not values.get("supported_models"):
+        raise ConfigError(f"{source}: supported_models must list at least one model")
+    values["supported_models"] = tuple(_local(model, base) for model in values.get("supported_models", ()))
+    for name in _FROM_ENVIRONMENT:
+        variable = f"TUFT_{name.upper()}"
+        if env.get(variable):
+            reader = Reader(f"environment variable {variable}", Path.cwd(), text=True)
+            values |= reader.read(Settings, {name: env[variable]})
+    reader = Reader("command line or traits", Path.cwd(), text=True)
+    values |= reader.read(Settings, overrides or {}, without=_SET_ELSEWHERE)
+    values.setdefault("checkpoint_dir", home / "checkpoints")
+    path = None if file is None else Path(file).expanduser().absolute()
+    try:
+        return Settings(**values, home=home, file=path)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def config_file(env: Mapping[str, str] = os.environ, trait: str = "") -> Path | None:
+    """The file a server reads if none is named: ``TUFT_CONFIG``, the Jupyter trait, the default place."""
+    for candidate in (env.get("TUFT_CONFIG"), trait):
+        if candidate and Path(candidate).expanduser().is_file():
+            return Path(candidate).expanduser()
+    default = homes.default_config(homes.home_dir(env))
+    return default if default.is_file() else None
+
+
+def model_name_of(model: str) -> str:
+    """The name a model is served under: the last part of a directory, otherwise what was asked for."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
+def generated_config(model: str | None, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The least configuration that serves ``model`` (a directory, a hub id or ``tuft/demo``), as YAML values.
+
+    Its one key is ``TUFT_API_KEY`` or the user's own (made if there is none): write it to private files only.
+    """
+    home = homes.home_dir(env)
+    key = env.get("TUFT_API_KEY") or homes.ensure_key(home)
+    return {**_minimal(model, home), "authorized_users": {key: LOCAL_USER}}
+
+
+def _minimal(model: str | None, home: Path) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "checkpoint_dir": str(home / "checkpoints"),
+        "persistence": {
+            "mode": "file_redis",
+            "file_path": str(homes.journal_path(home)),
+            "namespace": "tuft",
+        },
+    }
+    if model is not None:
+        entry: dict[str, Any] = {"model_name": model_name_of(model), "model_path": model}
+        path = Path(model).expanduser()
+        if path.is_dir():
+            entry["model_path"] = str(path.resolve())
+            entry["max_model_len"] = min(_max_positions(path) or 4096, 32768)
+        entry |= {"tensor_parallel_size": 1, "max_lora_rank": DEFAULT_RANK_LIMIT}
+        document["supported_models"] = [entry]
+    return document
+
+
+def _max_positions(directory: Path) -> int | None:
+    try:
+        described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    limit = described.get("max_position_embeddings") if isinstance(described, dict) else None
+    return limit if isinstance(limit, int) else None
+
+
+_SET_ELSEWHERE = frozenset({"home", "file"})
+_FROM_ENVIRONMENT = [
+    f.name
+    for f in fields(Settings)
+    if f.name not in _SET_ELSEWHERE | {"supported_models", "authorized_users", "persistence"}
+]
+
+
+def _local(model: ModelSettings, base: Path) -> ModelSettings:
+    """A ``model_path`` that is a directory, seen from the file, wins over a hub id of the same name."""
+    directory = base / Path(model.model_path).expanduser()
+    return replace(model, model_path=str(directory)) if directory.is_dir() else model
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"Config file not found: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold keys and values, such as 'supported_models:'")
+    return document
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, not {value}")

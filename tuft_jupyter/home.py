@@ -1,0 +1,107 @@
+"""What lives under ``$TUFT_HOME`` (default ``~/.tuft``): the key, the address of the running server, files.
+
+Standard library only, so that a kernel, the notebook server and the daemon can share it. It knows neither
+settings nor HTTP. It promises that secrets and addresses are readable by their owner alone, and that a file
+is either whole or absent.
+
+::
+
+    credentials            the key that servers of this user accept, ``tml-`` + 32 hex digits (0600)
+    tuft_current_server    the address of the server that was started last (0600)
+    configs/               ``tuft_config.yaml`` (yours), ``generated.yaml`` (the last one made for you, 0600)
+    checkpoints/           saved adapters
+    journal.sqlite         the journal of servers without a configuration file
+    logs/                  what servers started by a kernel print
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+KEY_PREFIX = "tml-"
+"""The Tinker SDK refuses keys that begin otherwise."""
+
+
+def home_dir(env: Mapping[str, str] = os.environ) -> Path:
+    """``$TUFT_HOME`` with ``~`` expanded, absolute; it need not exist."""
+    return Path(env.get("TUFT_HOME") or "~/.tuft").expanduser().absolute()
+
+
+def default_config(home: Path) -> Path:
+    return home / "configs" / "tuft_config.yaml"
+
+
+def journal_path(home: Path) -> Path:
+    return home / "journal.sqlite"
+
+
+def credentials_path(home: Path) -> Path:
+    return home / "credentials"
+
+
+def address_path(home: Path) -> Path:
+    return home / "tuft_current_server"
+
+
+def ensure_key(home: Path) -> str:
+    """The user's own key; made at the first call, the same ever after, whoever asks first."""
+    path = credentials_path(home)
+    key = _read(path)
+    if key:
+        path.chmod(0o600)
+        return key
+    home.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".credentials-{secrets.token_hex(4)}")
+    write_private(fresh, KEY_PREFIX + secrets.token_hex(16) + "\n")
+    try:
+        if path.exists():  # empty, or without a key: nothing that anybody could be using
+            fresh.replace(path)
+        else:
+            # link() fails where another process was faster, so every caller returns the same key
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    key = _read(path)
+    if not key:
+        raise OSError(f"{path} holds no key; remove it and try again")
+    return key
+
+
+def write_address(home: Path, address: str) -> None:
+    """Say where the server that just started listens."""
+    home.mkdir(parents=True, exist_ok=True)
+    write_private(address_path(home), address + "\n")
+
+
+def read_address(home: Path) -> str | None:
+    return _read(address_path(home)) or None
+
+
+def remove_address(home: Path, address: str) -> None:
+    """Take the address back, unless another server wrote its own meanwhile."""
+    if read_address(home) == address:
+        address_path(home).unlink(missing_ok=True)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file of mode 0600 so that readers see the old text or the new, never a part."""
+    fresh = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
