@@ -181,6 +181,8 @@ class Driver:
             grant.lane.resident = True
             if op.kind is OpKind.LOAD_WEIGHTS:  # its checkpoint may be deleted later: do not depend on it
                 self._steps[op.run] = self.rule.steps
+        elif op.kind is OpKind.UNLOAD_MODEL:
+            grant.lane.resident = False
         elif op.kind is OpKind.OPTIM_STEP:
             self._steps[op.run] = self._steps.get(op.run, 0) + 1
         data = {

@@ -239,7 +239,7 @@ def _read_one(db: sqlite3.Connection, n: int) -> Record | None:
 
 def _take_lock(path: Path) -> IO[str]:
     """Hold ``<path>.lock`` for the life of the process; the kernel lets it go however the process ends."""
-    lock = open(path.with_name(path.name + ".lock"), "a+")  # noqa: SIM115 - held open on purpose
+    lock = path.with_name(path.name + ".lock").open("a+")  # held open on purpose
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

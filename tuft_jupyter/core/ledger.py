@@ -26,13 +26,13 @@ class Ledger:
         self.state = fold.State()
         self.promises = Promises()
         self.feed = Feed()
-        self.accepted: dict[int, tuple[str, int, str, str]] = {}
-        """record number -> (run, seq, digest, request id) of every op ever accepted here, for the lanes"""
+        self.accepted: list[tuple[str, int, str, str]] = []
+        """(run, seq, digest, request id) of the ops that the journal held when it was opened, for the lanes"""
         self._answers: dict[str, Answer] = {}
 
     async def open(self) -> None:
         """Read the journal; afterwards ``state`` and ``promises`` are as they were."""
-        await self.journal.open(self._follow)
+        await self.journal.open(self._recover)
 
     async def close(self) -> None:
         await self.journal.close()
@@ -82,12 +82,17 @@ class Ledger:
             return Answer(body, answer.content_type, record=answer.record)
         return answer
 
+    def _recover(self, record: Record) -> None:
+        self._follow(record)
+        if record.kind == "op_accepted":
+            data = record.data
+            self.accepted.append((data["run"], data["seq"], data["digest"], data["request_id"]))
+
     def _follow(self, record: Record) -> None:
         fold.apply(self.state, record)
         data = record.data
         if record.kind == "op_accepted":
             self.promises.open(data["request_id"], record.tenant, data["run"])
-            self.accepted[record.n] = (data["run"], data["seq"], data["digest"], data["request_id"])
         elif record.kind == "op_done":
             answer = self._answers.get(data["request_id"]) or Answer(content_type=data["content_type"])
             answer.record = record.n

@@ -74,13 +74,13 @@ class Promises:
             )
         return promise
 
-    async def wait(self, promise: Promise, timeout: float) -> Answer | None:
-        """The answer, or None if there is none within ``timeout`` seconds."""
+    async def wait(self, promise: Promise, seconds: float) -> Answer | None:
+        """The answer, or None if there is none within that time."""
         if promise.answer is None:
             if promise.waiters is None:
                 promise.waiters = asyncio.Event()
             try:
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout(seconds):
                     await promise.waiters.wait()
             except TimeoutError:
                 return None

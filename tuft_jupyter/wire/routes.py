@@ -25,7 +25,7 @@ class Access(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``verb`` is the function of :class:`tuft_jupyter.wire.api.Api`; ``message`` what the body is read as."""
+    """``verb`` is the method of :class:`~tuft_jupyter.wire.api.Api`; ``message`` what the body is read as."""
 
     method: str
     path: str

@@ -1,0 +1,101 @@
+"""Checkpoints: saved weights under ``tinker://{run}/{kind}/{name}``.
+
+A name is metadata only: the files lie in a directory with a random name, so nothing a client sends ever becomes part of
+a path on disk. A checkpoint is readable by its owner, or by everybody while it is published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tuft_jupyter.core.access import owned
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.state import Checkpoint
+from tuft_jupyter.core.types import CheckpointKind, Principal, checkpoint_path
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+PATH = re.compile(r"tinker://[^/]{1,200}/(weights|sampler_weights)/[^/]{1,128}\Z")
+
+
+class Checkpoints:
+    def __init__(self, ledger: Ledger, root: Path) -> None:
+        self.ledger = ledger
+        self.root = root
+
+    def plan(
+        self,
+        run: str,
+        kind: CheckpointKind,
+        name: str,
+        *,
+        ttl: float | None,
+        overwrite: bool,
+        user_metadata: Mapping[str, str] | None,
+    ) -> dict[str, Any]:
+        """What a checkpoint about to be saved will be; UserError if the name is bad or taken."""
+        if not NAME.match(name):
+            raise UserError(
+                f"path: {name!r} is not a checkpoint name: use 1 to 128 letters, digits, '.', '_' or '-', "
+                "beginning with a letter or digit"
+            )
+        path = checkpoint_path(run, kind, name)
+        if not overwrite and path in self.ledger.state.checkpoints:
+            raise UserError(f"path: {path} exists already: choose another name, or save with overwrite=True")
+        return {
+            "path": path,
+            "kind": kind.value,
+            "name": name,
+            "directory": str(self.root / uuid.uuid4().hex),
+            "expires": None if ttl is None else self.ledger.clock() + ttl,
+            "user_metadata": dict(user_metadata or {}),
+        }
+
+    def readable(self, principal: Principal, path: str) -> Checkpoint:
+        """A checkpoint by its path: the principal's own, or one its owner published."""
+        if not PATH.match(path):
+            raise UserError(
+                f"path: {path!r} is no checkpoint path: it must look like "
+                "tinker://<run>/weights/<name> or tinker://<run>/sampler_weights/<name>"
+            )
+        found = self.ledger.state.checkpoints.get(path)
+        if found is not None and found.public:
+            return found
+        return owned(principal, self.ledger.state.checkpoints, path, "checkpoint")
+
+    def mine(self, principal: Principal, run: str | None = None) -> list[Checkpoint]:
+        """The principal's checkpoints (of one run), newest first."""
+        found = [
+            c
+            for c in self.ledger.state.checkpoints.values()
+            if c.tenant == principal.tenant and (run is None or c.run == run)
+        ]
+        return sorted(found, key=lambda c: c.created, reverse=True)
+
+    async def change(self, principal: Principal, path: str, change: Mapping[str, Any]) -> None:
+        """Set ``expires`` (seconds since the epoch, or None) or ``public``."""
+        found = owned(principal, self.ledger.state.checkpoints, path, "checkpoint")
+        await self.ledger.record("checkpoint_changed", found.tenant, {"path": path, **change})
+
+    async def delete(self, principal: Principal, path: str) -> None:
+        await self._delete(owned(principal, self.ledger.state.checkpoints, path, "checkpoint"))
+
+    async def expire(self, now: float) -> None:
+        """Delete what is past its time to live."""
+        for checkpoint in list(self.ledger.state.checkpoints.values()):
+            if checkpoint.expires is not None and checkpoint.expires <= now:
+                await self._delete(checkpoint)
+
+    async def _delete(self, checkpoint: Checkpoint) -> None:
+        data = {"path": checkpoint.path, "deleted": True}
+        await self.ledger.record("checkpoint_changed", checkpoint.tenant, data)
+        # A sampler that was opened from the checkpoint may still have to read its files.
+        used = {sampler.directory for sampler in self.ledger.state.samplers.values()}
+        if checkpoint.directory not in used:
+            await asyncio.to_thread(shutil.rmtree, checkpoint.directory, True)

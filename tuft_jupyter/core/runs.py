@@ -1,0 +1,289 @@
+"""Runs: adapters in training, and the ops that clients ask of them.
+
+Each verb checks ownership first, then the request, then journals the op and puts it into its lane; the answer comes later
+through the op's promise. A refused request changes nothing. How ops are run is the driver's affair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tuft_jupyter.core.access import owned
+from tuft_jupyter.core.checkpoints import Checkpoints
+from tuft_jupyter.core.driver import Driver
+from tuft_jupyter.core.errors import Overloaded, UserError
+from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.sessions import Sessions
+from tuft_jupyter.core.state import Checkpoint, Run
+from tuft_jupyter.core.types import (
+    JSON,
+    AdamParams,
+    CheckpointKind,
+    LoraSpec,
+    ModelCard,
+    Op,
+    OpKind,
+    Principal,
+    run_id,
+    sampler_id,
+)
+
+ALPHA = 32.0
+"""The LoRA numerator for every rank: the SDK never sends one, and Tinker documents this scaling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one server grants. Tokens count model input tokens; times are seconds."""
+
+    max_rank: int = 64
+    queued_ops_per_tenant: int = 4096
+    batch_tokens: int = 512
+    shared_batch_tokens: int = 256
+    idle_timeout: float = 1800.0
+
+
+class Runs:
+    """``driver`` gives the driver of a base model by its name, ``card`` the base model a request names."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        sessions: Sessions,
+        checkpoints: Checkpoints,
+        driver: Callable[[str], Driver],
+        card: Callable[[Principal, str], Awaitable[ModelCard]],
+        ephemeral: Path,
+        limits: Limits,
+    ) -> None:
+        self.ledger = ledger
+        self.sessions = sessions
+        self.checkpoints = checkpoints
+        self.limits = limits
+        self._driver = driver
+        self._card = card
+        self._ephemeral = ephemeral
+
+    def get(self, principal: Principal, run: str) -> Run:
+        return owned(principal, self.ledger.state.runs, run, "model")
+
+    async def create_model(
+        self,
+        principal: Principal,
+        session: str,
+        number: int,
+        base_model: str,
+        lora: Mapping[str, Any],
+        user_metadata: Mapping[str, str],
+        raw: bytes,
+    ) -> str:
+        """Accept a new run with a fresh adapter; ``lora`` may leave ``seed`` out. Returns the request id."""
+        found = self.sessions.live(principal, session)
+        card = await self._card(principal, base_model)
+        spec = self._lora(lora)
+        args = {
+            "session": found.id,
+            "base_model": card.name,
+            "lora": asdict(spec),
+            "user_metadata": dict(user_metadata),
+        }
+        return await self._submit(
+            found.tenant, card.name, OpKind.CREATE_MODEL, run_id(session, number), 0, args, raw
+        )
+
+    async def load_new_model(
+        self,
+        principal: Principal,
+        session: str,
+        number: int,
+        path: str,
+        optimizer: bool,
+        user_metadata: Mapping[str, str],
+        raw: bytes,
+    ) -> str:
+        """Accept a new run that starts from a checkpoint (create-via-load)."""
+        found = self.sessions.live(principal, session)
+        source = self.checkpoints.readable(principal, path)
+        card = await self._card(principal, source.base_model)
+        args = {
+            "session": found.id,
+            "base_model": card.name,
+            "lora": dict(source.lora),
+            "user_metadata": dict(user_metadata),
+            "facts": {"step": source.step if optimizer else 0},
+            **self._load_args(source, optimizer),
+        }
+        return await self._submit(
+            found.tenant, card.name, OpKind.LOAD_WEIGHTS, run_id(session, number), 0, args, raw
+        )
+
+    async def load_weights(
+        self, principal: Principal, run: str, seq: int, path: str, optimizer: bool, raw: bytes
+    ) -> str:
+        """Accept the replacing of a run's adapter by a checkpoint's."""
+        found = self.live(principal, run)
+        source = self.checkpoints.readable(principal, path)
+        if source.base_model != found.base_model:
+            raise UserError(
+                f"path: {path} was trained on {source.base_model}, this model on {found.base_model}: "
+                f"create a training client from the checkpoint instead"
+            )
+        args = {**self._load_args(source, optimizer), "facts": {"step": source.step if optimizer else 0}}
+        return await self._accept(found, OpKind.LOAD_WEIGHTS, seq, args, raw)
+
+    async def forward_backward(
+        self,
+        principal: Principal,
+        run: str,
+        seq: int,
+        tokens: int,
+        body: bytes,
+        content_type: str,
+        *,
+        backward: bool,
+    ) -> str:
+        found = self.live(principal, run)
+        kind = OpKind.FORWARD_BACKWARD if backward else OpKind.FORWARD
+        return await self._accept(
+            found, kind, seq, {}, body, tokens=tokens, body=body, content_type=content_type
+        )
+
+    async def optim_step(self, principal: Principal, run: str, seq: int, adam: AdamParams, raw: bytes) -> str:
+        found = self.live(principal, run)
+        return await self._accept(found, OpKind.OPTIM_STEP, seq, {"adam": asdict(adam)}, raw)
+
+    async def save_weights(
+        self,
+        principal: Principal,
+        run: str,
+        seq: int,
+        name: str,
+        kind: CheckpointKind,
+        raw: bytes,
+        *,
+        ttl: float | None = None,
+        overwrite: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> str:
+        """Accept the saving of a run: with its optimizer as a training checkpoint, without as a sampler's."""
+        found = self.live(principal, run)
+        saved = self.checkpoints.plan(
+            run, kind, name, ttl=ttl, overwrite=overwrite, user_metadata=user_metadata
+        )
+        training = kind is CheckpointKind.TRAINING
+        args = {
+            "directory": saved["directory"],
+            "optimizer": training,
+            "path": saved["path"],
+            "facts": {"checkpoint": saved},
+        }
+        op = OpKind.SAVE_WEIGHTS if training else OpKind.SAVE_WEIGHTS_FOR_SAMPLER
+        return await self._accept(found, op, seq, args, raw)
+
+    async def save_for_sampling_session(
+        self, principal: Principal, run: str, seq: int, number: int, raw: bytes
+    ) -> str:
+        """Accept an ephemeral save: the weights become a sampler at once, without a checkpoint."""
+        found = self.live(principal, run)
+        directory = str(self._ephemeral / uuid.uuid4().hex)
+        sampler = sampler_id(found.session, number)
+        opened = {
+            "sampler": sampler,
+            "session": found.session,
+            "base_model": found.base_model,
+            "model_path": None,
+            "directory": directory,
+        }
+        args = {"directory": directory, "sampling_session_id": sampler, "facts": {"sampler": opened}}
+        return await self._accept(found, OpKind.SAVE_WEIGHTS_FOR_SAMPLER, seq, args, raw)
+
+    async def unload(self, principal: Principal, run: str, raw: bytes) -> str:
+        found = self.live(principal, run)
+        return await self._accept(found, OpKind.UNLOAD_MODEL, -1, {}, raw)
+
+    def live(self, principal: Principal, run: str) -> Run:
+        found = self.get(principal, run)
+        if found.status in ("failed", "closed"):
+            why = found.error or "it was unloaded"
+            raise UserError(f"model {run!r} cannot be used any more: {why}")
+        self.sessions.live(principal, found.session)
+        return found
+
+    def _lora(self, lora: Mapping[str, Any]) -> LoraSpec:
+        rank = lora["rank"]
+        if not 1 <= rank <= self.limits.max_rank:
+            raise UserError(
+                f"lora_config.rank: {rank} is outside 1..{self.limits.max_rank}, the limit of this server "
+                "(max_lora_rank): choose a smaller rank"
+            )
+        seed = lora.get("seed")
+        flags = {name: bool(lora.get(name, True)) for name in ("train_attn", "train_mlp", "train_unembed")}
+        if not any(flags.values()):
+            raise UserError(
+                "lora_config: train_attn, train_mlp and train_unembed are all false: nothing to train"
+            )
+        return LoraSpec(rank, ALPHA, secrets.randbits(31) if seed is None else seed, **flags)
+
+    @staticmethod
+    def _load_args(source: Checkpoint, optimizer: bool) -> dict[str, Any]:
+        if optimizer and source.kind != CheckpointKind.TRAINING:
+            raise UserError(
+                f"path: {source.path} holds no optimizer state: load a training checkpoint "
+                "(tinker://.../weights/...), or load the weights alone"
+            )
+        return {"directory": source.directory, "optimizer": optimizer, "path": source.path}
+
+    async def _accept(
+        self, run: Run, kind: OpKind, seq: int, args: Mapping[str, Any], raw: bytes, **op: Any
+    ) -> str:
+        return await self._submit(run.tenant, run.base_model, kind, run.id, seq, args, raw, **op)
+
+    async def _submit(
+        self,
+        tenant: str,
+        base_model: str,
+        kind: OpKind,
+        run: str,
+        seq: int,
+        args: Mapping[str, Any],
+        raw: bytes,
+        tokens: int = 0,
+        body: bytes = b"",
+        content_type: str = JSON,
+    ) -> str:
+        """Journal an op and put it into its lane. The same (run, seq) and bytes give the same request id."""
+        lanes = self._driver(base_model).lanes
+        digest = hashlib.sha256(kind.value.encode() + raw).hexdigest()
+        known = lanes.seen(run, seq, digest)
+        if known is not None:
+            return known
+        queued = sum(len(lane.queue) for lane in lanes.by_run.values() if lane.tenant == tenant)
+        if queued >= self.limits.queued_ops_per_tenant:
+            raise Overloaded(
+                f"{queued} requests of yours wait already, the limit of this server: wait for results"
+            )
+        request_id = secrets.token_hex(16)
+        lanes.remember(run, tenant, seq, digest, request_id)
+        data = {
+            "request_id": request_id,
+            "run": run,
+            "seq": seq,
+            "op": kind.value,
+            "tokens": tokens,
+            "digest": digest,
+            "args": args,
+            "content_type": content_type,
+        }
+        try:
+            record = await self.ledger.record("op_accepted", tenant, data, body)
+        except Overloaded:
+            lanes.forget(run, seq)
+            raise
+        lanes.push(Op(request_id, run, seq, kind, tenant, tokens, args, body, content_type), record.n)
+        return request_id

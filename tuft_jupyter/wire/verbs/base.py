@@ -1,0 +1,97 @@
+"""What every verb works with: the call, the reply, and the small conversions they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import msgspec
+
+from tuft_jupyter.core.errors import Overloaded, TuftError, UserError
+from tuft_jupyter.core.service import Service
+from tuft_jupyter.core.types import JSON, ModelCard, Principal
+
+MIN_TTL, MAX_TTL = 1.0, 10 * 365 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request: who asks, the route's path parts and query, and the body (decompressed)."""
+
+    principal: Principal
+    path: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    content_type: str = JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    body: bytes
+    status: int = 200
+    content_type: str = JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def reply(value: Any, status: int = 200) -> Reply:
+    return Reply(msgspec.json.encode(value), status)
+
+
+def error_reply(error: TuftError) -> Reply:
+    """``{"detail", "error", "category"}``: what the SDK shows, in one shape for every route."""
+    headers = {"Retry-After": f"{math.ceil(error.retry_after)}"} if isinstance(error, Overloaded) else {}
+    body = {"detail": error.message, "error": error.message, "category": error.category}
+    return Reply(msgspec.json.encode(body), error.status, headers=headers)
+
+
+class Host(Protocol):
+    """What the api asks of the server around it."""
+
+    def status(self, principal: Principal) -> dict[str, Any]:
+        """Readiness in words and numbers, as the lab and ``%tuft status`` show it."""
+
+    async def add_model(self, principal: Principal, model: str) -> ModelCard:
+        """Offer one more base model and begin to load it."""
+
+    def tokenizer(self, card: ModelCard) -> dict[str, str]:
+        """The model's tokenizer files by name, as text."""
+
+
+class Verbs:
+    """A family of verbs: each takes a :class:`Call` and returns a :class:`Reply`, or raises a TuftError."""
+
+    service: Service
+    host: Host
+    hold_seconds: float
+
+
+def checked_ttl(seconds: float | None) -> float | None:
+    if seconds is not None and not MIN_TTL <= seconds <= MAX_TTL:
+        raise UserError(
+            f"ttl_seconds: {seconds} is outside {MIN_TTL:g}..{MAX_TTL:g} seconds (null keeps for ever)"
+        )
+    return seconds
+
+
+def number(query: Mapping[str, str], name: str, default: int) -> int:
+    text = query.get(name, str(default))
+    if not text.isdecimal() or len(text) > 9:
+        raise UserError(f"{name}: {text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def page_of(items: Sequence[Any], query: Mapping[str, str], default: int) -> Sequence[Any]:
+    offset = number(query, "offset", 0)
+    return items[offset : offset + number(query, "limit", default)]
+
+
+def cursor_of(query: Mapping[str, str], default: int, total: int) -> dict[str, int]:
+    limit = number(query, "limit", default)
+    return {"offset": number(query, "offset", 0), "limit": limit, "total_count": total}
+
+
+def iso_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()

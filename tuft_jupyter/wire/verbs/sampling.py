@@ -1,0 +1,70 @@
+"""Promises and sampling (protocol sections 2.4 and 2.10)."""
+
+from __future__ import annotations
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, reply
+
+MAX_SAMPLES = 4096
+"""Sequences one request may ask for."""
+
+
+class SamplingVerbs(Verbs):
+    async def retrieve_future(self, call: Call) -> Reply:
+        asked = m.decode(m.RetrieveFuture, call.body)
+        answer = await self.service.retrieve(call.principal, asked.request_id, self.hold_seconds)
+        if answer is None:
+            waiting = {
+                "type": "try_again",
+                "request_id": asked.request_id,
+                "queue_state": "active",
+                "queue_state_reason": self.service.queue_reason(call.principal, asked.request_id),
+            }
+            return reply(waiting, 408)
+        return _answer(answer)
+
+    async def cancel_future(self, call: Call) -> Reply:
+        asked = m.decode(m.RequestOnly, call.body)
+        await self.service.sampling.cancel(call.principal, asked.request_id)
+        return reply({})
+
+    async def create_sampling_session(self, call: Call) -> Reply:
+        asked = m.decode(m.CreateSamplingSession, call.body)
+        session = self.service.sessions.live(call.principal, asked.session_id)
+        checkpoint = None
+        if asked.model_path is not None:
+            checkpoint = self.service.checkpoints.readable(call.principal, asked.model_path)
+            card = self.service.catalog.resolve(checkpoint.base_model)
+        elif asked.base_model is not None:
+            card = await self.service.card(call.principal, asked.base_model)
+        else:
+            raise UserError("create_sampling_session: give base_model or model_path")
+        sampler = await self.service.sampling.open(
+            call.principal, session.id, asked.sampling_session_seq_id, card, checkpoint
+        )
+        return reply({"sampling_session_id": sampler.id, "type": "create_sampling_session"})
+
+    async def get_sampler(self, call: Call) -> Reply:
+        sampler = self.service.sampling.get(call.principal, call.path["sampler"])
+        return reply(
+            {"sampler_id": sampler.id, "base_model": sampler.base_model, "model_path": sampler.model_path}
+        )
+
+    async def asample(self, call: Call) -> Reply:
+        asked = m.decode(m.SampleEnvelope, call.body)
+        if not 1 <= asked.num_samples <= MAX_SAMPLES:
+            raise UserError(
+                f"num_samples: {asked.num_samples} is outside 1..{MAX_SAMPLES}: split the request"
+            )
+        sampler, seq = asked.sampling_session_id, asked.seq_id
+        request_id = self.service.sampling.submit(call.principal, sampler, seq, call.body)
+        sequences = [f"{sampler}:{seq}:{i}" for i in range(asked.num_samples)]
+        return reply({"request_id": request_id, "sample_sequence_ids": sequences})
+
+
+def _answer(answer: Answer) -> Reply:
+    if answer.body is None:
+        return reply({"error": answer.error, "category": answer.category})
+    return Reply(answer.body, content_type=answer.content_type)

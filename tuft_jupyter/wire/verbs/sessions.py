@@ -1,0 +1,92 @@
+"""Connecting: configuration of the SDK, what is on offer, sessions (protocol sections 2.1 to 2.3)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, page_of, reply
+
+
+class SessionVerbs(Verbs):
+    async def healthz(self, call: Call) -> Reply:
+        return reply({"status": "ok", "server": "tuft-jupyter"})
+
+    async def client_config(self, call: Call) -> Reply:
+        m.decode(m.ClientConfig, call.body)
+        return reply(
+            {
+                "pjwt_auth_enabled": False,
+                "parallel_fwdbwd_chunks": True,
+                "proto_compress_fwdbwd": False,
+                "sample_max_concurrent_requests": 256,
+                # SDKs 0.22 to 0.36 take the same path as the newest one when these are set (section 2.2).
+                "proto_write_fwdbwd": True,
+                "fwd_via_fwdbwd": True,
+                "create_model_via_load_weights": True,
+            }
+        )
+
+    async def dynamic_config(self, call: Call) -> Reply:
+        return reply(
+            {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
+        )
+
+    async def capabilities(self, call: Call) -> Reply:
+        models = [
+            {
+                "model_name": card.name,
+                "max_context_length": card.max_context_length,
+                "trainable": True,
+                "sampleable": True,
+            }
+            for card in self.service.catalog.cards()
+        ]
+        return reply({"supported_models": models})
+
+    async def status(self, call: Call) -> Reply:
+        return reply(self.host.status(call.principal))
+
+    async def add_model(self, call: Call) -> Reply:
+        card = await self.host.add_model(call.principal, m.decode(m.AddModel, call.body).model)
+        return reply({"name": card.name})
+
+    async def tokenizer(self, call: Call) -> Reply:
+        card = self.service.catalog.resolve(call.query.get("model", ""))
+        return reply({"model": card.name, "files": self.host.tokenizer(card)})
+
+    async def create_session(self, call: Call) -> Reply:
+        asked = m.decode(m.CreateSession, call.body)
+        details = msgspec.to_builtins(asked)
+        session = await self.service.sessions.open(call.principal, details)
+        return reply({"session_id": session, "type": "create_session"})
+
+    async def heartbeat(self, call: Call) -> Reply:
+        self.service.sessions.heartbeat(call.principal, m.decode(m.SessionOnly, call.body).session_id)
+        return reply({"type": "session_heartbeat"})
+
+    async def list_sessions(self, call: Call) -> Reply:
+        page = page_of(self.service.sessions.mine(call.principal), call.query, 20)
+        return reply({"sessions": [s.id for s in page]})
+
+    async def get_session(self, call: Call) -> Reply:
+        session = self.service.sessions.get(call.principal, call.path["session"])
+        state = self.service.state
+        return reply(
+            {
+                "training_run_ids": [r.id for r in state.runs.values() if r.session == session.id],
+                "sampler_ids": [s.id for s in state.samplers.values() if s.session == session.id],
+                "user_metadata": session.user_metadata,
+                "display_name": session.display_name,
+            }
+        )
+
+    async def finish_session(self, call: Call) -> Reply:
+        asked = m.decode(m.FinishSession, call.body)
+        await self.service.finish_session(
+            call.principal, call.path["session"], asked.reason.type, asked.detail
+        )
+        return reply({})
+
+    async def telemetry(self, call: Call) -> Reply:
+        return reply({"status": "accepted"})
