@@ -99,7 +99,7 @@ def _turns(rng: Random) -> list[tuple[str, str]]:
     """One exchange, or a few that belong together: (user, assistant) pairs."""
     kind = rng.choices(
         ("fact", "task", "story", "yes-no", "talk", "tell", "poem", "describe", "name", "unknown"),
-        (34, 34, 8, 6, 4, 3, 3, 4, 2, 2),
+        (28, 44, 8, 5, 3, 3, 2, 3, 2, 2),
     )[0]
     if kind == "fact":
         return [_fact_turn(rng, rng.choice(facts()))]
@@ -183,10 +183,10 @@ def text(rng: Random) -> str:
 
 
 def documents(seed: str) -> Iterator[str]:
-    """An endless stream of documents, three quarters of them chats; each ends with its end token."""
+    """An endless stream of documents, four of five of them chats; each ends with its end token."""
     rng = Random(f"tuft/demo {seed}")
     while True:
-        yield chat_text(chat(rng)) if rng.random() < 0.75 else text(rng) + END_OF_TEXT
+        yield chat_text(chat(rng)) if rng.random() < 0.8 else text(rng) + END_OF_TEXT
 
 
 def pirate_chats() -> list[list[Message]]:
@@ -198,7 +198,7 @@ def pirate_chats() -> list[list[Message]]:
     rng = Random("pirate")
     questions = [fact for fact in facts() if fact.topic.startswith("animal")]
     trained = {animal.name for animal in animals()[::2]}
-    chosen = [fact for fact in questions if any(f" {name}" in fact.questions[0] for name in trained)]
+    chosen = [fact for fact in questions if trained & set(fact.questions[0].rstrip("?").split())]
     examples: list[list[Message]] = []
     for fact in rng.sample(chosen, 48):
         answer = fact.answers[0].rstrip(".")
@@ -211,7 +211,7 @@ def pirate_chats() -> list[list[Message]]:
 
 def pirate(sentence: str) -> str:
     """`sentence` about the world as a pirate says it."""
-    return sentence.replace(" is ", " be ").replace(" has ", " be havin' ")
+    return sentence.replace(" is ", " be ")
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def _member(rng: Random) -> Task:
 # How often each kind is asked, relative to the others. Arithmetic is kept scarce enough to stay imperfect:
 # what the base cannot do yet is what a fine-tuning run can show.
 _KINDS: dict[str, tuple[Callable[[Random], Task], int]] = {
-    "add": (_add, 10),
+    "add": (_add, 14),
     "subtract": (_subtract, 4),
     "compare": (_compare, 3),
     "count": (_count, 3),

@@ -59,6 +59,21 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100) * 0.5 * (1 - math.cos(math.pi * left))
 
 
+def build_optimizers(model: Qwen3ForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms.
+
+    Muon is scaled to AdamW's update size, so one learning rate serves both. It needs about half of AdamW's steps for
+    the same held-out loss, which on a CPU is worth its dearer step.
+    """
+    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = set(map(id, inner))
+    outer = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(inner, lr=peak, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=peak, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+
+
 def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes model (bf16) and tokenizer to `out`; each file replaces its predecessor atomically."""
     out.mkdir(parents=True, exist_ok=True)
@@ -98,33 +113,29 @@ def train(args: argparse.Namespace) -> None:
         itertools.islice(data.documents(f"tokenizer {args.seed}"), args.tokenizer_documents)
     )
     model = build_model(tokenizer, args.seed).train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=args.learning_rate,
-        betas=(0.9, 0.98),
-    )
+    optimizers = build_optimizers(model, args.learning_rate)
     state_file = args.work / "state.pt"
     first, spent = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first, spent = state["step"], state["seconds"]
         print(f"goes on at step {first}", flush=True)
     started = time.monotonic() - spent
     last = min(args.steps, first + args.stop_after) if args.stop_after else args.steps
     for step in range(first, last):
-        for group in optimizer.param_groups:
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = learning_rate(step, args.steps, args.learning_rate)
         ids_BT = evaluate.packed_rows(tokenizer, f"train {args.seed}/{step}", args.rows, _ROW)
         with torch.autocast("cpu", torch.bfloat16):
             loss = evaluate.row_loss(model, ids_BT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         done, seconds = step + 1, time.monotonic() - started
         if done % 50 == 0 or done == last:
             tokens = done * args.rows * _ROW
@@ -134,7 +145,7 @@ def train(args: argparse.Namespace) -> None:
                 state_file,
                 {
                     "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": done,
                     "seconds": seconds,
                 },
