@@ -62,8 +62,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def build_optimizers(model: Qwen3ForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings and norms.
 
-    Muon is scaled to AdamW's update size, so one learning rate serves both. It needs about half of AdamW's steps
-    for the same held-out loss, which on a CPU is worth its dearer step.
+    Muon is scaled to AdamW's update size, so one learning rate serves both. It needs about half of
+    AdamW's steps for the same held-out loss, which on a CPU is worth its dearer step.
     """
     inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = set(map(id, inner))
