@@ -9,7 +9,7 @@
     │   ├── Forbidden        403: a key that is unknown, revoked or expired
     │   ├── TooLarge         413: over a size limit
     │   ├── UnsupportedMedia 415: a body in a form we do not read
-    │   └── NotOffered       501: part of the protocol, not offered by this server
+    │   └── NotOffered       404: part of the protocol, not offered by this server (the SDK retries a 501)
     ├── Overloaded           429 with Retry-After: a limit is reached for now
     ├── Lost                 410: the promise is gone (a sample before a restart); ask again
     └── ServerError          500, category "server": our fault; the message never carries a traceback
@@ -58,7 +58,7 @@ class UnsupportedMedia(UserError):
 
 
 class NotOffered(UserError):
-    status = 501
+    status = 404
 
 
 class Overloaded(TuftError):

@@ -36,6 +36,10 @@ class Subscription:
     async def take(self) -> list[Record]:
         """Wait for at least one record, then take all that are there."""
         await self._arrived.wait()
+        return self.drain()
+
+    def drain(self) -> list[Record]:
+        """Take what is there, without waiting."""
         self._arrived.clear()
         taken = list(self._records)
         self._records.clear()

@@ -154,4 +154,4 @@ NOT_OFFERED: tuple[tuple[str, str], ...] = (
     ("GET", "/billing/usage/events"),
     ("GET", "/billing/usage/checkpoints/current"),
 )
-"""Parts of the protocol that newer SDKs may call and this version does not offer: answered 501 by name."""
+"""Parts of the protocol that newer SDKs may call and this version does not offer: answered 404 by name."""

@@ -1,0 +1,84 @@
+"""The Jupyter server extension: installing the package enables it.
+
+It answers at once and brings models up in the background; a problem of its own (a journal in use, a bad configuration)
+is shown in the panel and never keeps the notebook server from starting.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from jupyter_server.extension.application import ExtensionApp
+from jupyter_server.utils import url_path_join
+from traitlets import Int, Unicode
+
+from tuft_jupyter._version import __version__
+from tuft_jupyter.config import config_file, load_settings
+from tuft_jupyter_server import lab, tinker
+from tuft_jupyter_server.host import Host
+
+INJECTED = ("TUFT_ADDRESS", "TUFT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY")
+
+
+class TuftExtension(ExtensionApp):
+    """``jupyter server`` with the Tinker API below ``<base url>/tuft/api/v1``."""
+
+    name = "tuft_jupyter"
+    version = __version__
+    description = "Fine-tuning as a notebook primitive: the Tinker API on your notebook server"
+    load_other_extensions = True
+
+    config_path = Unicode(
+        "", help="YAML configuration file (like TUFT_CONFIG). Without one, tuft/demo is offered."
+    ).tag(config=True)
+    checkpoint_dir = Unicode("", help="Where checkpoints are kept (default: $TUFT_HOME/checkpoints).").tag(
+        config=True
+    )
+    max_lora_rank = Int(0, help="The largest LoRA rank a run may have (0: as configured).").tag(config=True)
+
+    def initialize_settings(self) -> None:
+        overrides: dict[str, Any] = {}
+        if self.checkpoint_dir:
+            overrides["checkpoint_dir"] = self.checkpoint_dir
+        if self.max_lora_rank:
+            overrides["max_lora_rank"] = self.max_lora_rank
+        file = config_file(os.environ, self.config_path)
+        settings = load_settings(file, os.environ, overrides)
+        self.host = Host(settings)
+        self.settings["tuft_host"] = self.host
+
+    def initialize_handlers(self) -> None:
+        root = r"/tuft"
+        self.handlers.extend(lab.handlers(root, self.host))
+        limit = self.host.settings.max_body_bytes
+        self.handlers.extend(tinker.handlers(root + "/api/v1", self.host.api, self.host.keys, limit))
+
+    async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
+        await self.host.start()
+        tell_kernels(self.host, serverapp)
+
+    async def stop_extension(self) -> None:
+        await self.host.stop()
+
+
+def tell_kernels(host: Host, serverapp: Any) -> None:
+    """Put this server's address and key where the kernels it starts inherit them.
+
+    What the user set is left alone: a TUFT_ADDRESS or TINKER_BASE_URL of theirs names another server on purpose.
+    """
+    if os.environ.get("TUFT_ADDRESS") or os.environ.get("TINKER_BASE_URL"):
+        return
+    parts = urlsplit(serverapp.local_url)
+    address = urlunsplit((parts.scheme, parts.netloc, url_path_join(serverapp.base_url, "tuft"), "", ""))
+    os.environ.update(zip(INJECTED, (address, host.key, address, host.key), strict=True))
+    proxies = any(os.environ.get(name) for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"))
+    exempt = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
+    if proxies and "127.0.0.1" not in exempt:  # a proxy would be asked for our own loopback address
+        os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(
+            filter(None, [exempt, "127.0.0.1,localhost"])
+        )
+
+
+main = TuftExtension.launch_instance

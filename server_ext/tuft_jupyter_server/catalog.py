@@ -1,0 +1,54 @@
+"""The base models that one server offers: those of its configuration, the demo model, and those added since."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tuft_jupyter import models
+from tuft_jupyter.config import Settings
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.types import ModelCard
+
+
+class ServerCatalog:
+    """Implements :class:`tuft_jupyter.core.service.Catalog`; added models are read from the ledger's state."""
+
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._configured = [
+            _card(model.model_name, model.model_path, model.max_model_len)
+            for model in settings.supported_models
+        ]
+        if not self._configured:
+            self._configured.append(models.resolve(models.DEMO))
+        self._added: dict[str, ModelCard] = {}
+
+    def cards(self) -> list[ModelCard]:
+        known = {card.name for card in self._configured}
+        for name, path in self._ledger.state.models.items():
+            if name not in known and name not in self._added:
+                self._added[name] = _card(name, path, None)
+        return [*self._configured, *self._added.values()]
+
+    def resolve(self, name: str) -> ModelCard:
+        cards = self.cards()
+        for card in cards:
+            if name in (card.name, card.path):
+                return card
+        offered = ", ".join(card.name for card in cards)
+        raise UserError(f"Base model {name!r} is not supported. Supported models: {offered}")
+
+    def find(self, name: str) -> ModelCard:
+        try:
+            return models.resolve(name)
+        except UserError as error:
+            offered = ", ".join(card.name for card in self.cards())
+            raise UserError(
+                f"Base model {name!r} is not supported. Supported models: {offered}. ({error.message})"
+            ) from None
+
+
+def _card(name: str, path: str, max_context_length: int | None) -> ModelCard:
+    card = replace(models.resolve(path or name), name=name)
+    return replace(card, max_context_length=max_context_length) if max_context_length else card

@@ -1,0 +1,82 @@
+"""The daemon: the same API without a notebook server, for shared machines, scripts and CI.
+
+``serve`` blocks until SIGTERM, SIGINT, or until the process that owns it is gone (``TUFT_OWNER_FD``: a pipe whose
+other end the owner holds; it closes however the owner ends).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application
+
+from tuft_jupyter.config import Settings
+from tuft_jupyter.home import remove_address, write_address
+from tuft_jupyter_server import tinker
+from tuft_jupyter_server.host import Host
+
+log = logging.getLogger("tuft_jupyter.daemon")
+
+OWNER_FD = "TUFT_OWNER_FD"
+
+
+def serve(settings: Settings) -> None:
+    """Serve until told to stop. OSError with the port's number if it is taken."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    try:
+        sockets = bind_sockets(settings.port, settings.host)
+    except OSError as error:
+        raise OSError(
+            f"port {settings.port} on {settings.host} cannot be used ({error.strerror or error}): "
+            "choose another with --port, or stop the program that uses it"
+        ) from None
+    host = Host(settings)
+    limit = settings.max_body_bytes
+    rules = tinker.handlers(r"(?:/tuft)?/api/v1", host.api, host.keys, limit)
+    server = HTTPServer(Application(rules), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20)
+    server.add_sockets(sockets)
+    address = f"http://{settings.host}:{sockets[0].getsockname()[1]}"
+    await host.start()
+    if host.problem:
+        server.stop()
+        raise OSError(host.problem)
+    write_address(settings.home, address)
+    log.info("serving at %s", address)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, stopping.set)
+    _watch_owner(stopping)
+    await stopping.wait()
+    log.info("stopping")
+    remove_address(settings.home, address)
+    server.stop()
+    await host.stop()
+    await server.close_all_connections()
+
+
+def _watch_owner(stopping: asyncio.Event) -> None:
+    """Stop when the owner's end of the pipe closes."""
+    number = os.environ.pop(OWNER_FD, "")
+    if not number.isdecimal():
+        return
+    descriptor = int(number)
+
+    def gone() -> None:
+        if not os.read(descriptor, 4096):
+            loop.remove_reader(descriptor)
+            stopping.set()
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(descriptor, gone)

@@ -1,0 +1,168 @@
+"""The host: one server's service with its keys, models and workers, free of any web framework's application object.
+
+The Jupyter extension and the daemon both build one from :class:`~tuft_jupyter.config.Settings`. It picks the journal,
+offers the models, makes engines when they are needed, and says what the server is waiting for. Ray is imported with the
+first worker, never before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import importlib.util
+import logging
+import os
+from typing import Any
+
+from tuft_jupyter import models
+from tuft_jupyter._version import __version__
+from tuft_jupyter.config import Settings
+from tuft_jupyter.core.access import KeyRing
+from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
+from tuft_jupyter.core.errors import Forbidden, ServerError, TuftError, UserError
+from tuft_jupyter.core.journal import Journal, MemoryJournal, SqliteJournal
+from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.runs import Limits
+from tuft_jupyter.core.service import Service
+from tuft_jupyter.core.types import ModelCard, Principal
+from tuft_jupyter.home import ensure_key
+from tuft_jupyter.wire.api import Api
+from tuft_jupyter_server.catalog import ServerCatalog
+from tuft_jupyter_server.gauges import Gauges
+
+log = logging.getLogger("tuft_jupyter")
+
+BACKEND = ("torch", "transformers", "peft", "ray", "safetensors")
+NO_BACKEND = (
+    "no training backend is installed in the server's environment (missing: {missing}): run "
+    'pip install "tuft-jupyter[backend]" there and restart the server'
+)
+
+
+def missing_backend() -> list[str]:
+    """The packages of the ``backend`` extra that this environment lacks (found without importing them)."""
+    return [name for name in BACKEND if importlib.util.find_spec(name) is None]
+
+
+def owner_name() -> str:
+    """Who owns a single-user server: the Hub user, else the account's user."""
+    name = os.environ.get("JUPYTERHUB_USER")
+    if name:
+        return name
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container user without an account
+        return "local"
+
+
+class ClusterEngines:
+    """Makes engines on Ray; without the backend extra, engines that say how to install it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def training(self, card: ModelCard) -> TrainingEngine:
+        return self._cluster().training(card)
+
+    def sampling(self, card: ModelCard) -> SamplingEngine:
+        return self._cluster().sampling(card)
+
+    def _cluster(self) -> Any:
+        missing = missing_backend()
+        if missing:
+            raise UserError(NO_BACKEND.format(missing=", ".join(missing)))
+        from tuft_jupyter.engine import cluster
+
+        return cluster.engines(self.settings)
+
+
+class Host:
+    """``owner`` is the principal of the server's own key and of everybody who may use its lab."""
+
+    def __init__(self, settings: Settings, engines: Any = None) -> None:
+        self.settings = settings
+        self.owner = Principal(owner_name(), admin=True)
+        self.key = os.environ.get("TUFT_API_KEY") or ensure_key(settings.home)
+        self.keys = KeyRing()
+        self.keys.add(self.key, self.owner)
+        for key, tenant in settings.authorized_users.items():
+            self.keys.add(key, Principal(tenant))
+        self.journal = _journal(settings)
+        self.ledger = Ledger(self.journal)
+        self.service = Service(
+            self.ledger,
+            ServerCatalog(settings, self.ledger),
+            engines or ClusterEngines(settings),
+            settings.home,
+            settings.checkpoint_dir,
+            Limits(max_rank=settings.max_lora_rank, idle_timeout=settings.adapter_timeout),
+        )
+        self.api = Api(self.service, self)
+        self.gauges = Gauges()
+        self.problem = ""
+        self._ready = asyncio.Event()
+
+    async def start(self) -> None:
+        """Recover from the journal. A failure is kept in ``problem`` and shown; the notebook server goes on."""
+        try:
+            await self.service.start()
+        except TuftError as error:
+            self.problem = error.message
+            log.error("tuft-jupyter is not serving: %s", error.message)
+            return
+        self._ready.set()
+        log.info("tuft-jupyter keeps its journal %s", self.journal.description)
+
+    async def stop(self) -> None:
+        await self.service.stop()
+
+    def status(self, principal: Principal) -> dict[str, Any]:
+        missing = missing_backend()
+        states = [self._model_state(card) for card in self.service.catalog.cards()]
+        loading = [f"{s['name']}: {s['detail']}" for s in states if s["state"] == "loading"]
+        waiting = self.problem or "; ".join(loading)
+        if not self._ready.is_set() and not waiting:
+            waiting = "reading the journal"
+        backend = (
+            NO_BACKEND.format(missing=", ".join(missing)) if missing else "torch, peft and ray are installed"
+        )
+        return {
+            "version": __version__,
+            "tenant": principal.tenant,
+            "ready": self._ready.is_set() and not loading,
+            "waiting_for": waiting or None,
+            "persistence": self.journal.description,
+            "backend": {"installed": not missing, "detail": backend},
+            "models": states,
+        }
+
+    async def add_model(self, principal: Principal, model: str) -> ModelCard:
+        if not principal.admin:
+            raise Forbidden("only the owner of this server may add base models: ask for one that is on offer")
+        card = await self.service.card(principal, model)
+        self.service.driver(card.name).wake()
+        return card
+
+    def tokenizer(self, card: ModelCard) -> dict[str, str]:
+        return {path.name: path.read_text(encoding="utf-8") for path in models.tokenizer_files(card)}
+
+    def _model_state(self, card: ModelCard) -> dict[str, str]:
+        driver = self.service.drivers.get(card.name)
+        worker = self.service.sampling.workers.get(card.name)
+        parts = [part for part in (driver, worker) if part is not None]
+        for status in ("failed", "loading", "ready"):
+            for part in parts:
+                if part.status == status:
+                    return {"name": card.name, "state": status, "detail": part.detail}
+        return {"name": card.name, "state": "idle", "detail": ""}
+
+
+def _journal(settings: Settings) -> Journal:
+    mode = settings.persistence.mode
+    if mode == "disabled":
+        return MemoryJournal()
+    if mode == "file_redis":
+        return SqliteJournal(settings.persistence.file_path)
+    raise ServerError(
+        f"persistence.mode {mode!r} is not offered by this version: use file_redis (a file) or disabled"
+    )

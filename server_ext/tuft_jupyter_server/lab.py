@@ -1,0 +1,123 @@
+"""What the JupyterLab panel reads: the state once, then live records over one websocket.
+
+These routes are Jupyter's: its identity, XSRF check and authorizer apply (resource ``tuft``). They do not count as
+activity, so a panel that is left open does not keep a culled server alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from jupyter_server.auth.decorator import authorized, ws_authenticated
+from jupyter_server.base.handlers import APIHandler, JupyterHandler
+from jupyter_server.base.websocket import WebSocketMixin
+from tornado import web
+from tornado.websocket import WebSocketClosedError, WebSocketHandler
+
+from tuft_jupyter.core import state as fold
+from tuft_jupyter.core.feed import Subscription
+from tuft_jupyter_server.host import Host
+
+COALESCE = 0.12
+"""Seconds for which records are gathered into one message: about eight messages a second at most."""
+GAUGE_SECONDS = 1.0
+
+
+class LabState(APIHandler):
+    """GET: everything the panel shows, as of record ``state.n``."""
+
+    auth_resource = "tuft"
+    _track_activity = False
+
+    def initialize(self, host: Host) -> None:
+        self.host = host
+
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        state = fold.public(self.host.ledger.state)
+        body = {"state": state, "status": self.host.status(self.host.owner)}
+        self.set_header("Content-Type", "application/json")
+        self.finish(msgspec.json.encode(body))
+
+
+class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
+    """Websocket: ``records`` as they happen, ``status`` when it changes, ``gauges`` once a second."""
+
+    auth_resource = "tuft"
+    _track_activity = False
+
+    def initialize(self, host: Host) -> None:
+        self.host = host
+        self._tasks: list[asyncio.Task[None]] = []
+        self._subscription: Subscription | None = None
+
+    @ws_authenticated
+    async def get(self, *args: Any, **kwargs: Any) -> None:
+        await super().get(*args, **kwargs)
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        super().open(*args, **kwargs)
+        self._subscription = self.host.ledger.feed.subscribe(None)
+        since = self.get_query_argument("since", "")
+        if since.isdecimal() and int(since) != self.host.ledger.state.n:
+            self._post({"type": "resync"})
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._send_records(self._subscription)),
+            loop.create_task(self._send_gauges()),
+        ]
+
+    def on_message(self, message: str | bytes) -> None:
+        """The panel has nothing to say."""
+
+    def on_close(self) -> None:
+        super().on_close()
+        for task in self._tasks:
+            task.cancel()
+        if self._subscription is not None:
+            self.host.ledger.feed.unsubscribe(self._subscription)
+
+    async def _send_records(self, subscription: Subscription) -> None:
+        while True:
+            records = await subscription.take()
+            await asyncio.sleep(COALESCE)
+            records += subscription.drain()
+            if subscription.overflowed:
+                subscription.overflowed = False
+                self._post({"type": "resync"})
+            else:
+                shown = [fold.public_record(record) for record in records]
+                await self._write({"type": "records", "records": shown})
+
+    async def _send_gauges(self) -> None:
+        status: dict[str, Any] = {}
+        with self.host.gauges.watched():
+            while True:
+                now = self.host.status(self.host.owner)
+                if now != status:
+                    status = now
+                    await self._write({"type": "status", "status": status})
+                if self.host.gauges.latest:
+                    await self._write({"type": "gauges", **self.host.gauges.latest})
+                await asyncio.sleep(GAUGE_SECONDS)
+
+    async def _write(self, message: dict[str, Any]) -> None:
+        """Send and wait until it left: a reader that is slow slows only its own queue."""
+        try:
+            await self.write_message(msgspec.json.encode(message).decode())
+        except WebSocketClosedError:
+            for task in self._tasks:
+                task.cancel()
+
+    def _post(self, message: dict[str, Any]) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(self._write(message)))
+
+
+def handlers(root: str, host: Host) -> list[tuple[str, type[web.RequestHandler], dict[str, Any]]]:
+    return [
+        (root + "/lab/state", LabState, {"host": host}),
+        (root + "/lab/feed", LabFeed, {"host": host}),
+    ]

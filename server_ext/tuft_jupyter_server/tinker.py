@@ -1,0 +1,215 @@
+"""Tornado handlers of the Tinker API, one per path of the route table.
+
+A handler authenticates by the ``X-API-Key`` header alone (also ``Authorization: Bearer``); cookies are ignored, so a
+page of another site can do nothing here and XSRF tokens are not needed. It refuses oversized bodies while they arrive,
+undoes zstd within the same limit, and gives everything else to :class:`tuft_jupyter.wire.api.Api`. It never redirects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+import zstandard
+from jupyter_server.auth.decorator import allow_unauthenticated
+from tornado.web import HTTPError, RequestHandler, stream_request_body
+
+from tuft_jupyter.core.access import KeyRing
+from tuft_jupyter.core.errors import (
+    NotFound,
+    NotOffered,
+    ServerError,
+    TooLarge,
+    TuftError,
+    UnsupportedMedia,
+    UserError,
+)
+from tuft_jupyter.core.types import JSON, Principal
+from tuft_jupyter.wire.api import Api, Call, Reply, error_reply
+from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access, Route
+
+log = logging.getLogger("tuft_jupyter.http")
+
+METHODS = ("GET", "POST", "PUT", "DELETE")
+
+
+@stream_request_body
+class TinkerHandler(RequestHandler):
+    """One path. ``routes`` maps its methods; an empty map is a path that we do not have."""
+
+    def initialize(
+        self, api: Api, keys: KeyRing, routes: Mapping[str, Route], not_offered: str, max_body: int
+    ) -> None:
+        self.api = api
+        self.keys = keys
+        self.routes = routes
+        self.not_offered = not_offered
+        self.max_body = max_body
+        self.principal = Principal("")
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._answering: asyncio.Task[Reply] | None = None
+
+    def check_xsrf_cookie(self) -> None:
+        """Nothing to check: only a header that other sites cannot set gives access."""
+
+    def set_default_headers(self) -> None:
+        self.set_header("Server", "tuft-jupyter")
+        self.set_header("X-Content-Type-Options", "nosniff")
+
+    def prepare(self) -> None:
+        try:
+            self.route = self._route()
+            if self.route.access is not Access.OPEN:
+                self.principal = self.keys.principal(self._key())
+            self.limit = min(self.route.max_body, self.max_body)
+            announced = self.request.headers.get("Content-Length", "0")
+            if announced.isdecimal() and int(announced) > self.limit:
+                raise self._too_large(int(announced))
+        except TuftError as error:
+            self._send(error_reply(error))
+
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        self._size += len(chunk)
+        if self._size <= self.limit:
+            self._chunks.append(chunk)
+        else:
+            self._chunks.clear()
+        return None
+
+    @allow_unauthenticated
+    async def get(self, **parts: str) -> None:
+        await self._serve(parts)
+
+    @allow_unauthenticated
+    async def post(self, **parts: str) -> None:
+        await self._serve(parts)
+
+    @allow_unauthenticated
+    async def put(self, **parts: str) -> None:
+        await self._serve(parts)
+
+    @allow_unauthenticated
+    async def delete(self, **parts: str) -> None:
+        await self._serve(parts)
+
+    def on_connection_close(self) -> None:
+        """A client that went away is not waited for; the op it asked about goes on."""
+        if self._answering is not None:
+            self._answering.cancel()
+
+    async def _serve(self, parts: Mapping[str, str]) -> None:
+        try:
+            call = Call(self.principal, parts, self._query(), self._body(), self._content_type())
+        except TuftError as error:
+            self._send(error_reply(error))
+            return
+        self._answering = asyncio.ensure_future(self.api.answer(self.route, call))
+        try:
+            self._send(await self._answering)
+        except asyncio.CancelledError:
+            if not self.request.connection.stream.closed():  # type: ignore[union-attr]
+                raise
+        except Exception:
+            log.exception("%s %s failed", self.request.method, self.route.path)
+            self._send(error_reply(ServerError("the server failed to answer; its log says why")))
+
+    def _route(self) -> Route:
+        route = self.routes.get(self.request.method or "")
+        if route is not None:
+            return route
+        what = f"{self.request.method} {self.request.path}"
+        if self.not_offered:
+            self.keys.principal(self._key())
+            raise NotOffered(
+                f"{self.not_offered} is part of the Tinker protocol, but not offered by this server"
+            )
+        if self.routes:
+            raise UserError(f"{what}: this path answers {', '.join(self.routes)}")
+        raise NotFound(f"{what}: there is no such path; the API is described in the documentation")
+
+    def _key(self) -> str | None:
+        headers = self.request.headers
+        bearer = headers.get("Authorization", "")
+        return headers.get("X-API-Key") or (bearer[7:].strip() if bearer[:7].lower() == "bearer " else None)
+
+    def _query(self) -> dict[str, str]:
+        try:
+            return {name: self.get_query_argument(name) for name in self.request.query_arguments}
+        except HTTPError:
+            raise UserError("the query string is not UTF-8") from None
+
+    def _content_type(self) -> str:
+        return self.request.headers.get("Content-Type", JSON)
+
+    def _body(self) -> bytes:
+        if self._size > self.limit:
+            raise self._too_large(self._size)
+        body = b"".join(self._chunks)
+        self._chunks.clear()
+        encoding = self.request.headers.get("Content-Encoding", "identity").lower()
+        if encoding == "identity":
+            return body
+        if encoding != "zstd":
+            raise UnsupportedMedia(f"Content-Encoding {encoding!r} is not read here: send zstd or nothing")
+        return self._decompressed(body)
+
+    def _decompressed(self, body: bytes) -> bytes:
+        try:
+            with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(body) as reader:
+                plain: bytes = reader.read(self.limit + 1)
+        except zstandard.ZstdError as error:
+            raise UserError(f"the body is not valid zstd: {error}") from None
+        if len(plain) > self.limit:
+            raise self._too_large(len(plain))
+        return plain
+
+    def _too_large(self, size: int) -> TooLarge:
+        return TooLarge(
+            f"the body has {size} bytes or more, the limit of {self.route.path} is {self.limit}: "
+            "send fewer datums per request"
+        )
+
+    def _send(self, answer: Reply) -> None:
+        self.set_status(answer.status)
+        self.set_header("Content-Type", answer.content_type)
+        for name, value in answer.headers.items():
+            self.set_header(name, value)
+        self.finish(answer.body)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """What Tornado itself refuses (a malformed request line, a method we do not have)."""
+        error = ServerError("the server failed to answer") if status_code >= 500 else UserError(self._reason)
+        error.status = status_code
+        self._send(error_reply(error))
+
+    def _log(self) -> None:
+        """No access log: a poll that is held is no event, and paths may name what is a tenant's own."""
+        log.debug("%s %s %s", self.get_status(), self.request.method, self.request.path)
+
+
+def handlers(
+    root: str, api: Api, keys: KeyRing, max_body: int
+) -> list[tuple[str, type[TinkerHandler], dict[str, Any]]]:
+    """Tornado rules for the whole table below ``root`` (ending in ``/api/v1``), and for what it does not have."""
+    by_path: dict[str, dict[str, Route]] = {}
+    for route in ROUTES:
+        by_path.setdefault(route.pattern, {})[route.method] = route
+    refused: dict[str, str] = {}
+    for method, path in NOT_OFFERED:
+        pattern = Route(method, path, "", "").pattern
+        refused[pattern] = f"{method} {path}"
+    shared = {"api": api, "keys": keys, "max_body": max_body}
+    rules = [
+        (root + pattern, TinkerHandler, {**shared, "routes": routes, "not_offered": refused.get(pattern, "")})
+        for pattern, routes in by_path.items()
+    ]
+    rules += [
+        (root + pattern, TinkerHandler, {**shared, "routes": {}, "not_offered": name})
+        for pattern, name in refused.items()
+        if pattern not in by_path
+    ]
+    rules.append((root + "/.*", TinkerHandler, {**shared, "routes": {}, "not_offered": ""}))
+    return rules

@@ -1,0 +1,158 @@
+"""What an append promises, for every kind of journal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tuft_jupyter.core.errors import Overloaded, ServerError
+from tuft_jupyter.core.journal import Journal, MemoryJournal, SqliteJournal
+from tuft_jupyter.core.types import Record
+
+Make = Callable[[], Journal]
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+    if request.param == "memory":
+        return MemoryJournal
+    return lambda: SqliteJournal(tmp_path / "journal.sqlite")
+
+
+def line(i: int, blob: bytes | None = None) -> Record:
+    return Record("op_accepted", "alice", {"i": i}, blob=blob)
+
+
+def test_records_are_numbered_without_holes_and_seen_in_order_before_append_returns(make: Make) -> None:
+    async def scenario() -> None:
+        journal, seen = make(), []
+        await journal.open(lambda record: seen.append(record.n))
+
+        async def append(i: int) -> None:
+            record = await journal.append(line(i))
+            assert record.n in seen
+
+        await asyncio.gather(*(append(i) for i in range(50)))
+        assert seen == list(range(1, 51))
+        await journal.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_blob_can_be_read_back_until_it_is_dropped(make: Make) -> None:
+    async def scenario() -> None:
+        journal = make()
+        await journal.open(lambda record: None)
+        record = await journal.append(line(1, b"body"))
+        found = await journal.read(record.n)
+        assert found is not None
+        assert found.blob == b"body"
+        assert found.data == {"i": 1}
+        await journal.drop_blobs([record.n])
+        left = await journal.read(record.n)
+        assert left is None or left.blob is None
+        await journal.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_reopened_file_tells_everything_again_and_goes_on_counting(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        first = SqliteJournal(tmp_path / "j.sqlite")
+        await first.open(lambda record: None)
+        for i in range(5):
+            await first.append(line(i, b"x"))
+        await first.close()
+        told: list[Record] = []
+        second = SqliteJournal(tmp_path / "j.sqlite")
+        await second.open(told.append)
+        assert [record.data["i"] for record in told] == [0, 1, 2, 3, 4]
+        assert (await second.append(line(5))).n == 6
+        await second.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_appended_record_survives_kill_9(tmp_path: Path) -> None:
+    script = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from tuft_jupyter.core.journal import SqliteJournal
+from tuft_jupyter.core.types import Record
+async def main():
+    journal = SqliteJournal(Path(sys.argv[1]))
+    await journal.open(lambda record: None)
+    for i in range(20):
+        await journal.append(Record("k", "t", {"i": i}))
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    path = tmp_path / "j.sqlite"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], env=os.environ, check=False)
+    assert done.returncode == -9
+
+    async def count() -> int:
+        told: list[Record] = []
+        journal = SqliteJournal(path)
+        await journal.open(told.append)
+        await journal.close()
+        return len(told)
+
+    assert asyncio.run(count()) == 20
+
+
+def test_a_second_server_on_the_same_file_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        first = SqliteJournal(tmp_path / "j.sqlite")
+        await first.open(lambda record: None)
+        second = SqliteJournal(tmp_path / "j.sqlite")
+        with pytest.raises(ServerError, match=f"process {os.getpid()}"):
+            await second.open(lambda record: None)
+        await first.close()
+        await second.open(lambda record: None)
+        await second.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    """F6: a full disk refuses new work with a reason, and needs no restart."""
+
+    async def scenario() -> None:
+        path = tmp_path / "j.sqlite"
+        seen: list[int] = []
+        journal = SqliteJournal(path)
+        await journal.open(lambda record: seen.append(record.n))
+        await journal.append(line(1))
+        blocker = sqlite3.connect(path, isolation_level=None)
+        blocker.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON records BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+        )
+        with pytest.raises(Overloaded, match="disk full"):
+            await journal.append(line(2))
+        blocker.execute("DROP TRIGGER full")
+        blocker.close()
+        assert (await journal.append(line(3))).n == 2
+        assert seen == [1, 2]
+        await journal.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_record_with_a_number_that_json_lacks_fails_alone(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        journal = SqliteJournal(tmp_path / "j.sqlite")
+        await journal.open(lambda record: None)
+        with pytest.raises(ValueError, match="JSON"):
+            await journal.append(Record("k", "t", {"loss": float("nan")}))
+        assert (await journal.append(line(1))).n == 1
+        await journal.close()
+
+    asyncio.run(scenario())

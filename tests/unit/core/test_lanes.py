@@ -1,0 +1,138 @@
+"""Order, idempotency and fairness: what the lanes promise."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.lanes import Grant, Lanes
+from tuft_jupyter.core.types import Op, OpKind
+
+
+def op(run: str, seq: int, tokens: int = 0, kind: OpKind = OpKind.FORWARD_BACKWARD, tenant: str = "") -> Op:
+    return Op(f"{run}-{seq}", run, seq, kind, tenant or run, tokens)
+
+
+def work_off(lanes: Lanes, batch: list[Grant]) -> list[str]:
+    """Do what was granted; returns the ids of the ops that ended."""
+    ended = []
+    for grant in batch:
+        grant.entry.done += grant.tokens
+        if grant.entry.op.kind is not OpKind.FORWARD_BACKWARD or grant.entry.done >= grant.entry.op.tokens:
+            lanes.finish(grant)
+            ended.append(grant.entry.op.request_id)
+    return ended
+
+
+def test_the_same_seq_and_bytes_give_the_same_request_id_and_others_are_refused() -> None:
+    lanes = Lanes(512)
+    assert lanes.seen("r", 1, "d1") is None
+    lanes.remember("r", "t", 1, "d1", "id1")
+    assert lanes.seen("r", 1, "d1") == "id1"
+    with pytest.raises(UserError, match="seq_id 1"):
+        lanes.seen("r", 1, "d2")
+    lanes.forget("r", 1)
+    assert lanes.seen("r", 1, "d2") is None
+
+
+def test_a_lane_runs_in_order_of_arrival_and_holes_are_passed_over() -> None:
+    lanes = Lanes(64)
+    for seq, kind in ((3, OpKind.OPTIM_STEP), (7, OpKind.FORWARD_BACKWARD), (5, OpKind.OPTIM_STEP)):
+        lanes.push(op("r", seq, 8, kind), seq)
+    order = []
+    while batch := lanes.next_batch():
+        order += work_off(lanes, batch)
+    assert order == ["r-3", "r-7", "r-5"]
+
+
+def test_chunks_of_one_call_share_a_batch_and_a_step_never_overtakes_them() -> None:
+    lanes = Lanes(512)
+    for seq in (2, 3, 1):
+        lanes.push(op("r", seq, 100), seq)
+    lanes.push(op("r", 4, kind=OpKind.OPTIM_STEP), 4)
+    assert [grant.entry.op.seq for grant in lanes.next_batch()] == [2, 3, 1]
+
+
+def test_a_light_tenant_is_served_in_the_next_batch_beside_a_heavy_one() -> None:
+    lanes = Lanes(512, 256)
+    for seq in range(3):
+        lanes.push(op("heavy", seq, 8192), seq)
+    lanes.next_batch()
+    lanes.push(op("light", 0, 16), 9)
+    batch = lanes.next_batch()
+    assert "light-0" in {grant.entry.op.request_id for grant in batch}
+    assert sum(grant.tokens for grant in batch) <= 256
+
+
+def test_two_heavy_tenants_get_equal_shares() -> None:
+    lanes = Lanes(512, 256)
+    lanes.push(op("a", 0, 100_000), 1)
+    lanes.push(op("b", 0, 100_000), 2)
+    given_to = {"a": 0, "b": 0}
+    for _ in range(50):
+        for grant in lanes.next_batch():
+            given_to[grant.lane.tenant] += grant.tokens
+            grant.entry.done += grant.tokens
+    assert abs(given_to["a"] - given_to["b"]) <= 256
+
+
+def test_many_runs_of_one_tenant_do_not_outweigh_one_run_of_another() -> None:
+    lanes = Lanes(512, 256)
+    for i in range(8):
+        lanes.push(op(f"a{i}", 0, 100_000, tenant="a"), i)
+    lanes.push(op("b", 0, 100_000, tenant="b"), 9)
+    given_to = {"a": 0, "b": 0}
+    for _ in range(50):
+        for grant in lanes.next_batch():
+            given_to[grant.lane.tenant] += grant.tokens
+            grant.entry.done += grant.tokens
+    assert abs(given_to["a"] - given_to["b"]) <= 256
+
+
+def test_a_suspect_runs_alone() -> None:
+    """F11: an op that was in a batch whose worker died is tried by itself, so that its neighbours are spared."""
+    lanes = Lanes(512)
+    lanes.push(op("a", 0, 10), 1)
+    poison = lanes.push(op("b", 0, 10), 2)
+    poison.attempts = 1
+    assert [grant.entry for grant in lanes.next_batch()] == [poison]
+
+
+sizes = st.lists(st.integers(1, 3000), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from("abcdef"), sizes, min_size=1), st.integers(16, 600))
+def test_everything_ends_in_order_and_no_batch_is_empty_or_over_budget(
+    queues: dict[str, list[int]], budget: int
+) -> None:
+    lanes = Lanes(budget)
+    for run, costs in queues.items():
+        for seq, tokens in enumerate(costs):
+            lanes.push(op(run, seq, tokens), seq)
+    ended: list[str] = []
+    for _ in range(100_000):
+        batch = lanes.next_batch()
+        if not batch:
+            break
+        assert 0 < sum(grant.tokens for grant in batch) <= budget
+        ended += work_off(lanes, batch)
+    assert not any(lane.queue for lane in lanes.by_run.values())
+    for run, costs in queues.items():
+        assert [name for name in ended if name.startswith(run)] == [f"{run}-{i}" for i in range(len(costs))]
+
+
+def test_work_is_waited_for_without_polling() -> None:
+    async def scenario() -> None:
+        lanes = Lanes(512)
+        waiting = asyncio.ensure_future(lanes.work())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        lanes.push(op("r", 0, 1), 1)
+        await asyncio.wait_for(waiting, 1)
+
+    asyncio.run(scenario())
