@@ -31,7 +31,7 @@ class RestVerbs(Verbs):
         cursor = cursor_of(call.query, 100, len(mine))
         return reply({"checkpoints": [_checkpoint(c) for c in page], "cursor": cursor})
 
-    async def setchecked_ttl(self, call: Call) -> Reply:
+    async def set_ttl(self, call: Call) -> Reply:
         ttl = checked_ttl(m.decode(m.SetTtl, call.body).ttl_seconds)
         expires = None if ttl is None else self.service.ledger.clock() + ttl
         await self.service.checkpoints.change(call.principal, _path(call), {"expires": expires})

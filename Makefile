@@ -1,0 +1,71 @@
+# Everything a person or CI types. `make demo` and `make test` do all their set-up themselves.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo lab test unit check format bench install system proto clean
+
+help:  ## say what can be typed
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(STAMPS)/installed  ## fine-tune the demo model from a notebook on a real Jupyter server, headless
+	$(BIN)/python examples/demo.py
+
+lab: $(STAMPS)/installed  ## open JupyterLab with the quickstart notebook
+	$(BIN)/jupyter lab examples/quickstart.ipynb
+
+test: $(STAMPS)/installed system  ## run every test: Python, TypeScript, real servers, a real browser
+	npm test -- --silent
+	$(BIN)/python -m pytest -q
+
+unit: $(STAMPS)/installed  ## run the fast tests only (less than a minute)
+	$(BIN)/python -m pytest -q tests/unit
+
+check: $(STAMPS)/installed  ## lint, types, import rules, documentation coverage
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	npm run --silent lint:check
+	$(BIN)/python -m pytest -q tests/unit/test_architecture.py tests/unit/test_docs.py
+
+format: $(STAMPS)/installed  ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
+	npm run --silent lint
+
+bench: $(STAMPS)/installed  ## measure speed and size against a plain PyTorch + PEFT loop
+	$(BIN)/python benchmarks/run.py
+
+install: $(STAMPS)/installed  ## make the virtual environment and build the lab extension
+
+system:  ## install the Debian packages that tests use, where they are missing
+	bash scripts/system_packages.sh
+
+proto: $(STAMPS)/installed  ## generate the protobuf code
+	bash scripts/proto.sh
+
+clean:  ## remove what was built (not the environment)
+	rm -rf labextension/lib labextension/*.tsbuildinfo tuft_jupyter/labextension dist build
+
+$(STAMPS)/venv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	mkdir -p $(STAMPS) && touch $@
+
+# torch first: whatever depends on it then takes the build that is there.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	touch $@
+
+node_modules/.package-lock.json: package-lock.json package.json
+	npm ci --silent
+	touch $@
+
+$(STAMPS)/installed: $(STAMPS)/torch pyproject.toml node_modules/.package-lock.json
+	$(BIN)/pip install --quiet --editable ".[backend,dev]"
+	touch $@
