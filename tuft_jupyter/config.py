@@ -20,7 +20,8 @@ from typing import Any, Self
 import yaml
 
 from tuft_jupyter import home as homes
-from tuft_jupyter.checked import ConfigError, Reader
+from tuft_jupyter.checked import ConfigError as ConfigError
+from tuft_jupyter.checked import Reader
 
 DEFAULT_PORT = 10610
 DEFAULT_RANK_LIMIT = 64

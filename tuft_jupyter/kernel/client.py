@@ -1,0 +1,132 @@
+"""The few HTTP calls the kernel makes itself, on urllib: is it alive, what does it serve, serve this, its
+tokenizer.
+
+It knows the addresses of our routes and nothing else; training and sampling are the SDK's business. It
+promises that no call outlives its timeout, and that a failure is either :class:`Unreachable` or
+:class:`Refused` with the server's own words. Loopback addresses are reached directly, whatever proxies the
+environment names.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+PROBE_SECONDS = 2.0
+CALL_SECONDS = 30.0
+MAX_ANSWER = 256 * 2**20
+
+
+class Unreachable(Exception):
+    """Nothing that speaks HTTP answered in time."""
+
+
+class Refused(Exception):
+    """An answer that is not a success. ``status`` is its HTTP status, the text what the server says."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def normal(address: str) -> str:
+    """An address as we compare and show it: with a scheme, without a trailing slash."""
+    address = address.strip().rstrip("/")
+    return address if "://" in address else f"http://{address}"
+
+
+def is_loopback(address: str) -> bool:
+    host = urllib.parse.urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """``address`` is the root below which ``/api/v1`` lies; ``key`` goes into ``X-API-Key``."""
+
+    address: str
+    key: str = field(default="", repr=False)
+
+    def alive(self) -> bool:
+        """Whether a Tinker-like server answers ``healthz``; no key is sent."""
+        try:
+            return Client(self.address).call("GET", "healthz", timeout=PROBE_SECONDS).get("status") == "ok"
+        except (Unreachable, Refused):
+            return False
+
+    def models(self, timeout: float = CALL_SECONDS) -> list[str]:
+        """The names of the base models offered."""
+        answer = self.call("GET", "get_server_capabilities", timeout=timeout)
+        offered = answer.get("supported_models")
+        if not isinstance(offered, list):
+            raise Refused(200, "the answer is not that of a Tinker server")
+        return [each["model_name"] for each in offered if isinstance(each, dict) and each.get("model_name")]
+
+    def status(self) -> dict[str, Any]:
+        """Readiness as ``%tuft status`` shows it; Refused with 404 by servers that are not ours."""
+        return self.call("GET", "tuft/status")
+
+    def add_model(self, model: str) -> str:
+        """Ask the server to offer and load a model; the name it is served under."""
+        return str(self.call("POST", "tuft/models", {"model": model})["name"])
+
+    def tokenizer(self, model: str) -> dict[str, str]:
+        """The model's tokenizer files by name, as text."""
+        query = urllib.parse.urlencode({"model": model})
+        files = self.call("GET", f"tuft/tokenizer?{query}")["files"]
+        return {str(name): str(text) for name, text in files.items()}
+
+    def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float = CALL_SECONDS
+    ) -> dict[str, Any]:
+        """One request below ``/api/v1``; the answer must be a JSON object."""
+        headers = {"Accept": "application/json"} | ({"X-API-Key": self.key} if self.key else {})
+        data = None
+        if body is not None:
+            data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        request = urllib.request.Request(
+            f"{self.address}/api/v1/{path}", data=data, headers=headers, method=method
+        )
+        try:
+            with _opener(self.address).open(request, timeout=timeout) as response:
+                answer = json.loads(response.read(MAX_ANSWER))
+        except urllib.error.HTTPError as error:
+            raise Refused(error.code, _words(error)) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(str(getattr(error, "reason", error) or type(error).__name__)) from None
+        except ValueError:
+            raise Refused(200, "the answer is not JSON") from None
+        if not isinstance(answer, dict):
+            raise Refused(200, "the answer is not a JSON object")
+        return answer
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect means a login page, never our server; and the key must not follow it."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def _opener(address: str) -> urllib.request.OpenerDirector:
+    direct = [urllib.request.ProxyHandler({})] if is_loopback(address) else []
+    return urllib.request.build_opener(_NoRedirect, *direct)
+
+
+def _words(error: urllib.error.HTTPError) -> str:
+    """What the server says, from our error shape; otherwise the status line."""
+    try:
+        said = json.loads(error.read(64 * 1024))
+        text = said.get("detail") or said.get("error") or said.get("message")
+    except (ValueError, OSError, AttributeError):
+        text = None
+    return str(text or f"{error.code} {error.reason}")

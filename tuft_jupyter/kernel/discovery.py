@@ -1,0 +1,218 @@
+"""Where the server is: the order of places to look, and the test that what answers there is one.
+
+1. ``address=``; 2. a ``TINKER_BASE_URL`` of the user's own; 3. ``TUFT_ADDRESS``; 4.
+``$TUFT_HOME/tuft_current_server``; 5. this user's running daemons and notebook servers; 6.
+``http://127.0.0.1:10610``. The first two are explicit: if they do not answer, that is an error and nothing
+else is tried. The value that the notebook server itself puts into ``TINKER_BASE_URL`` equals ``TUFT_ADDRESS``
+and does not count as the user's own.
+
+It promises to wait at most two seconds for each place, and to hand the user's generated key to no process of
+another user on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tuft_jupyter import home as homes
+from tuft_jupyter.config import DEFAULT_PORT
+from tuft_jupyter.kernel.client import PROBE_SECONDS, Client, Refused, Unreachable, is_loopback, normal
+from tuft_jupyter.kernel.errors import TuftConnectionError
+
+OUR_COMMANDS = ("tuft", "jupyter-tuft")
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A server that answered: where, how it was found, what it offers, and the key it took."""
+
+    address: str
+    source: str
+    models: list[str]
+    key: str = field(repr=False)
+
+    @property
+    def client(self) -> Client:
+        return Client(self.address, self.key)
+
+
+def discover(
+    address: str | None,
+    api_key: str | None,
+    env: Mapping[str, str] = os.environ,
+    *,
+    here: bool = False,
+    note: Note = lambda _: None,
+) -> Found | None:
+    """The first place that answers, None if none does. ``here`` ignores a ``TINKER_BASE_URL`` of the user's
+    own.
+
+    ``note`` is told, in a sentence each, of places that were named but passed over. TuftConnectionError if an
+    explicit place does not answer or refuses the key.
+    """
+    home = homes.home_dir(env)
+    if address:
+        return _explicit(normal(address), "address=", api_key or _key(home, env))
+    own_url = user_base_url(env)
+    if own_url and not here:
+        key = api_key or env.get("TINKER_API_KEY") or _key(home, env)
+        return _explicit(own_url, "TINKER_BASE_URL", key, "; unset it, or use `%tuft init --here`")
+    key = api_key or _key(home, env)
+    given = bool(api_key or env.get("TUFT_API_KEY"))
+    tried: set[str] = set()
+    for place, source in _implicit(home, env):
+        may_be_anybody_s = source in ("address file", "default port") and not given
+        if place in tried or (may_be_anybody_s and _of_another_user(place)):
+            continue
+        tried.add(place)
+        outcome = check(place, key)
+        if isinstance(outcome, list):
+            return Found(place, source, outcome, key)
+        if source in ("TUFT_ADDRESS", "address file"):
+            note(f"{source} says {place}, but {outcome}; looking further")
+    return None
+
+
+def user_base_url(env: Mapping[str, str]) -> str | None:
+    """``TINKER_BASE_URL`` if the user set it, None if it is unset or what the notebook server put there."""
+    url = env.get("TINKER_BASE_URL")
+    if not url or normal(url) == normal(env.get("TUFT_ADDRESS") or "-"):
+        return None
+    return normal(url)
+
+
+def check(address: str, key: str) -> list[str] | str:
+    """The models a server offers to this key, or why it cannot be used, as the end of a sentence.
+
+    Alive is not enough: something else on the port may be. A Tinker server also says what it offers.
+    """
+    client = Client(address, key)
+    if not client.alive():
+        return "no TuFT server answers there"
+    try:
+        return client.models(timeout=PROBE_SECONDS)
+    except Refused as error:
+        if error.status in (401, 403):
+            return f"the server there refuses this key ({error})"
+        return "what answers there is not a TuFT server"
+    except Unreachable:
+        return "the server there does not answer in time"
+
+
+def _explicit(address: str, source: str, key: str, remedy: str = "") -> Found:
+    outcome = check(address, key)
+    if isinstance(outcome, list):
+        return Found(address, source, outcome, key)
+    if "key" in outcome:
+        remedy = "; pass api_key= or set TUFT_API_KEY to a key of that server"
+    raise TuftConnectionError(f"Cannot connect to TuFT at {address} (from {source}): {outcome}{remedy}.")
+
+
+def _key(home: Path, env: Mapping[str, str]) -> str:
+    return env.get("TUFT_API_KEY") or homes.ensure_key(home)
+
+
+def _implicit(home: Path, env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    if env.get("TUFT_ADDRESS"):
+        yield normal(env["TUFT_ADDRESS"]), "TUFT_ADDRESS"
+    current = homes.read_address(home)
+    if current:
+        yield normal(current), "address file"
+    yield from ((place, "running daemon") for place in daemons())
+    yield from ((place, "running Jupyter server") for place in notebook_servers(env))
+    yield f"http://127.0.0.1:{DEFAULT_PORT}", "default port"
+
+
+def daemons() -> Iterator[str]:
+    """Addresses of this user's own ``tuft launch`` processes, newest first."""
+    mine = [p for p in psutil.process_iter() if _is_own(p)]
+    for process in sorted(mine, key=_started, reverse=True):
+        try:
+            arguments = launch_arguments(process.cmdline())
+            if arguments is not None:
+                yield _address(arguments, process.environ())
+        except (psutil.Error, OSError):
+            continue
+
+
+def launch_arguments(command: list[str]) -> list[str] | None:
+    """What follows our command in a command line, None if the process is something else."""
+    names = [Path(part).name for part in command]
+    for n, name in enumerate(names[:4]):
+        rest = command[n + 1 :]
+        if name in OUR_COMMANDS or (names[n - 1 : n + 1] == ["jupyter", "tuft"]):
+            pass
+        elif name == "-m" and rest[:1] == ["tuft_jupyter_server"]:
+            rest = rest[1:]
+        else:
+            continue
+        serves = rest[:1] == ["launch"] or (rest[:1] and rest[0].startswith("-"))
+        return rest if serves else None
+    return None
+
+
+def notebook_servers(env: Mapping[str, str]) -> Iterator[str]:
+    """TuFT below this user's running Jupyter servers, the one that started this kernel first."""
+    try:
+        from jupyter_server.serverapp import list_running_servers
+    except ImportError:
+        return
+    parent = env.get("JPY_PARENT_PID")
+    servers = sorted(list_running_servers(), key=lambda server: str(server.get("pid")) != parent)
+    for server in servers:
+        yield normal(f"{server['url'].rstrip('/')}/tuft")
+
+
+def _address(arguments: list[str], env: Mapping[str, str]) -> str:
+    options = {"--host": env.get("TUFT_HOST"), "--port": env.get("TUFT_PORT")}
+    for n, part in enumerate(arguments):
+        name, equals, value = part.partition("=")
+        name = "--port" if name == "-p" else name
+        if name in options:
+            options[name] = value if equals else "".join(arguments[n + 1 : n + 2])
+    host = options["--host"]
+    if host in (None, "", "0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://{host}:{options['--port'] or DEFAULT_PORT}"
+
+
+def _is_own(process: psutil.Process) -> bool:
+    try:
+        return process.pid != os.getpid() and process.uids().real == os.getuid()
+    except psutil.Error:
+        return False
+
+
+def _started(process: psutil.Process) -> float:
+    try:
+        return float(process.create_time())
+    except psutil.Error:
+        return 0.0
+
+
+def _of_another_user(address: str) -> bool:
+    """Whether a loopback port is held by a process of another user. Linux tells; elsewhere nobody is
+    accused.
+    """
+    if not is_loopback(address):
+        return False
+    parts = urllib.parse.urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    holders = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = Path(table).read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for row in rows:
+            columns = row.split()
+            if columns[3] == "0A" and int(columns[1].rpartition(":")[2], 16) == port:
+                holders.add(int(columns[7]))
+    return bool(holders) and os.getuid() not in holders

@@ -1,0 +1,125 @@
+"""What connecting looks like: the phases as they are reached, and the connection at a glance.
+
+In a notebook one output is drawn and redrawn; elsewhere each phase is a line. Every value is escaped in HTML
+and has a plain text beside it. It knows nothing of servers: it is told names and texts.
+"""
+
+from __future__ import annotations
+
+import html
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+CARD = (
+    "font-family: var(--jp-ui-font-family, sans-serif); font-size: var(--jp-ui-font-size1, 13px);"
+    " color: var(--jp-ui-font-color1, inherit); border-left: 3px solid var(--jp-brand-color1, #1976d2);"
+    " padding: 4px 12px; margin: 4px 0;"
+)
+FAINT = "color: var(--jp-ui-font-color2, #666); padding-right: 12px; text-align: left; vertical-align: top;"
+PLAIN_CELL = "text-align: left; vertical-align: top;"
+
+
+class Table:
+    """Rows of a label and a text, as plain text and as HTML."""
+
+    def __init__(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        self.title = title
+        self.rows = [(label, text) for label, text in rows if text]
+
+    def __repr__(self) -> str:
+        width = max((len(label) for label, _ in self.rows), default=0)
+        lines = []
+        for label, text in self.rows:
+            first, *more = text.splitlines() or [""]
+            lines += [f"  {label:<{width}}  {first}", *(f"  {'':<{width}}  {line}" for line in more)]
+        return "\n".join([self.title, *lines])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<tr style="background: none"><td style="{FAINT}">{html.escape(label)}</td>'
+            f'<td style="{PLAIN_CELL}">{html.escape(text).replace(chr(10), "<br>")}</td></tr>'
+            for label, text in self.rows
+        )
+        title = f"<strong>{html.escape(self.title)}</strong>"
+        return f'<div style="{CARD}">{title}<table style="margin: 4px 0">{rows}</table></div>'
+
+
+class Progress:
+    """Reports phases: ``progress("discovered", "http://... (TUFT_ADDRESS)")``. A phase told again is
+    updated.
+    """
+
+    def __init__(self, title: str = "TuFT") -> None:
+        self.title = title
+        self._phases: dict[str, str] = {}
+        self._began = time.monotonic()
+        self._handle = None
+        self._notebook = _in_notebook()
+
+    def __call__(self, phase: str, text: str) -> None:
+        told = self._phases.get(phase)
+        if told == text:
+            return
+        self._phases[phase] = f"{told}\n{text}" if phase == "note" and told else text
+        if not self._notebook:
+            sys.stdout.write(f"tuft: {phase}: {text}\n")
+            sys.stdout.flush()
+            return
+        from IPython.display import display
+
+        table = Table(self._headline(), self._phases.items())
+        if self._handle is None:
+            self._handle = display(table, display_id=True)
+        else:
+            self._handle.update(table)
+
+    def _headline(self) -> str:
+        return f"{self.title} · {time.monotonic() - self._began:.1f} s"
+
+
+def status_table(address: str, source: str, status: Mapping[str, Any] | None, owned: bool) -> Table:
+    """``%tuft status``: the connection and what its server says of itself."""
+    rows = [("server", address), ("found by", source + (" (ends with this kernel)" if owned else ""))]
+    if status is None:
+        return Table("TuFT: connected", [*rows, ("note", "not a TuFT server of this kind; it tells no more")])
+    backend = status.get("backend") or {}
+    waiting = status.get("waiting_for")
+    rows += [
+        ("version", str(status.get("version") or "")),
+        ("state", "ready" if status.get("ready") else f"waiting for {_words(waiting) or 'its start'}"),
+        ("tenant", str(status.get("tenant") or "")),
+        ("models", "\n".join(_model_line(model) for model in status.get("models") or [])),
+        ("backend", _backend_line(backend)),
+        ("persistence", _words(status.get("persistence"))),
+    ]
+    return Table("TuFT: connected", rows)
+
+
+def _model_line(model: Mapping[str, Any]) -> str:
+    detail = f" ({model['detail']})" if model.get("detail") else ""
+    return f"{model.get('name')}: {model.get('state')}{detail}"
+
+
+def _backend_line(backend: Mapping[str, Any]) -> str:
+    detail = _words(backend.get("detail"))
+    if backend.get("installed"):
+        return detail or "installed"
+    return detail or 'not installed; in the server\'s environment: pip install "tuft-jupyter[backend]"'
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {text}" for key, text in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value or "")
+
+
+def _in_notebook() -> bool:
+    if "IPython" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")
