@@ -28,7 +28,7 @@ from tuft_jupyter.core.errors import (
 )
 from tuft_jupyter.core.types import JSON, Principal
 from tuft_jupyter.wire.api import Api, Call, Reply, error_reply
-from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access, Route
+from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access, Route, pattern_of
 
 log = logging.getLogger("tuft_jupyter.http")
 
@@ -40,7 +40,12 @@ class TinkerHandler(RequestHandler):
     """One path. ``routes`` maps its methods; an empty map is a path that we do not have."""
 
     def initialize(
-        self, api: Api, keys: KeyRing, routes: Mapping[str, Route], not_offered: str, max_body: int
+        self,
+        api: Api,
+        keys: KeyRing,
+        routes: Mapping[str, Route],
+        not_offered: Mapping[str, str],
+        max_body: int,
     ) -> None:
         self.api = api
         self.keys = keys
@@ -120,11 +125,11 @@ class TinkerHandler(RequestHandler):
         route = self.routes.get(self.request.method or "")
         if route is not None:
             return route
+        self.keys.principal(self._key())
         what = f"{self.request.method} {self.request.path}"
-        if self.not_offered:
-            self.keys.principal(self._key())
+        if self.request.method in self.not_offered:
             raise NotOffered(
-                f"{self.not_offered} is part of the Tinker protocol, but not offered by this server"
+                f"{self.not_offered[self.request.method]} is part of the Tinker protocol, but not offered by this server"
             )
         if self.routes:
             raise UserError(f"{what}: this path answers {', '.join(self.routes)}")
@@ -197,19 +202,18 @@ def handlers(
     by_path: dict[str, dict[str, Route]] = {}
     for route in ROUTES:
         by_path.setdefault(route.pattern, {})[route.method] = route
-    refused: dict[str, str] = {}
+    refused: dict[str, dict[str, str]] = {}
     for method, path in NOT_OFFERED:
-        pattern = Route(method, path, "", "").pattern
-        refused[pattern] = f"{method} {path}"
+        refused.setdefault(pattern_of(path), {})[method] = f"{method} {path}"
     shared = {"api": api, "keys": keys, "max_body": max_body}
-    rules = [
-        (root + pattern, TinkerHandler, {**shared, "routes": routes, "not_offered": refused.get(pattern, "")})
-        for pattern, routes in by_path.items()
-    ]
-    rules += [
-        (root + pattern, TinkerHandler, {**shared, "routes": {}, "not_offered": name})
-        for pattern, name in refused.items()
+    rules = [  # what is not offered first: its literal paths would else be taken for ids
+        (root + pattern, TinkerHandler, {**shared, "routes": {}, "not_offered": names})
+        for pattern, names in refused.items()
         if pattern not in by_path
     ]
-    rules.append((root + "/.*", TinkerHandler, {**shared, "routes": {}, "not_offered": ""}))
+    rules += [
+        (root + pattern, TinkerHandler, {**shared, "routes": routes, "not_offered": refused.get(pattern, {})})
+        for pattern, routes in by_path.items()
+    ]
+    rules.append((root + "/.*", TinkerHandler, {**shared, "routes": {}, "not_offered": {}}))
     return rules

@@ -23,6 +23,11 @@ class Access(StrEnum):
     KEY = "key"
 
 
+def pattern_of(path: str) -> str:
+    """``/a/{b}`` as an anchored regular expression with named groups."""
+    return re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path) + "$"
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """``verb`` is the method of :class:`~tuft_jupyter.wire.api.Api`; ``message`` what the body is read as."""
@@ -37,8 +42,7 @@ class Route:
 
     @property
     def pattern(self) -> str:
-        """The path as an anchored regular expression with named groups."""
-        return re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path) + "$"
+        return pattern_of(self.path)
 
 
 BULK = 64 * MIB

@@ -1,0 +1,295 @@
+"""The Tinker routes over real HTTP: access, error shape, sizes and bad input, for every row of the table."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from tornado.httpclient import AsyncHTTPClient, HTTPResponse
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+from tornado.web import Application
+
+from tests.support.scripted_engine import ScriptedEngines
+from tuft_jupyter.config import load_settings
+from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.state import public
+from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access
+from tuft_jupyter_server.host import Host
+from tuft_jupyter_server.tinker import handlers
+
+BOB_KEY = "tml-bob"
+ROOT = "/user/alice/tuft/api/v1"
+
+
+class Server:
+    """A host with scripted engines behind real Tornado handlers, below a path prefix."""
+
+    def __init__(self, home: Path) -> None:
+        settings = load_settings(None, {"TUFT_HOME": str(home)}, {"authorized_users": {BOB_KEY: "bob"}})
+        self.host = Host(settings, engines=ScriptedEngines())
+        self.http = HTTPServer(Application(handlers(ROOT, self.host.api, self.host.keys, 2**22)))
+        socket, self.port = bind_unused_port()
+        self.http.add_socket(socket)
+        self.client = AsyncHTTPClient(force_instance=True)
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        key: str | None = "",
+        headers: dict[str, str] | None = None,
+    ) -> HTTPResponse:
+        """One request; ``key`` "" is the owner's, None sends none."""
+        headers = dict(headers or {})
+        if key is not None:
+            headers["X-API-Key"] = key or self.host.key
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        if method in ("POST", "PUT") and body is None:
+            body = b"{}"
+        url = f"http://127.0.0.1:{self.port}{ROOT}{path}"
+        return await self.client.fetch(url, method=method, body=body, headers=headers, raise_error=False)
+
+    async def post(self, path: str, body: Any, key: str | None = "") -> Any:
+        response = await self.ask("POST", path, body, key)
+        assert response.code == 200, response.body
+        return json.loads(response.body)
+
+    async def new_run(self, key: str = "") -> str:
+        session = (await self.post("/create_session", {}, key))["session_id"]
+        made = {
+            "session_id": session,
+            "model_seq_id": 0,
+            "base_model": "tuft/demo",
+            "lora_config": {"rank": 8},
+        }
+        promise = await self.post("/create_model", made, key)
+        answer = await self.post("/retrieve_future", {"request_id": promise["request_id"]}, key)
+        assert "error" not in answer
+        return f"{session}:train:0"
+
+
+def on_server(tmp_path: Path, body: Callable[[Server], Awaitable[None]]) -> None:
+    async def scenario() -> None:
+        server = Server(tmp_path)
+        await server.host.start()
+        try:
+            async with asyncio.timeout(60):
+                await body(server)
+        finally:
+            server.http.stop()
+            await server.host.stop()
+
+    asyncio.run(scenario())
+
+
+def filled(path: str, **parts: str) -> str:
+    values = {
+        "session": "s",
+        "run": "s:train:0",
+        "sampler": "s:sample:0",
+        "kind": "weights",
+        "name": "n",
+        **parts,
+    }
+    for name, value in values.items():
+        path = path.replace("{" + name + "}", value)
+    return path
+
+
+def refusal(response: HTTPResponse) -> str:
+    """The text of a refusal: always JSON of one shape, never with a traceback, never a 402, 409 or 5xx."""
+    assert response.headers["Content-Type"] == "application/json"
+    body = json.loads(response.body)
+    assert set(body) == {"detail", "error", "category"}
+    assert "Traceback" not in body["detail"]
+    assert 400 <= response.code < 500
+    assert response.code not in (402, 409)
+    return str(body["detail"])
+
+
+def test_every_route_refuses_no_key_with_401_and_a_wrong_one_with_403(tmp_path: Path) -> None:
+    """S1-24, T1: no route is forgotten, because the table is the test's list too."""
+
+    async def body(server: Server) -> None:
+        for method, path in [(r.method, r.path) for r in ROUTES if r.access is Access.KEY] + list(
+            NOT_OFFERED
+        ):
+            for key, code in ((None, 401), ("tml-wrong", 403)):
+                response = await server.ask(method, filled(path), key=key)
+                assert response.code == code, (method, path, key)
+                refusal(response)
+                assert "Set-Cookie" not in response.headers
+        cookie = {"Cookie": "username-127-0-0-1=alice; _xsrf=x"}
+        assert (await server.ask("GET", "/sessions", key=None, headers=cookie)).code == 401
+        assert json.loads((await server.ask("GET", "/healthz", key=None)).body)["status"] == "ok"
+
+    on_server(tmp_path, body)
+
+
+def test_foreign_and_missing_objects_answer_the_same_on_every_route_and_nothing_changes(
+    tmp_path: Path,
+) -> None:
+    """S1-01, T1, T2."""
+
+    async def body(server: Server) -> None:
+        run = await server.new_run()
+        session = run.split(":")[0]
+        before = public(server.host.ledger.state)
+        asked = 0
+        for route in ROUTES:
+            for field, mine, missing in (
+                ("model_id", run, "nobody:train:0"),
+                ("session_id", session, "nobody"),
+            ):
+                in_body = route.message is not None and field in route.message.__struct_fields__
+                paths = [filled(route.path, run=value, session=value) for value in (mine, missing)]
+                if not in_body and paths[0] == paths[1]:
+                    continue
+                others = {"model_seq_id": 7, "sampling_session_seq_id": 7, "seq_id": 9, "path": "n"}
+                others |= {
+                    "base_model": "tuft/demo",
+                    "lora_config": {"rank": 8},
+                    "reason": {"type": "success"},
+                }
+                answers = []
+                for path, value in zip(paths, (mine, missing), strict=True):
+                    sent = {**others, field: value} if route.method in ("POST", "PUT") else None
+                    answers.append(await server.ask(route.method, path, sent, BOB_KEY))
+                said = [refusal(answer) for answer in answers]
+                assert answers[0].code == answers[1].code, (route.path, said)
+                assert said[0].replace(mine, "X") == said[1].replace(missing, "X"), route.path
+                asked += 1
+        assert asked > 12
+        assert public(server.host.ledger.state) == before
+
+    on_server(tmp_path, body)
+
+
+def test_what_is_not_offered_says_so_by_name_and_is_not_retried(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        for method, path in NOT_OFFERED:
+            response = await server.ask(method, filled(path))
+            assert response.code == 404
+            assert f"{method} {path}" in refusal(response)
+        for method, path in (("GET", "/nowhere"), ("POST", "/create_model/x"), ("DELETE", "/create_model")):
+            refusal(await server.ask(method, path))
+
+    on_server(tmp_path, body)
+
+
+BAD = [
+    ("/create_model", {"base_model": "no/such"}, "no/such.*Supported models: tuft/demo"),
+    ("/create_model", {"lora_config": {"rank": 999}}, r"rank: 999 is outside 1\.\.64"),
+    ("/create_model", {"lora_config": {"rank": 0}}, "rank: 0 is outside"),
+    ("/create_model", {"lora_config": {"rank": "8"}}, "lora_config.rank"),
+    ("/create_model", {"session_id": "nope"}, "session 'nope' does not exist"),
+    ("/create_model", {"optimizer_config": {"type": "dimuon"}}, "dimuon"),
+    ("/optim_step", {"adam_params": {"learning_rate": -1}}, "learning_rate: -1.0 must be"),
+    ("/optim_step", b'{"model_id": "RUN", "adam_params": {"learning_rate": NaN}}', "not JSON"),
+    ("/optim_step", b'{"model_id": "RUN", "adam_params": {"learning_rate": 1e999}}', "learning_rate"),
+    ("/optim_step", {"adam_params": {"beta1": 1.5}}, "beta1: 1.5 must be"),
+    ("/optim_step", {"optimizer_params": {"type": "dimuon"}}, "dimuon"),
+    ("/optim_step", {"model_id": "x:train:0"}, "does not exist"),
+    ("/save_weights", {"path": "../../etc/passwd"}, "is not a checkpoint name"),
+    ("/save_weights", {"ttl_seconds": -5}, "ttl_seconds: -5"),
+    ("/load_weights", {"path": "/etc/passwd"}, "no checkpoint path"),
+    ("/load_weights", {"path": "tinker://x:train:0/weights/y"}, "does not exist"),
+    (
+        "/load_weights",
+        {"path": "tinker://x/weights/y", "model_id": None, "session_id": None},
+        "give model_id, or",
+    ),
+    ("/create_sampling_session", {"model_path": None, "base_model": None}, "base_model or model_path"),
+    ("/asample", {"sampling_session_id": "x"}, "sampler 'x' does not exist"),
+    ("/asample", {"num_samples": 10**6}, "num_samples: 1000000 is outside"),
+    ("/retrieve_future", {"request_id": "x"}, "not known here"),
+    ("/forward_backward", b"\xff\xff\xff", "protobuf|truncated|malformed"),
+    ("/forward_backward", b"", "model_id|no datum|data"),
+    ("/create_session", b"{", "not JSON"),
+    ("/create_session", b"[" * 100_000, "not JSON|request body"),
+    ("/create_session", {"tags": "x"}, "tags"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "said"), BAD, ids=[f"{p[1:]}-{i}" for i, (p, _, _) in enumerate(BAD)]
+)
+def test_bad_input_is_refused_at_once_by_name(tmp_path: Path, path: str, change: Any, said: str) -> None:
+    """S1-34: a 4xx that names the field and the way out; nothing is disturbed."""
+
+    async def body(server: Server) -> None:
+        run = await server.new_run()
+        good = {
+            "session_id": run.split(":")[0],
+            "model_seq_id": 3,
+            "sampling_session_seq_id": 3,
+            "base_model": "tuft/demo",
+            "lora_config": {"rank": 8},
+            "model_id": run,
+            "seq_id": 5,
+            "path": "tinker://x/weights/y" if path == "/load_weights" else "name",
+            "sampling_session_id": "x",
+        }
+        before = public(server.host.ledger.state)
+        asked = change.replace(b"RUN", run.encode()) if isinstance(change, bytes) else {**good, **change}
+        headers = {"Content-Type": "application/x-protobuf"} if path == "/forward_backward" else {}
+        detail = refusal(await server.ask("POST", path, asked, headers=headers))
+        assert re.search(said, detail), detail
+        assert public(server.host.ledger.state) == before
+        assert await server.new_run() != run
+
+    on_server(tmp_path, body)
+
+
+def test_a_body_over_the_limit_is_refused_with_413_also_when_it_is_compressed(tmp_path: Path) -> None:
+    """H3: a bomb is not unpacked further than the limit."""
+
+    async def body(server: Server) -> None:
+        response = await server.ask("POST", "/create_session", b"x" * (2**20 + 1))
+        assert response.code == 413
+        assert "limit of /create_session is 1048576" in refusal(response)
+        bomb = zstandard.compress(b"\0" * 2**28)
+        response = await server.ask("POST", "/forward_backward", bomb, headers={"Content-Encoding": "zstd"})
+        assert response.code == 413
+        refusal(response)
+        response = await server.ask(
+            "POST", "/forward_backward", b"junk", headers={"Content-Encoding": "zstd"}
+        )
+        assert "zstd" in refusal(response)
+        response = await server.ask(
+            "POST", "/forward_backward", b"junk", headers={"Content-Encoding": "gzip"}
+        )
+        assert response.code == 415
+
+    on_server(tmp_path, body)
+
+
+def test_a_client_that_goes_away_while_it_waits_leaves_nothing_behind(tmp_path: Path) -> None:
+    """L4: its op goes on, and the answer can still be fetched."""
+
+    async def body(server: Server) -> None:
+        run = await server.new_run()
+        promise = server.host.ledger.promises.open("slow", server.host.owner.tenant, run)
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        text = b'{"request_id": "slow"}'
+        head = f"POST {ROOT}/retrieve_future HTTP/1.1\r\nHost: x\r\nX-API-Key: {server.host.key}\r\n"
+        writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+        while promise.waiters is None:  # noqa: ASYNC110 - the promise itself says when somebody waits
+            await asyncio.sleep(0)
+        (waiting,) = [t for t in asyncio.all_tasks() if t.get_coro().__qualname__ == "Api.answer"]
+        writer.close()
+        await asyncio.wait([waiting], timeout=5)
+        assert waiting.cancelled()
+        server.host.ledger.promises.settle("slow", Answer(b'{"done": 1}'))
+        assert await server.post("/retrieve_future", {"request_id": "slow"}) == {"done": 1}
+
+    on_server(tmp_path, body)
