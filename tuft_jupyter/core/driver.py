@@ -170,7 +170,7 @@ class Driver:
                 grant.lane.resident = False
             await self._failed(grant, outcome.category, outcome.error)
         elif not outcome.finished:
-            grant.entry.done += grant.tokens
+            grant.entry.done = outcome.facts.get("tokens", grant.entry.done + grant.tokens)
         else:
             await self._done(grant, outcome)
 
@@ -232,7 +232,7 @@ class Driver:
                 restore = {"directory": run.snapshot, "optimizer": True}
                 await self._replay(Task("restore", run.id, OpKind.LOAD_WEIGHTS, restore))
             for accepted in run.replay:
-                await self._replay(_replayed(await self.ledger.op(accepted)))
+                await self._replay(self._replayed(await self.ledger.op(accepted)))
         except (TuftError, LookupError) as error:
             log.error("run %s cannot be rebuilt: %s", run.id, error)
             text = f"the state of this run could not be brought back after a restart of its worker: {error}"
@@ -251,6 +251,10 @@ class Driver:
             if outcome.finished:
                 return
             task = Task(task.request_id, task.run, task.kind, task.args, b"", task.content_type, task.grant)
+
+    def _replayed(self, op: Op) -> Task:
+        """An op as it first ran: cut alike, so that sums come out with the same rounding."""
+        return Task(op.request_id, op.run, op.kind, op.args, op.body, op.content_type, self.lanes.budget)
 
     def _snapshot_due(self, lane: Lane) -> bool:
         run = self.ledger.state.runs[lane.run]
@@ -302,7 +306,3 @@ def _task(grant: Grant) -> Task:
     op = grant.entry.op
     body = b"" if grant.entry.sent else op.body
     return Task(op.request_id, op.run, op.kind, op.args, body, op.content_type, grant.tokens)
-
-
-def _replayed(op: Op) -> Task:
-    return Task(op.request_id, op.run, op.kind, op.args, op.body, op.content_type, max(op.tokens, 1))
