@@ -1,0 +1,171 @@
+import { ApiError } from '../api';
+import { Feed } from '../feed';
+import { fromSnapshot, toSnapshot } from '../model';
+import {
+  FakeApi,
+  goldenFeed,
+  goldenState,
+  hidePage,
+  READY,
+  settle
+} from './support';
+
+describe('the feed', () => {
+  let api: FakeApi;
+  let feed: Feed;
+
+  beforeEach(() => {
+    jest.useFakeTimers();
+    api = new FakeApi();
+    feed = new Feed(api);
+  });
+
+  afterEach(() => {
+    feed.dispose();
+    hidePage(false);
+    jest.useRealTimers();
+  });
+
+  async function live(): Promise<void> {
+    feed.watched = true;
+    await settle();
+    api.socket.accept();
+  }
+
+  it('asks for nothing while nobody looks', async () => {
+    await settle();
+    expect([api.asked, api.sockets.length]).toEqual([0, 0]);
+    expect(feed.connection).toBe('asleep');
+  });
+
+  it('starts from a snapshot and takes the records after it', async () => {
+    const records = goldenFeed();
+    await live();
+    expect(feed.connection).toBe('live');
+    expect(api.socket.since).toBe(0);
+    api.socket.send({ type: 'records', records: records.slice(0, 20) });
+    api.socket.send({ type: 'records', records: records.slice(15) });
+    expect(toSnapshot(feed.state)).toEqual(goldenState());
+  });
+
+  it('tells of every message', async () => {
+    await live();
+    let told = 0;
+    feed.changed.connect(() => (told += 1));
+    api.socket.send({ type: 'status', status: { ...READY, ready: false } });
+    api.socket.send({ type: 'gauges', time: 5, cpu: 61 });
+    expect(told).toBe(2);
+    expect(feed.status?.ready).toBe(false);
+    expect(feed.gauges?.cpu).toBe(61);
+  });
+
+  it('reads the time from the server', async () => {
+    await live();
+    api.socket.send({ type: 'gauges', time: 1000 });
+    jest.advanceTimersByTime(2000);
+    expect(feed.now()).toBeCloseTo(1002, 1);
+  });
+
+  it('closes its socket while hidden and then asks for what it missed', async () => {
+    await live();
+    api.socket.send({ type: 'records', records: goldenFeed().slice(0, 12) });
+    feed.watched = false;
+    expect(api.socket.closed).toBe(true);
+    expect(feed.connection).toBe('asleep');
+    await live();
+    expect(api.asked).toBe(1);
+    expect(api.sockets.map(socket => socket.since)).toEqual([0, 12]);
+  });
+
+  it('closes its socket while the page is hidden', async () => {
+    await live();
+    hidePage(true);
+    expect(api.socket.closed).toBe(true);
+    hidePage(false);
+    await settle();
+    expect(api.sockets.length).toBe(2);
+  });
+
+  it('does not listen to a socket that it has closed', async () => {
+    await live();
+    const old = api.socket;
+    feed.watched = false;
+    await live();
+    old.send({ type: 'records', records: goldenFeed() });
+    old.lose();
+    expect(feed.state.n).toBe(0);
+    expect(feed.connection).toBe('live');
+  });
+
+  it('takes a new snapshot after a lost connection', async () => {
+    await live();
+    api.socket.send({ type: 'records', records: goldenFeed() });
+    api.socket.lose();
+    expect(feed.connection).toBe('lost');
+    expect(feed.retryAt).toBeGreaterThan(Date.now());
+    jest.advanceTimersByTime(1500);
+    await settle();
+    expect(api.asked).toBe(2);
+    expect(api.socket.since).toBe(0);
+    expect(toSnapshot(feed.state)).toEqual(
+      toSnapshot(fromSnapshot((await api.answer()).state))
+    );
+  });
+
+  it('waits longer each time while the server does not answer', async () => {
+    api.answer = () =>
+      Promise.reject(new ApiError('unreachable', 'no connection'));
+    feed.watched = true;
+    const waits: number[] = [];
+    for (let i = 0; i < 8; i++) {
+      await settle();
+      waits.push(feed.retryAt! - Date.now());
+      jest.advanceTimersByTime(waits[i]);
+    }
+    [1, 2, 4, 8, 16, 30, 30, 30].forEach((seconds, i) => {
+      expect(waits[i]).toBeGreaterThanOrEqual(seconds * 750);
+      expect(waits[i]).toBeLessThanOrEqual(seconds * 1250);
+    });
+  });
+
+  it('tries at once when asked to', async () => {
+    api.answer = () => Promise.reject(new ApiError('missing', '404'));
+    feed.watched = true;
+    await settle();
+    expect(feed.connection).toBe('missing');
+    feed.retry();
+    await settle();
+    expect(api.asked).toBe(2);
+  });
+
+  it.each(['missing', 'forbidden'] as const)(
+    'says that the server extension is %s',
+    async reason => {
+      api.answer = () => Promise.reject(new ApiError(reason, reason));
+      feed.watched = true;
+      await settle();
+      expect(feed.connection).toBe(reason);
+      expect(api.sockets.length).toBe(0);
+    }
+  );
+
+  it('takes a new snapshot when the server asks for it', async () => {
+    await live();
+    api.socket.send({ type: 'records', records: goldenFeed() });
+    api.socket.send({ type: 'resync' });
+    jest.advanceTimersByTime(1500);
+    await settle();
+    expect(api.asked).toBe(2);
+    expect(api.socket.since).toBe(0);
+  });
+
+  it('leaves nothing behind', async () => {
+    await live();
+    api.socket.lose();
+    feed.dispose();
+    jest.advanceTimersByTime(60000);
+    await settle();
+    expect(api.sockets.length).toBe(1);
+    expect(jest.getTimerCount()).toBe(0);
+  });
+});

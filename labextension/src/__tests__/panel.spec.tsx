@@ -1,0 +1,228 @@
+import { nullTranslator } from '@jupyterlab/translation';
+import { Widget } from '@lumino/widgets';
+import { ApiError, IStateAnswer } from '../api';
+import { Feed } from '../feed';
+import { ISnapshot } from '../model';
+import { TuftPanel } from '../panel';
+import {
+  emptyAnswer,
+  FakeApi,
+  goldenFeed,
+  goldenState,
+  READY,
+  settle
+} from './support';
+
+const plots: { setData: jest.Mock; redraw: jest.Mock; data: unknown }[] = [];
+
+// jsdom has no canvas.
+jest.mock('uplot', () =>
+  jest.fn().mockImplementation((options: { series: unknown[] }, data) => {
+    const plot = {
+      data,
+      series: options.series,
+      over: document.createElement('div'),
+      setData: jest.fn(),
+      redraw: jest.fn(),
+      destroy: jest.fn()
+    };
+    plots.push(plot);
+    return plot;
+  })
+);
+
+class FakeResizeObserver {
+  observe(): void {}
+  disconnect(): void {}
+}
+
+describe('the panel', () => {
+  let api: FakeApi;
+  let feed: Feed;
+  let panel: TuftPanel;
+
+  beforeEach(() => {
+    plots.length = 0;
+    Object.assign(globalThis, { ResizeObserver: FakeResizeObserver });
+    api = new FakeApi();
+    feed = new Feed(api);
+    panel = new TuftPanel(feed, nullTranslator.load('tuft_jupyter'));
+    panel.configure({ metric: 'loss', drawsPerSecond: 1000 });
+  });
+
+  afterEach(() => {
+    panel.dispose();
+    feed.dispose();
+  });
+
+  /** Show the panel over a server that answers so. */
+  async function show(answer: IStateAnswer): Promise<void> {
+    api.answer = async () => answer;
+    Widget.attach(panel, document.body);
+    await settle();
+    api.socket.accept();
+    await eventually(() => expect(texts('[role="status"]')).not.toEqual([]));
+  }
+
+  /** Wait until `check` passes: React and Lumino draw when they find time. */
+  async function eventually(check: () => void): Promise<void> {
+    for (let tries = 0; tries < 200; tries++) {
+      try {
+        return check();
+      } catch {
+        await new Promise(done => setTimeout(done, 5));
+      }
+    }
+    check();
+  }
+
+  function texts(selector: string): string[] {
+    return [...panel.node.querySelectorAll(selector)].map(
+      node => node.textContent ?? ''
+    );
+  }
+
+  function answer(change: (state: ISnapshot) => void = () => {}): IStateAnswer {
+    const state = goldenState();
+    change(state);
+    return { state, status: READY };
+  }
+
+  it('has a name that a screen reader can say', () => {
+    expect(panel.node.getAttribute('role')).toBe('region');
+    expect(panel.node.getAttribute('aria-label')).toBe('Fine-tuning');
+  });
+
+  it('says what to type when there is nothing', async () => {
+    await show(emptyAnswer());
+    await eventually(() =>
+      expect(texts('pre').join()).toContain(
+        '%load_ext tuft_jupyter\n%tuft init'
+      )
+    );
+  });
+
+  it('shows runs with their figures', async () => {
+    await show(answer());
+    await eventually(() => expect(texts('.jp-Tuft-card').length).toBe(2));
+    const cards = texts('.jp-Tuft-card');
+    expect(cards[0]).toContain('tuft/demo: no backend installed');
+    expect(cards[1]).toContain('pirate');
+    expect(cards[1]).toContain('rank 8');
+    expect(cards[1]).toContain('loss2.000');
+  });
+
+  it('S1-45: shows the whole path of every checkpoint, with a copy button', async () => {
+    await show(answer());
+    const paths = goldenState().checkpoints.map(c => c.path);
+    await eventually(() =>
+      expect(texts('[aria-label="Checkpoints"] .jp-Tuft-path').sort()).toEqual(
+        paths.sort()
+      )
+    );
+    const buttons = [...panel.node.querySelectorAll('button[aria-label]')].map(
+      button => button.getAttribute('aria-label')
+    );
+    paths.forEach(path => expect(buttons).toContain(`Copy ${path}`));
+  });
+
+  it('shows names of any kind as text', async () => {
+    const evil = '<img src=x onerror="window.evil = true"><script>1</script>';
+    await show(
+      answer(state => {
+        state.sessions[0].display_name = evil;
+        state.runs[0].base_model = evil;
+        state.checkpoints[0].name = evil;
+        state.runs[1].error = evil;
+      })
+    );
+    await eventually(() => expect(texts('.jp-Tuft-runName')).toContain(evil));
+    expect(texts('.jp-Tuft-error')).toEqual([evil]);
+    expect(panel.node.querySelector('img, script')).toBeNull();
+  });
+
+  it('draws points as records come in', async () => {
+    await show(emptyAnswer());
+    api.socket.send({ type: 'records', records: goldenFeed().slice(0, 9) });
+    await eventually(() => expect(plots[0]?.data).toEqual([[1], [4]]));
+    expect(texts('[role="status"]')).toContain('step 1, loss 4.000');
+    api.socket.send({ type: 'records', records: goldenFeed() });
+    await eventually(() =>
+      expect(plots[0].setData).toHaveBeenLastCalledWith([
+        [1, 2],
+        [4, 2]
+      ])
+    );
+  });
+
+  it('draws again when the theme changes', async () => {
+    await show(answer());
+    await eventually(() => expect(plots.length).toBe(1));
+    const before = plots[0].redraw.mock.calls.length;
+    panel.themeChanged();
+    await eventually(() =>
+      expect(plots[0].redraw.mock.calls.length).toBe(before + 1)
+    );
+  });
+
+  it('puts a run on the chart and takes it away by a click', async () => {
+    await show(answer());
+    const pressed = () =>
+      [...panel.node.querySelectorAll('.jp-Tuft-runName')].map(node =>
+        node.getAttribute('aria-pressed')
+      );
+    await eventually(() => expect(pressed()).toEqual(['false', 'true']));
+    panel.node
+      .querySelector<HTMLElement>('.jp-Tuft-runName[aria-pressed="true"]')!
+      .click();
+    await eventually(() => expect(pressed()).toEqual(['false', 'false']));
+  });
+
+  it('shows the values of the chart as a table', async () => {
+    await show(answer());
+    const button = () =>
+      [...panel.node.querySelectorAll('button')].find(
+        node => node.textContent === 'Table'
+      );
+    await eventually(() => expect(button()).toBeDefined());
+    button()!.click();
+    await eventually(() =>
+      expect(texts('.jp-Tuft-table tbody tr')).toEqual(['22.000', '14.000'])
+    );
+  });
+
+  it.each([
+    ['missing', 'Fine-tuning is not set up on this server'],
+    ['forbidden', 'You may not see fine-tuning on this server'],
+    ['unreachable', 'The notebook server does not answer']
+  ] as const)('stays calm when the server is %s', async (reason, sentence) => {
+    api.answer = () => Promise.reject(new ApiError(reason, ''));
+    Widget.attach(panel, document.body);
+    await eventually(() =>
+      expect(texts('[role="status"]')).toEqual([sentence])
+    );
+  });
+
+  it('S1-04: says how to install a missing backend', async () => {
+    const backend = { installed: false, detail: 'torch is missing' };
+    await show({
+      ...emptyAnswer(),
+      status: { ...READY, ready: false, backend }
+    });
+    await eventually(() =>
+      expect(texts('[role="status"]')).toEqual([
+        'No training backend is installed'
+      ])
+    );
+    expect(texts('pre')).toEqual(['pip install "tuft-jupyter[backend]"']);
+  });
+
+  it('closes the connection while it is hidden', async () => {
+    await show(answer());
+    panel.hide();
+    expect(api.socket.closed).toBe(true);
+    panel.show();
+    expect(api.sockets.length).toBe(2);
+    expect(api.socket.since).toBe(goldenState().n);
+  });
+});

@@ -1,0 +1,125 @@
+/**
+ * The server extension's lab routes: one snapshot over HTTP, then live messages over a websocket.
+ *
+ * Knows addresses and message shapes, and nothing of what is done with them.
+ */
+import { URLExt } from '@jupyterlab/coreutils';
+import { ServerConnection } from '@jupyterlab/services';
+import { IRecord, ISnapshot } from './model';
+
+/** A base model that the server offers. */
+export interface IModelStatus {
+  name: string;
+  state: 'idle' | 'loading' | 'ready' | 'failed';
+  detail: string;
+}
+
+/** How the service is. */
+export interface IStatus {
+  version: string;
+  tenant: string;
+  ready: boolean;
+  /** What the service waits for, in words, or null. */
+  waiting_for: string | null;
+  /** How records are kept: `disabled`, `file_redis`, `redis_url`, ... */
+  persistence: string;
+  backend: { installed: boolean; detail: string };
+  models: IModelStatus[];
+}
+
+/** A process that computes. `cpu` is percent of one core, `memory` bytes. */
+export interface IWorkerGauge {
+  name: string;
+  pid: number;
+  cpu: number;
+  memory: number;
+}
+
+/** `used` and `total` are bytes, `utilization` percent. */
+export interface IGpuGauge {
+  name: string;
+  used: number;
+  total: number;
+  utilization: number;
+}
+
+/** Resource use at one moment. `cpu` is percent of the machine, `loop_lag_ms` how late the server's loop runs. */
+export interface IGauges {
+  time: number;
+  cpu: number;
+  memory: { used: number; total: number };
+  loop_lag_ms: number;
+  workers: IWorkerGauge[];
+  gpus: IGpuGauge[];
+}
+
+/** What the websocket sends. `resync` asks for a new snapshot. */
+export type FeedMessage =
+  | { type: 'records'; records: IRecord[] }
+  | { type: 'status'; status: IStatus }
+  | ({ type: 'gauges' } & IGauges)
+  | { type: 'resync' };
+
+/** The answer to `GET state`. */
+export interface IStateAnswer {
+  state: ISnapshot;
+  status: IStatus;
+}
+
+/** Why there is no answer, in the terms in which a person can mend it. */
+export class ApiError extends Error {
+  constructor(
+    /** `missing`: no server extension; `forbidden`: not allowed; `unreachable`: anything else, worth trying again. */
+    readonly reason: 'missing' | 'forbidden' | 'unreachable',
+    message: string
+  ) {
+    super(message);
+    this.name = 'ApiError';
+  }
+}
+
+/** What the feed needs of a server. */
+export interface IApi {
+  /** The present state and status. Rejects with an {@link ApiError}. */
+  state(): Promise<IStateAnswer>;
+
+  /** A socket with the messages after record `since`. */
+  open(since: number): WebSocket;
+}
+
+/** The lab routes of the server that serves this page. */
+export class Api implements IApi {
+  constructor(private readonly _server: ServerConnection.ISettings) {}
+
+  async state(): Promise<IStateAnswer> {
+    const url = URLExt.join(this._server.baseUrl, 'tuft/lab/state');
+    let response: Response;
+    try {
+      response = await ServerConnection.makeRequest(url, {}, this._server);
+    } catch (error) {
+      throw new ApiError('unreachable', String(error));
+    }
+    if (response.ok) {
+      return response.json();
+    }
+    const reasons: { [status: number]: ApiError['reason'] } = {
+      401: 'forbidden',
+      403: 'forbidden',
+      404: 'missing'
+    };
+    throw new ApiError(
+      reasons[response.status] ?? 'unreachable',
+      `${response.status} ${response.statusText}`
+    );
+  }
+
+  open(since: number): WebSocket {
+    const { wsUrl, token, appendToken } = this._server;
+    const query = new URLSearchParams({ since: String(since) });
+    if (appendToken && token) {
+      query.set('token', token);
+    }
+    const url = URLExt.join(wsUrl, 'tuft/lab/feed');
+    return new this._server.WebSocket(`${url}?${query}`);
+  }
+}

@@ -1,0 +1,194 @@
+/** How the page stands to the server, and what to do where something is missing. */
+import { TranslationBundle } from '@jupyterlab/translation';
+import * as React from 'react';
+import { IStatus } from './api';
+import { Code } from './parts';
+import { IFineTuning } from './tokens';
+
+type Level = 'ok' | 'busy' | 'bad' | 'off';
+
+/** Props of {@link ConnectionHead}. */
+export interface IConnectionProps {
+  source: IFineTuning;
+  onRetry: () => void;
+  trans: TranslationBundle;
+}
+
+/** The dot, the sentence and the line of facts at the top of the panel. */
+export function ConnectionHead(props: IConnectionProps): JSX.Element {
+  const { source, trans } = props;
+  const { connection, status } = source;
+  const [level, text] = judge(source, trans);
+  const stuck =
+    connection === 'lost' ||
+    connection === 'missing' ||
+    connection === 'forbidden';
+  return (
+    <header className="jp-Tuft-head">
+      <div className="jp-Tuft-headLine">
+        <span className={`jp-Tuft-dot jp-mod-${level}`} />
+        <span role="status" className="jp-Tuft-headText">
+          {text}
+        </span>
+        {stuck && (
+          <button className="jp-Tuft-textButton" onClick={props.onRetry}>
+            {trans.__('Try now')}
+          </button>
+        )}
+      </div>
+      {status && <Facts status={status} trans={trans} />}
+      {connection === 'live' && status && (
+        <Trouble status={status} trans={trans} />
+      )}
+    </header>
+  );
+}
+
+function judge(source: IFineTuning, trans: TranslationBundle): [Level, string] {
+  const { connection, status } = source;
+  switch (connection) {
+    case 'asleep':
+      return ['off', trans.__('Paused while nobody looks')];
+    case 'connecting':
+      return ['busy', trans.__('Connecting…')];
+    case 'lost':
+      return ['bad', trans.__('The notebook server does not answer')];
+    case 'missing':
+      return ['off', trans.__('Fine-tuning is not set up on this server')];
+    case 'forbidden':
+      return ['bad', trans.__('You may not see fine-tuning on this server')];
+    case 'live':
+      break;
+  }
+  if (!status || status.ready) {
+    return ['ok', trans.__('Ready')];
+  }
+  if (!status.backend.installed) {
+    return ['bad', trans.__('No training backend is installed')];
+  }
+  if (status.models.some(model => model.state === 'failed')) {
+    return ['bad', trans.__('A model could not be loaded')];
+  }
+  return status.waiting_for
+    ? ['busy', trans.__('Waiting for %1', status.waiting_for)]
+    : ['busy', trans.__('Starting…')];
+}
+
+function Facts(props: {
+  status: IStatus;
+  trans: TranslationBundle;
+}): JSX.Element {
+  const { status, trans } = props;
+  const ready = status.models.filter(model => model.state === 'ready');
+  return (
+    <dl className="jp-Tuft-facts">
+      <div>
+        <dt>{trans.__('Model')}</dt>
+        <dd>
+          {(ready.length ? ready : status.models)
+            .map(model => model.name)
+            .join(', ') || '–'}
+        </dd>
+      </div>
+      <div>
+        <dt>{trans.__('You are')}</dt>
+        <dd>{status.tenant}</dd>
+      </div>
+      <div>
+        <dt>{trans.__('Journal')}</dt>
+        <dd title={status.persistence}>{journalWord(status, trans)}</dd>
+      </div>
+    </dl>
+  );
+}
+
+function journalWord(status: IStatus, trans: TranslationBundle): string {
+  switch (status.persistence) {
+    case 'disabled':
+      return trans.__('in memory: lost at restart');
+    case 'file_redis':
+      return trans.__('on disk: survives a restart');
+    case 'redis_url':
+      return trans.__('in Redis: survives a restart');
+    default:
+      return status.persistence;
+  }
+}
+
+function Trouble(props: {
+  status: IStatus;
+  trans: TranslationBundle;
+}): JSX.Element | null {
+  const { status, trans } = props;
+  const failed = status.models.filter(model => model.state === 'failed');
+  if (!status.backend.installed) {
+    return (
+      <div className="jp-Tuft-trouble">
+        <p>{status.backend.detail}</p>
+        <p>
+          {trans.__(
+            'Install it where the notebook server runs, then restart the server:'
+          )}
+        </p>
+        <Code lines={['pip install "tuft-jupyter[backend]"']} trans={trans} />
+      </div>
+    );
+  }
+  return failed.length ? (
+    <div className="jp-Tuft-trouble">
+      {failed.map(model => (
+        <p key={model.name}>
+          <b>{model.name}</b>: {model.detail}
+        </p>
+      ))}
+    </div>
+  ) : null;
+}
+
+/** What to do when the server extension is not there. */
+export function Missing({ trans }: { trans: TranslationBundle }): JSX.Element {
+  return (
+    <div className="jp-Tuft-welcome">
+      <p>
+        {trans.__(
+          'This panel is here, but its server extension does not answer. Install it in the environment of the notebook server, then restart the server:'
+        )}
+      </p>
+      <Code
+        lines={[
+          'pip install tuft-jupyter',
+          'jupyter server extension enable tuft_jupyter'
+        ]}
+        trans={trans}
+      />
+    </div>
+  );
+}
+
+/** What to type when there is nothing to show yet. */
+export function Welcome(props: {
+  status: IStatus | null;
+  trans: TranslationBundle;
+}): JSX.Element {
+  const { trans } = props;
+  const model = props.status?.models[0]?.name ?? 'tuft/demo';
+  return (
+    <div className="jp-Tuft-welcome">
+      <h3>{trans.__('Nothing is being trained yet')}</h3>
+      <p>
+        {trans.__(
+          'Type this in a notebook. The run and its loss curve appear here with the first step.'
+        )}
+      </p>
+      <Code
+        lines={[
+          '%load_ext tuft_jupyter',
+          '%tuft init',
+          'import tuft_jupyter',
+          `client = tuft_jupyter.create_training_client("${model}")`
+        ]}
+        trans={trans}
+      />
+    </div>
+  );
+}

@@ -1,0 +1,200 @@
+/**
+ * Keeps the page's copy of the state current: a snapshot, then records over one websocket.
+ *
+ * Promises: at most one socket; none while nobody looks; after a lost connection a fresh snapshot, because a server
+ * that was started again may count its records anew; after a pause only the records that were missed. Knows nothing of
+ * how things are drawn.
+ */
+import { IDisposable } from '@lumino/disposable';
+import { ISignal, Signal } from '@lumino/signaling';
+import { ApiError, FeedMessage, IApi, IGauges, IStatus } from './api';
+import { apply, emptyState, fromSnapshot, IState } from './model';
+import { Connection, IFineTuning } from './tokens';
+
+const FIRST_RETRY_MS = 1000;
+const LAST_RETRY_MS = 30000;
+
+/** See the head of the file. */
+export class Feed implements IFineTuning, IDisposable {
+  constructor(private readonly _api: IApi) {
+    document.addEventListener('visibilitychange', this._onLook);
+  }
+
+  get changed(): ISignal<this, void> {
+    return this._changed;
+  }
+
+  get connection(): Connection {
+    return this._connection;
+  }
+
+  get retryAt(): number | null {
+    return this._retryAt;
+  }
+
+  get state(): IState {
+    return this._state;
+  }
+
+  get status(): IStatus | null {
+    return this._status;
+  }
+
+  get gauges(): IGauges | null {
+    return this._gauges;
+  }
+
+  get isDisposed(): boolean {
+    return this._isDisposed;
+  }
+
+  now(): number {
+    return Date.now() / 1000 + this._clockSkew;
+  }
+
+  /** Whether somebody looks at what this feed feeds. The page itself must be visible too. */
+  set watched(watched: boolean) {
+    this._watched = watched;
+    this._onLook();
+  }
+
+  /** Try now what would be tried later. */
+  retry(): void {
+    if (this._awake() && this._connection !== 'live') {
+      this._stop();
+      this._retries = 0;
+      void this._start();
+    }
+  }
+
+  dispose(): void {
+    if (this._isDisposed) {
+      return;
+    }
+    this._isDisposed = true;
+    document.removeEventListener('visibilitychange', this._onLook);
+    this._stop();
+    Signal.clearData(this);
+  }
+
+  private _awake(): boolean {
+    return !this._isDisposed && this._watched && !document.hidden;
+  }
+
+  private _onLook = (): void => {
+    if (this._awake() && this._connection === 'asleep') {
+      void this._start();
+    } else if (!this._awake() && this._connection !== 'asleep') {
+      this._stop();
+      this._gauges = null;
+      this._become('asleep');
+    }
+  };
+
+  private _become(connection: Connection): void {
+    this._connection = connection;
+    this._changed.emit();
+  }
+
+  /** End whatever is under way. What it still answers is of a former attempt, and ignored. */
+  private _stop(): void {
+    this._attempt += 1;
+    window.clearTimeout(this._timer);
+    this._retryAt = null;
+    this._socket?.close();
+    this._socket = null;
+  }
+
+  private async _start(): Promise<void> {
+    const attempt = ++this._attempt;
+    this._retryAt = null;
+    this._become('connecting');
+    if (this._stale) {
+      try {
+        const answer = await this._api.state();
+        if (attempt !== this._attempt) {
+          return;
+        }
+        this._state = fromSnapshot(answer.state);
+        this._status = answer.status;
+        this._stale = false;
+      } catch (error) {
+        if (attempt === this._attempt) {
+          this._failed(error);
+        }
+        return;
+      }
+    }
+    const socket = this._api.open(this._state.n);
+    this._socket = socket;
+    socket.onopen = () => {
+      if (attempt === this._attempt) {
+        this._become('live');
+      }
+    };
+    socket.onmessage = event => {
+      if (attempt === this._attempt) {
+        this._receive(JSON.parse(event.data) as FeedMessage);
+      }
+    };
+    socket.onclose = () => {
+      if (attempt === this._attempt) {
+        this._stale = true;
+        this._retryLater('lost');
+      }
+    };
+  }
+
+  private _receive(message: FeedMessage): void {
+    switch (message.type) {
+      case 'records':
+        message.records.forEach(record => apply(this._state, record));
+        break;
+      case 'status':
+        this._status = message.status;
+        break;
+      case 'gauges':
+        this._gauges = message;
+        this._clockSkew = message.time - Date.now() / 1000;
+        break;
+      case 'resync':
+        this._stale = true;
+        this._retryLater('connecting');
+        return;
+    }
+    this._retries = 0;
+    this._changed.emit();
+  }
+
+  private _failed(error: unknown): void {
+    const reason = error instanceof ApiError ? error.reason : 'unreachable';
+    this._retryLater(reason === 'unreachable' ? 'lost' : reason);
+  }
+
+  /** Wait twice as long each time, and not at the same moment as everybody else. */
+  private _retryLater(connection: Connection): void {
+    this._stop();
+    const wait = Math.min(FIRST_RETRY_MS * 2 ** this._retries, LAST_RETRY_MS);
+    const jittered = wait * (0.75 + Math.random() / 2);
+    this._retries += 1;
+    this._gauges = null;
+    this._retryAt = Date.now() + jittered;
+    this._timer = window.setTimeout(() => void this._start(), jittered);
+    this._become(connection);
+  }
+
+  private _state = emptyState();
+  private _status: IStatus | null = null;
+  private _gauges: IGauges | null = null;
+  private _connection: Connection = 'asleep';
+  private _retryAt: number | null = null;
+  private _clockSkew = 0;
+  private _watched = false;
+  private _stale = true;
+  private _attempt = 0;
+  private _retries = 0;
+  private _timer = 0;
+  private _socket: WebSocket | null = null;
+  private _isDisposed = false;
+  private _changed = new Signal<this, void>(this);
+}

@@ -1,0 +1,123 @@
+/** The run cards. Each is also the switch that puts its run on the chart. */
+import { TranslationBundle } from '@jupyterlab/translation';
+import * as React from 'react';
+import { latest, lineOf, throughput } from './curves';
+import { formatCount, formatValue } from './format';
+import { IRun, IState } from './model';
+import { phaseOf, phaseWord } from './names';
+import { Section } from './parts';
+
+/** Cards in front of the "show all" button. */
+const FIRST_CARDS = 5;
+
+/** Props of {@link Runs}. */
+export interface IRunsProps {
+  state: IState;
+  names: Map<string, string>;
+  shown: ReadonlySet<string>;
+  onToggle: (run: string) => void;
+  now: number;
+  trans: TranslationBundle;
+}
+
+/** All runs, the newest first. */
+export function Runs(props: IRunsProps): JSX.Element {
+  const { state, trans } = props;
+  const [all, setAll] = React.useState(false);
+  const runs = [...state.runs.values()];
+  const newestFirst = runs.map((run, index) => ({ run, index })).reverse();
+  const visible = all ? newestFirst : newestFirst.slice(0, FIRST_CARDS);
+  return (
+    <Section title={trans.__('Runs')} count={runs.length}>
+      <ul className="jp-Tuft-list">
+        {visible.map(({ run, index }) => (
+          <RunCard key={run.id} {...props} run={run} index={index} />
+        ))}
+      </ul>
+      {runs.length > FIRST_CARDS && (
+        <button className="jp-Tuft-textButton" onClick={() => setAll(!all)}>
+          {all
+            ? trans.__('Show the newest only')
+            : trans.__('Show all %1 runs', runs.length)}
+        </button>
+      )}
+    </Section>
+  );
+}
+
+function RunCard(
+  props: IRunsProps & { run: IRun; index: number }
+): JSX.Element {
+  const { run, trans } = props;
+  const name = props.names.get(run.id) ?? run.id;
+  const shown = props.shown.has(run.id);
+  const phase = phaseOf(run, props.now);
+  const rate = phase === 'training' ? throughput(run) : null;
+  const line = lineOf(props.index);
+  const style = { '--tuft-line': `var(${line.colour})` } as React.CSSProperties;
+  const dashed = line.dashed ? ' jp-mod-dashed' : '';
+  return (
+    <li className={`jp-Tuft-card${shown ? ' jp-mod-on' : ''}`} style={style}>
+      <div className="jp-Tuft-cardHead">
+        <button
+          className="jp-Tuft-runName"
+          aria-pressed={shown}
+          title={
+            shown
+              ? trans.__('Hide %1 on the chart (%2)', name, run.id)
+              : trans.__('Show %1 on the chart (%2)', name, run.id)
+          }
+          onClick={() => props.onToggle(run.id)}
+        >
+          <span
+            className={`jp-Tuft-swatch${dashed}${shown ? ' jp-mod-on' : ''}`}
+          />
+          <span className="jp-Tuft-ellipsis">{name}</span>
+        </button>
+        <span className={`jp-Tuft-phase jp-mod-${phase}`}>
+          {phaseWord(phase, trans)}
+        </span>
+      </div>
+      <div className="jp-Tuft-cardSub jp-Tuft-ellipsis" title={run.base_model}>
+        {run.base_model}
+        {run.rank !== null && ` · ${trans.__('rank %1', run.rank)}`}
+      </div>
+      {run.error && <p className="jp-Tuft-error">{run.error}</p>}
+      {run.status !== 'failed' && (
+        <dl className="jp-Tuft-figures">
+          <Figure label={trans.__('step')} value={formatCount(run.step)} />
+          <Figure
+            label={trans.__('loss')}
+            value={formatValue(latest(run, 'loss'))}
+          />
+          {rate === null ? (
+            <Figure
+              label={trans.__('tokens')}
+              value={formatCount(run.tokens)}
+            />
+          ) : (
+            <Figure label={trans.__('tokens/s')} value={formatCount(rate)} />
+          )}
+          <Figure
+            label={trans.__('pending')}
+            title={trans.__('Operations that wait or run')}
+            value={formatCount(run.pending)}
+          />
+        </dl>
+      )}
+    </li>
+  );
+}
+
+function Figure(props: {
+  label: string;
+  value: string;
+  title?: string;
+}): JSX.Element {
+  return (
+    <div title={props.title}>
+      <dt>{props.label}</dt>
+      <dd>{props.value}</dd>
+    </div>
+  );
+}
