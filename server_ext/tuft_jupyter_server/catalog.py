@@ -17,7 +17,9 @@ class ServerCatalog:
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._ledger = ledger
         self._configured = [
-            _card(model.model_name, model.model_path, model.max_model_len)
+            replace(
+                _card(model.model_name, model.model_path, model.max_model_len), max_rank=model.max_lora_rank
+            )
             for model in settings.supported_models
         ]
         if not self._configured:

@@ -6,6 +6,7 @@ see exactly whether an op was lost or applied twice.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ class ScriptedEngine:
         self.steps: list[list[str]] = []
         self.dies_on: Fault = lambda task: False
         self.cannot_start = ""
+        self.hangs = False
         self._left: dict[str, int] = {}
 
     async def start(self) -> None:
@@ -42,6 +44,8 @@ class ScriptedEngine:
         self.alive = False
 
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
+        if self.hangs:
+            await asyncio.Event().wait()
         outcomes = []
         self.steps.append([task.request_id for task in tasks])
         for task in tasks:

@@ -86,7 +86,7 @@ class Runs:
         """Accept a new run with a fresh adapter; ``lora`` may leave ``seed`` out. Returns the request id."""
         found = self.sessions.live(principal, session)
         card = await self._card(principal, base_model)
-        spec = self._lora(lora)
+        spec = self._lora(card, lora)
         args = {
             "session": found.id,
             "base_model": card.name,
@@ -215,11 +215,11 @@ class Runs:
         self.sessions.live(principal, found.session)
         return found
 
-    def _lora(self, lora: Mapping[str, Any]) -> LoraSpec:
-        rank = lora["rank"]
-        if not 1 <= rank <= self.limits.max_rank:
+    def _lora(self, card: ModelCard, lora: Mapping[str, Any]) -> LoraSpec:
+        rank, limit = lora["rank"], card.max_rank or self.limits.max_rank
+        if not 1 <= rank <= limit:
             raise UserError(
-                f"lora_config.rank: {rank} is outside 1..{self.limits.max_rank}, the limit of this server "
+                f"lora_config.rank: {rank} is outside 1..{limit}, the limit for {card.name} on this server "
                 "(max_lora_rank): choose a smaller rank"
             )
         seed = lora.get("seed")

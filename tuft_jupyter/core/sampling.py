@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuft_jupyter.core.access import owned
+from tuft_jupyter.core.completions import Completions
 from tuft_jupyter.core.engine import EngineDied, SamplingEngine
 from tuft_jupyter.core.errors import NotFound, TuftError
 from tuft_jupyter.core.ledger import Ledger
@@ -76,6 +77,7 @@ class Sampling:
         self.ledger = ledger
         self.catalog = catalog
         self.workers: dict[str, Worker] = {}
+        self.completions = Completions()
         self._make_engine = make_engine
         self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._running: set[asyncio.Task[None]] = set()
@@ -132,7 +134,7 @@ class Sampling:
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
         self.ledger.promises.open(request_id, found.tenant, sampler)
-        self._spawn(self._run(found, request_id, body))
+        self._spawn(self._run(found, seq, request_id, body))
         return request_id
 
     async def cancel(self, principal: Principal, request_id: str) -> None:
@@ -157,7 +159,7 @@ class Sampling:
         except (TuftError, EngineDied) as error:
             log.warning("%s cannot sample yet: %s", card.name, error)
 
-    async def _run(self, sampler: Sampler, request_id: str, body: bytes) -> None:
+    async def _run(self, sampler: Sampler, seq: int, request_id: str, body: bytes) -> None:
         answer = Answer(category="server", error="the sampling worker died twice during this request")
         try:
             worker = self.worker(self.catalog.resolve(sampler.base_model))
@@ -180,6 +182,8 @@ class Sampling:
             log.exception("sampling failed")
             answer = Answer(category="server", error=f"sampling failed: {type(bug).__name__}")
         self.ledger.promises.settle(request_id, answer)
+        size = None if answer.body is None else len(answer.body)
+        self.completions.add(sampler.id, seq, request_id, size)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

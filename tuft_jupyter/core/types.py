@@ -210,13 +210,17 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A base model that can be asked for: ``name`` on the wire, ``path`` on the server's disk."""
+    """A base model that can be asked for: ``name`` on the wire, ``path`` on the server's disk.
+
+    ``max_rank`` is the highest LoRA rank the configuration allows on it; 0 leaves it to the server.
+    """
 
     name: str
     path: str
     max_context_length: int
     vocab_size: int
     arch: str
+    max_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

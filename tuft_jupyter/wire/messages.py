@@ -168,6 +168,7 @@ class RequestOnly(Message):
 class PollTarget(Message):
     type: str
     sampling_session_id: str
+    cloned_sampler_id: int = 0
 
 
 class RetrieveFutures(Message):

@@ -104,6 +104,13 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/samplers/{sampler}", "get_sampler", "What a sampler samples from."),
     Route("POST", "/asample", "asample", "Draw tokens.", m.SampleEnvelope, max_body=8 * MIB),
     Route("POST", "/retrieve_future", "retrieve_future", "Wait for a promise.", m.RetrieveFuture),
+    Route(
+        "POST",
+        "/retrieve_futures",
+        "retrieve_futures",
+        "Which requests of a sampler ended: one poll for many samples.",
+        m.RetrieveFutures,
+    ),
     Route("POST", "/cancel_future", "cancel_future", "Stop drawing for a sample request.", m.RequestOnly),
     Route("GET", "/training_runs", "list_runs", "The caller's runs, newest first."),
     Route("GET", "/training_runs/{run}", "get_run", "One run."),
@@ -141,7 +148,6 @@ ROUTES: tuple[Route, ...] = (
 )
 
 NOT_OFFERED: tuple[tuple[str, str], ...] = (
-    ("POST", "/retrieve_futures"),
     ("POST", "/join_sampling_session"),
     ("POST", "/create_custom_loss"),
     ("POST", "/copy_weights"),

@@ -203,7 +203,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, steps: int) -> Non
         await first.service.start()
         run = await first.connect()
         passes = await first.train(run, steps)
-        engines.trainer.dies_on = lambda task: True  # nothing is answered from here on
+        engines.trainer.hangs = True  # nothing is answered from here on
         waiting = await first.forward_backward(run)
         step = await first.optim_step(run)
         shown = public(first.service.state)
@@ -211,7 +211,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, steps: int) -> Non
             task.cancel()
         await first.service.ledger.close()
 
-        engines.trainer.dies_on = lambda task: False
+        engines.trainer.hangs = False
         engines.trainer.kill()
         async with world(tmp_path, journal=SqliteJournal(path), engines=engines) as second:
             assert public(second.service.state)["runs"][0]["id"] == shown["runs"][0]["id"]

@@ -25,6 +25,27 @@ class SamplingVerbs(Verbs):
             return reply(waiting, 408)
         return _answer(answer)
 
+    async def retrieve_futures(self, call: Call) -> Reply:
+        asked = m.decode(m.RetrieveFutures, call.body)
+        if asked.target.type != "sampling_session":
+            raise UserError(f"target.type: {asked.target.type!r} is not known here: use 'sampling_session'")
+        sampler = self.service.sampling.get(call.principal, asked.target.sampling_session_id)
+        wait = self.hold_seconds if asked.timeout is None else min(max(asked.timeout, 0.0), self.hold_seconds)
+        ended, cursor = await self.service.sampling.completions.after(
+            sampler.id, asked.target.cloned_sampler_id, asked.prev_cursor, wait
+        )
+        completions = [
+            {"state": "failed", "request_id": one.request_id}
+            if one.size_bytes is None
+            else {
+                "state": "finished",
+                "request_id": one.request_id,
+                "response_payload_uncompressed_size": one.size_bytes,
+            }
+            for one in ended
+        ]
+        return reply({"completions": completions, "cursor": cursor})
+
     async def cancel_future(self, call: Call) -> Reply:
         asked = m.decode(m.RequestOnly, call.body)
         await self.service.sampling.cancel(call.principal, asked.request_id)

@@ -1,0 +1,67 @@
+"""Write docs/api.md from the route table: ``python scripts/api_docs.py``. A test holds that it is current."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from tuft_jupyter.wire.routes import BULK, MIB, NOT_OFFERED, ROUTES, Access, Route
+
+HEAD = """# API reference
+
+<!-- Written by scripts/api_docs.py from tuft_jupyter/wire/routes.py. -->
+
+The Tinker API, as the stock SDK calls it. All paths lie below `<base url>/tuft/api/v1` in a notebook server and below
+`/api/v1` in a daemon. Send the key as `X-API-Key` (or `Authorization: Bearer`); cookies are ignored. A refusal is a JSON
+object `{"detail", "error", "category"}`: 401 without a key, 403 with one that is unknown or revoked, 404 for what is
+missing or somebody else's, 413 over the size limit, 429 with `Retry-After` where a limit is reached for now, 400 for
+everything that the caller can mend. What fails after it was accepted is answered by `retrieve_future` as
+`{"error", "category"}`.
+
+| method | path | what it does | access | body limit |
+| --- | --- | --- | --- | --- |
+"""
+
+MIDDLE = """
+Bodies of %d MiB at most may be set lower by `max_body_bytes`.
+
+## Request fields
+
+JSON, unless a line says otherwise. Fields that are not listed are read over.
+
+`forward_backward` (and `forward`, for old SDKs) take a protobuf body, see `tuft_jupyter/wire/tuft_wire.proto`; the
+worker also reads the JSON of SDKs before 0.25.
+"""
+
+TAIL = """
+## Not offered by this version
+
+These parts of the protocol answer 404 with their name:
+
+"""
+
+
+def row(route: Route) -> str:
+    access = "open" if route.access is Access.OPEN else "key"
+    return f"| {route.method} | `{route.path}` | {route.doc} | {access} | {route.max_body // MIB} MiB |\n"
+
+
+def fields(route: Route) -> str:
+    if route.message is None or not msgspec.structs.fields(route.message):
+        return ""
+    parts = []
+    for field in msgspec.structs.fields(route.message):
+        parts.append(f"`{field.encode_name}`" + (" (required)" if field.required else ""))
+    return f"\n- **{route.method} `{route.path}`**: " + ", ".join(parts)
+
+
+def text() -> str:
+    listed = "".join(row(route) for route in ROUTES)
+    bodies = "".join(fields(route) for route in ROUTES)
+    absent = "".join(f"- {method} `{path}`\n" for method, path in NOT_OFFERED)
+    return HEAD + listed + MIDDLE % (BULK // MIB) + bodies + "\n" + TAIL + absent
+
+
+if __name__ == "__main__":
+    (Path(__file__).parents[1] / "docs" / "api.md").write_text(text())
