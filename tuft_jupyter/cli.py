@@ -1,5 +1,4 @@
-"""``tuft``: the server as a daemon, and a look at what is there. Also ``jupyter tuft`` and ``python -m
-tuft_jupyter_server``.
+"""``tuft``: the server as a daemon, and a look at it. Also ``jupyter tuft``, ``python -m tuft_jupyter_server``.
 
 Without a verb, ``--config`` means ``launch``, and anything else is the form of TuFT's README:
 ``tuft --port 8080 --checkpoint-dir d --model-config m.yaml``. Flags win over the environment and the file.
