@@ -23,6 +23,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
             monkeypatch.delenv(name)
     monkeypatch.setenv("TUFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setattr(discovery, "daemons", lambda: iter(()))
     monkeypatch.setattr(discovery, "notebook_servers", lambda env: iter(()))
     monkeypatch.setattr(discovery, "DEFAULT_PORT", free_port())

@@ -1,0 +1,136 @@
+"""The tuft command: its spellings, its exit codes, and what it hands to the server."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuft_jupyter import cli
+from tuft_jupyter._version import __version__
+from tuft_jupyter.config import Settings
+
+MODELS = "supported_models: [{model_name: a}]\nport: 1\ncheckpoint_dir: from-file\n"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "TUFT_CONFIG",
+        "TUFT_MODEL_PATH",
+        "TUFT_ADDRESS",
+        "TINKER_BASE_URL",
+        "TUFT_PORT",
+        "TUFT_HOST",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TUFT_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """What the daemon was asked to serve; the daemon itself has its own tests."""
+    asked: list[Settings] = []
+    module: Any = types.ModuleType("tuft_jupyter_server.daemon")
+    module.serve = asked.append
+    monkeypatch.setitem(sys.modules, "tuft_jupyter_server.daemon", module)
+    return asked
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> str:
+    path = tmp_path / "models.yaml"
+    path.write_text(MODELS)
+    return str(path)
+
+
+def test_the_readme_s_command_line_works_as_written(
+    served: list[Settings], models: str, tmp_path: Path
+) -> None:
+    """S1-12, S1-13, S1-14, S1-27: the legacy form; flags win over the file; a missing directory is made."""
+    target = tmp_path / "new" / "checkpoints"
+    arguments = ["--port", "8080", "--checkpoint-dir", str(target), "--model-config", models]
+    assert cli.main(arguments) == 0
+    assert (served[0].port, served[0].checkpoint_dir) == (8080, target)
+    assert [m.model_name for m in served[0].supported_models] == ["a"]
+    assert target.is_dir()
+
+
+def test_the_legacy_form_without_a_model_file_is_refused(
+    served: list[Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S1-14: exit code 2 and the seed's message."""
+    assert cli.main(["--port", "8080", "--checkpoint-dir", "d"]) == 2
+    assert "Model configuration file must be provided via --model-config" in capsys.readouterr().err
+    assert served == []
+
+
+@pytest.mark.parametrize(
+    "form", [["launch", "--config"], ["launch", "-c"], ["--config"], ["launch", "--model-config"]]
+)
+def test_a_daemon_is_launched_in_every_spelling(form: list[str], served: list[Settings], models: str) -> None:
+    """S0-02."""
+    assert cli.main([*form, models]) == 0
+    assert served[0].port == 1
+
+
+def test_flags_reach_the_server(served: list[Settings], models: str) -> None:
+    """S1-15: --host, --log-level; the defaults are the file's and the daemon's own."""
+    cli.main(["launch", "-c", models, "-p", "7", "--host", "10.0.0.1", "--log-level", "debug"])
+    assert (served[0].host, served[0].port, served[0].log_level) == ("10.0.0.1", 7, "debug")
+    cli.main(["launch"])
+    assert (served[1].host, served[1].port, served[1].log_level) == ("127.0.0.1", 10610, "info")
+
+
+def test_launch_takes_the_default_file(
+    served: list[Settings], models: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUFT_CONFIG", models)
+    cli.main(["launch"])
+    assert served[0].file == Path(models)
+
+
+def test_a_wrong_file_is_a_sentence_and_exit_code_1(
+    served: list[Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S1-22: non-zero exit with the reason."""
+    path = tmp_path / "bad.yaml"
+    path.write_text("supported_model: []")
+    assert cli.main(["launch", "--config", str(path)]) == 1
+    assert "did you mean 'supported_models'" in capsys.readouterr().err
+    assert served == []
+
+
+def test_a_port_in_use_is_a_sentence(
+    models: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module: Any = types.ModuleType("tuft_jupyter_server.daemon")
+
+    def serve(settings: Settings) -> None:
+        raise OSError(f"port {settings.port} cannot be used")
+
+    module.serve = serve
+    monkeypatch.setitem(sys.modules, "tuft_jupyter_server.daemon", module)
+    assert cli.main(["launch", "--config", models]) == 1
+    assert capsys.readouterr().err == "tuft: port 1 cannot be used\n"
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """S1-15: --help lists the options of the daemon."""
+    for arguments in ([], ["--help"], ["launch", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for word in ("launch", "status", "doctor", "config", "--host", "--port", "--log-level", __version__):
+        assert word in out
+
+
+def test_config_shows_what_would_be_generated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "--show", "tuft/demo"]) == 0
+    out = capsys.readouterr().out
+    assert "model_name: tuft/demo" in out
+    assert "tml-" not in out
