@@ -21,7 +21,7 @@ export interface IStatus {
   ready: boolean;
   /** What the service waits for, in words, or null. */
   waiting_for: string | null;
-  /** How records are kept: `disabled`, `file_redis`, `redis_url`, ... */
+  /** Where the journal is kept, in words. */
   persistence: string;
   backend: { installed: boolean; detail: string };
   models: IModelStatus[];

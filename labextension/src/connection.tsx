@@ -60,18 +60,27 @@ function judge(source: IFineTuning, trans: TranslationBundle): [Level, string] {
     case 'live':
       break;
   }
-  if (!status || status.ready) {
-    return ['ok', trans.__('Ready')];
+  if (!status) {
+    return ['busy', trans.__('Connecting…')];
   }
   if (!status.backend.installed) {
     return ['bad', trans.__('No training backend is installed')];
   }
-  if (status.models.some(model => model.state === 'failed')) {
-    return ['bad', trans.__('A model could not be loaded')];
+  if (
+    status.models.length > 0 &&
+    status.models.every(model => model.state === 'failed')
+  ) {
+    return ['bad', trans.__('The model could not be loaded')];
   }
-  return status.waiting_for
-    ? ['busy', trans.__('Waiting for %1', status.waiting_for)]
-    : ['busy', trans.__('Starting…')];
+  if (status.ready) {
+    return ['ok', trans.__('Ready')];
+  }
+  return [
+    'busy',
+    status.waiting_for
+      ? trans.__('Waiting: %1', status.waiting_for)
+      : trans.__('Starting…')
+  ];
 }
 
 function Facts(props: {
@@ -96,23 +105,12 @@ function Facts(props: {
       </div>
       <div>
         <dt>{trans.__('Journal')}</dt>
-        <dd title={status.persistence}>{journalWord(status, trans)}</dd>
+        <dd className="jp-Tuft-ellipsis" title={status.persistence}>
+          {status.persistence}
+        </dd>
       </div>
     </dl>
   );
-}
-
-function journalWord(status: IStatus, trans: TranslationBundle): string {
-  switch (status.persistence) {
-    case 'disabled':
-      return trans.__('in memory: lost at restart');
-    case 'file_redis':
-      return trans.__('on disk: survives a restart');
-    case 'redis_url':
-      return trans.__('in Redis: survives a restart');
-    default:
-      return status.persistence;
-  }
 }
 
 function Trouble(props: {
@@ -183,9 +181,9 @@ export function Welcome(props: {
       <Code
         lines={[
           '%load_ext tuft_jupyter',
-          '%tuft init',
+          `%tuft init ${model}`,
           'import tuft_jupyter',
-          `client = tuft_jupyter.create_training_client("${model}")`
+          'run = tuft_jupyter.create_training_client()'
         ]}
         trans={trans}
       />

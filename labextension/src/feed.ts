@@ -1,14 +1,15 @@
 /**
  * Keeps the page's copy of the state current: a snapshot, then records over one websocket.
  *
- * Promises: at most one socket; none while nobody looks; after a lost connection a fresh snapshot, because a server
- * that was started again may count its records anew; after a pause only the records that were missed. Knows nothing of
- * how things are drawn.
+ * Promises: at most one socket; none while nobody looks; no record lost or applied twice; after a lost connection a
+ * fresh snapshot, because a server that was started again may count its records anew. When the server answers `resync`
+ * (it cannot send what came after `since`), records wait while a snapshot is fetched, and those after it are applied.
+ * Knows nothing of how things are drawn.
  */
 import { IDisposable } from '@lumino/disposable';
 import { ISignal, Signal } from '@lumino/signaling';
 import { ApiError, FeedMessage, IApi, IGauges, IStatus } from './api';
-import { apply, emptyState, fromSnapshot, IState } from './model';
+import { apply, emptyState, fromSnapshot, IRecord, IState } from './model';
 import { Connection, IFineTuning } from './tokens';
 
 const FIRST_RETRY_MS = 1000;
@@ -108,22 +109,10 @@ export class Feed implements IFineTuning, IDisposable {
   private async _start(): Promise<void> {
     const attempt = ++this._attempt;
     this._retryAt = null;
+    this._held = null;
     this._become('connecting');
-    if (this._stale) {
-      try {
-        const answer = await this._api.state();
-        if (attempt !== this._attempt) {
-          return;
-        }
-        this._state = fromSnapshot(answer.state);
-        this._status = answer.status;
-        this._stale = false;
-      } catch (error) {
-        if (attempt === this._attempt) {
-          this._failed(error);
-        }
-        return;
-      }
+    if (this._stale && !(await this._load(attempt))) {
+      return;
     }
     const socket = this._api.open(this._state.n);
     this._socket = socket;
@@ -134,6 +123,7 @@ export class Feed implements IFineTuning, IDisposable {
     };
     socket.onmessage = event => {
       if (attempt === this._attempt) {
+        this._retries = 0;
         this._receive(JSON.parse(event.data) as FeedMessage);
       }
     };
@@ -145,9 +135,34 @@ export class Feed implements IFineTuning, IDisposable {
     };
   }
 
+  /** Fetch a snapshot and take it over, unless the attempt ended meanwhile. Whether to go on. */
+  private async _load(attempt: number): Promise<boolean> {
+    const load = ++this._loads;
+    try {
+      const answer = await this._api.state();
+      if (attempt !== this._attempt || load !== this._loads) {
+        return false;
+      }
+      this._state = fromSnapshot(answer.state);
+      this._status = answer.status;
+      this._stale = false;
+      return true;
+    } catch (error) {
+      if (attempt === this._attempt) {
+        const reason = error instanceof ApiError ? error.reason : 'unreachable';
+        this._retryLater(reason === 'unreachable' ? 'lost' : reason);
+      }
+      return false;
+    }
+  }
+
   private _receive(message: FeedMessage): void {
     switch (message.type) {
       case 'records':
+        if (this._held) {
+          this._held.push(...message.records);
+          return;
+        }
         message.records.forEach(record => apply(this._state, record));
         break;
       case 'status':
@@ -158,17 +173,20 @@ export class Feed implements IFineTuning, IDisposable {
         this._clockSkew = message.time - Date.now() / 1000;
         break;
       case 'resync':
-        this._stale = true;
-        this._retryLater('connecting');
+        void this._resync();
         return;
     }
-    this._retries = 0;
     this._changed.emit();
   }
 
-  private _failed(error: unknown): void {
-    const reason = error instanceof ApiError ? error.reason : 'unreachable';
-    this._retryLater(reason === 'unreachable' ? 'lost' : reason);
+  private async _resync(): Promise<void> {
+    this._stale = true;
+    this._held = [];
+    if (await this._load(this._attempt)) {
+      this._held.forEach(record => apply(this._state, record));
+      this._held = null;
+      this._changed.emit();
+    }
   }
 
   /** Wait twice as long each time, and not at the same moment as everybody else. */
@@ -192,6 +210,8 @@ export class Feed implements IFineTuning, IDisposable {
   private _watched = false;
   private _stale = true;
   private _attempt = 0;
+  private _loads = 0;
+  private _held: IRecord[] | null = null;
   private _retries = 0;
   private _timer = 0;
   private _socket: WebSocket | null = null;

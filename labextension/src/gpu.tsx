@@ -78,7 +78,7 @@ function Gauges(props: {
                 'How late the notebook server runs what is due: a large value makes notebooks feel slow'
               )}
             >
-              {trans.__('notebook server')}
+              {trans.__('notebook server loop')}
             </th>
             <td colSpan={2}>
               {trans.__('%1 ms late', loop_lag_ms.toFixed(1))}

@@ -1,6 +1,6 @@
-import { ApiError } from '../api';
+import { ApiError, IStateAnswer } from '../api';
 import { Feed } from '../feed';
-import { fromSnapshot, toSnapshot } from '../model';
+import { apply, emptyState, fromSnapshot, toSnapshot } from '../model';
 import {
   FakeApi,
   goldenFeed,
@@ -149,14 +149,26 @@ describe('the feed', () => {
     }
   );
 
-  it('takes a new snapshot when the server asks for it', async () => {
+  it('loses no record while it takes the snapshot that the server asks for', async () => {
+    const records = goldenFeed();
     await live();
-    api.socket.send({ type: 'records', records: goldenFeed() });
     api.socket.send({ type: 'resync' });
-    jest.advanceTimersByTime(1500);
+    let give: (answer: IStateAnswer) => void = () => undefined;
+    api.answer = () => new Promise(done => (give = done));
+    api.socket.send({ type: 'resync' });
+    const early = records.slice(0, 20).reduce((state, record) => {
+      apply(state, record);
+      return state;
+    }, emptyState());
+    api.socket.send({ type: 'records', records: records.slice(15, 25) });
+    api.socket.send({ type: 'records', records: records.slice(25) });
     await settle();
-    expect(api.asked).toBe(2);
-    expect(api.socket.since).toBe(0);
+    expect(feed.state.n).toBe(0);
+    give({ state: toSnapshot(early), status: READY });
+    await settle();
+    expect(toSnapshot(feed.state)).toEqual(goldenState());
+    expect(api.sockets.length).toBe(1);
+    expect(feed.connection).toBe('live');
   });
 
   it('leaves nothing behind', async () => {
