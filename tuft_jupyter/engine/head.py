@@ -1,24 +1,214 @@
-"""The unembedding of packed rows: logits of chosen positions.
+"""The unembedding of packed rows: logits of chosen positions, and log-probabilities with their losses.
 
-Shapes: M positions, D hidden size, V vocabulary.
+:func:`run` never holds logits of more than a chunk of positions. A chunk's logits become log-probabilities,
+the loss says its slope in them, and the same memory becomes the gradient that goes back into the hidden
+states and into the adapters of the unembedding. Positions that the loss leaves out cost the forward half
+only.
+
+Shapes: N positions of the row, M of a chunk, D hidden size, V vocabulary, K targets per position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tuft_jupyter.engine.lora import MultiLoraLinear
+from tuft_jupyter.engine.lora import MultiLoraLinear, Part
+from tuft_jupyter.engine.losses import Config, Inputs, Loss
 from tuft_jupyter.engine.packing import Segment
 
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits held at once
+_SMALLEST_CHUNK = 64  # positions: below that the matmul is slow
 
-def logits(lm_head: nn.Module, h_MD: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Positions [``cu[0]``, ``cu[-1]``) of the row: the datums of one request, ``cu`` between them.
+
+    ``targets`` int64 [n] or [n, K]; ``inputs`` fp32 of the same shape; ``counts`` (host, [n]) is False where
+    the loss is 0 whatever the model says.
+    """
+
+    cu: tuple[int, ...]
+    targets: Tensor
+    inputs: Inputs
+    counts: NDArray[np.bool_]
+    loss: Loss
+    config: Config
+
+    @property
+    def start(self) -> int:
+        return self.cu[0]
+
+    @property
+    def end(self) -> int:
+        return self.cu[-1]
+
+
+@dataclass(slots=True)
+class SpanResult:
+    """Log-probabilities of the targets, the loss of each, and its slope; all fp32, shaped as the targets."""
+
+    logprobs: Tensor
+    losses: Tensor
+    slopes: Tensor
+
+
+def logits(lm_head: nn.Module, h_MD: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Logits [M, V] of hidden states, in the model's dtype; ``segments`` are of these M positions."""
-    if not isinstance(lm_head, MultiLoraLinear):
-        return F.linear(h_MD, lm_head.weight, lm_head.bias)
-    base = lm_head.base_layer
+    return _logits(_base(lm_head), h_MD, _parts(lm_head, segments))
+
+
+def run(
+    lm_head: nn.Module, h_ND: Tensor, segments: Sequence[Segment], spans: Sequence[Span], *, backward: bool
+) -> tuple[list[SpanResult], Tensor | None]:
+    """The losses of all spans and, with ``backward``, the gradient [N, D] of their sum in ``h_ND``.
+
+    ``spans`` are in order and cover the row. Gradients of adapters on the unembedding itself go to their
+    slots.
+    """
+    with torch.no_grad():
+        work = _Pass(_base(lm_head), _parts(lm_head, segments), h_ND.detach(), spans)
+        dh_ND = torch.empty_like(work.h_ND) if backward else None
+        for start, end in work.chunks(0, len(h_ND)):
+            work.chunk(start, end, dh_ND)
+        return work.results, dh_ND
+
+
+def _base(lm_head: nn.Module) -> nn.Module:
+    return lm_head.base_layer if isinstance(lm_head, MultiLoraLinear) else lm_head
+
+
+def _parts(lm_head: nn.Module, segments: Sequence[Segment]) -> list[Part]:
+    return lm_head.parts(tuple(segments)) if isinstance(lm_head, MultiLoraLinear) else []
+
+
+def _logits(base: nn.Module, h_MD: Tensor, parts: list[Part]) -> Tensor:
     z_MV = F.linear(h_MD, base.weight, base.bias)
-    for start, end, slot in lm_head.parts(segments):
+    for start, end, slot in parts:
         z_MV[start:end].addmm_(torch.mm(h_MD[start:end], slot.a.t()), slot.b.t(), alpha=slot.scale)
     return z_MV
+
+
+def _gather(logp_MV: Tensor, targets: Tensor) -> Tensor:
+    return logp_MV.gather(1, targets.view(len(targets), -1)).view(targets.shape)
+
+
+class _Pass:
+    """One row on its way through the unembedding, chunk by chunk."""
+
+    def __init__(self, base: nn.Module, parts: list[Part], h_ND: Tensor, spans: Sequence[Span]) -> None:
+        self.base, self.parts, self.h_ND, self.spans = base, parts, h_ND, spans
+        self.size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS[h_ND.device.type] // base.weight.shape[0])
+        self.counts = np.concatenate([span.counts for span in spans])
+        self.results = [
+            SpanResult(*(torch.empty(span.targets.shape, device=h_ND.device) for _ in range(3)))
+            for span in spans
+        ]
+        for span, result in zip(self.spans, self.results, strict=True):
+            if span.loss.whole_sequences:
+                self._whole(span, result)
+
+    def chunks(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        for at in range(start, end, self.size):
+            yield at, min(at + self.size, end)
+
+    def chunk(self, start: int, end: int, dh_ND: Tensor | None) -> None:
+        """Fill the results of positions [start, end) and, if given, their gradient."""
+        logp_MV = self._logprobs(start, end)
+        for span, result, at in self._spans_in(start, end):
+            if not span.loss.whole_sequences:
+                logp = _gather(
+                    logp_MV[span.start + at.start - start : span.start + at.stop - start], span.targets[at]
+                )
+                result.logprobs[at] = logp
+                result.losses[at], result.slopes[at] = span.loss.formula(
+                    logp, _cut(span.inputs, at), span.config
+                )
+        if dh_ND is not None:
+            rows = np.flatnonzero(self.counts[start:end])
+            if len(rows) == end - start:
+                self._backward(start, end, None, logp_MV, dh_ND[start:end])
+            else:
+                dh_ND[start:end] = 0
+                if len(rows):
+                    self._backward(start, end, rows, logp_MV, dh_ND[start:end])
+
+    def _backward(
+        self, start: int, end: int, rows: NDArray[np.int64] | None, logp_MV: Tensor, dh_MD: Tensor
+    ) -> None:
+        """Turn ``logp_MV`` into dL/dlogits and carry it to ``dh_MD``.
+
+        ``rows`` are the only ones that count.
+        """
+        h_MD = self.h_ND[start:end]
+        index = None if rows is None else torch.from_numpy(rows).to(h_MD.device)
+        if index is not None:
+            logp_MV, h_MD = logp_MV[index], h_MD[index]
+        dz_MV = logp_MV.exp_()
+        for span, result, at in self._spans_in(start, end):
+            first, last = _inside(rows, span.start + at.start - start, span.start + at.stop - start)
+            slopes, targets = result.slopes[at], span.targets[at]
+            if index is not None:
+                local = index[first:last] + (start - span.start - at.start)
+                slopes, targets = slopes[local], targets[local]
+            slopes, targets = slopes.view(last - first, -1), targets.view(last - first, -1)
+            # d/dz of sum_k slope_k log_softmax(z)[target_k]
+            dz_MV[first:last].mul_(-slopes.sum(1, keepdim=True)).scatter_add_(1, targets, slopes)
+        dz_MV = dz_MV.to(h_MD.dtype)
+        result_MD = torch.mm(dz_MV, self.base.weight)
+        for begin, stop, slot in self.parts:
+            first, last = _inside(rows, max(begin - start, 0), min(stop, end) - start)
+            if first < last:
+                h, dz = h_MD[first:last], dz_MV[first:last]
+                dh_MR = slot.add_gradients(h, torch.mm(h, slot.a.t()), dz)
+                result_MD[first:last].addmm_(dh_MR, slot.a, alpha=slot.scale)
+        if index is None:
+            dh_MD.copy_(result_MD)
+        else:
+            dh_MD[index] = result_MD
+
+    def _whole(self, span: Span, result: SpanResult) -> None:
+        """A loss over whole datums needs all their log-probabilities before it can say any slope."""
+        for start, end in self.chunks(span.start, span.end):
+            at = slice(start - span.start, end - span.start)
+            result.logprobs[at] = _gather(self._logprobs(start, end), span.targets[at])
+        for start, end in pairwise(c - span.start for c in span.cu):
+            at = slice(start, end)
+            result.losses[at], result.slopes[at] = span.loss.formula(
+                result.logprobs[at], _cut(span.inputs, at), span.config
+            )
+
+    def _logprobs(self, start: int, end: int) -> Tensor:
+        parts = [
+            (max(a - start, 0), min(b, end) - start, slot)
+            for a, b, slot in self.parts
+            if a < end and b > start
+        ]
+        return F.log_softmax(_logits(self.base, self.h_ND[start:end], parts), dim=-1, dtype=torch.float32)
+
+    def _spans_in(self, start: int, end: int) -> Iterator[tuple[Span, SpanResult, slice]]:
+        """The spans that meet [start, end), with the stretch of each that lies in it."""
+        for span, result in zip(self.spans, self.results, strict=True):
+            a, b = max(start, span.start), min(end, span.end)
+            if a < b:
+                yield span, result, slice(a - span.start, b - span.start)
+
+
+def _cut(inputs: Inputs, at: slice) -> Inputs:
+    return {name: value[at] for name, value in inputs.items()}
+
+
+def _inside(rows: NDArray[np.int64] | None, start: int, end: int) -> tuple[int, int]:
+    """Where the sorted ``rows`` (None: all) lie that are in [start, end)."""
+    if rows is None:
+        return start, end
+    first, last = np.searchsorted(rows, (start, end)).tolist()
+    return first, last

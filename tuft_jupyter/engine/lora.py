@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,12 @@ from torch import Tensor, nn
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import LoraSpec
 from tuft_jupyter.engine import packing
-from tuft_jupyter.engine.base import BaseModel
+
+if TYPE_CHECKING:
+    from tuft_jupyter.engine.base import BaseModel
 
 _ALIGN = 16  # elements: A and B start on cache lines
+_PAIR = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +145,20 @@ class MultiLoraLinear(PeftLinear):
 class Adapter:
     """One adapter: ``weights`` fp32 [P], ``grads`` fp32 [P] or None if it is only read.
 
-    ``views`` are A and B of each tensor by PEFT's file names, into ``weights``; ``compute`` holds the copy in
-    the model's dtype (the same memory if that is fp32).
+    ``layout`` says where each tensor lies in such a vector, by PEFT's file names; ``compute`` holds the copy
+    of the weights in the model's dtype (the same memory if that is fp32).
     """
 
     name: str
     config: LoraConfig
+    layout: Mapping[str, tuple[int, torch.Size]]
     weights: Tensor
     grads: Tensor | None
     compute: Tensor
-    views: dict[str, Tensor] = field(default_factory=dict)
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a vector [P] (weights, gradients, moments) by tensor name."""
+        return {name: _view(vector, *place) for name, place in self.layout.items()}
 
     def refresh(self) -> None:
         """Carry changed weights over to the copy that the layers compute with."""
@@ -237,46 +244,47 @@ class AdapterBank:
         return {path: m for path, m in self.base.hf.named_modules() if isinstance(m, MultiLoraLinear)}
 
     def _allocate(self, peft_name: str, config: LoraConfig, trainable: bool) -> Adapter:
-        sizes = []
-        for layer in self._layers().values():
+        layout: dict[str, tuple[int, torch.Size]] = {}
+        total = 0
+        for path, layer in self._layers().items():
             if peft_name in layer.lora_A:
-                sizes += [layer.lora_A[peft_name].weight.shape, layer.lora_B[peft_name].weight.shape]
-        total = sum(_padded(shape.numel()) for shape in sizes)
+                for which in _PAIR:
+                    shape = getattr(layer, which)[peft_name].weight.shape
+                    layout[_file_name(path, which)] = (total, shape)
+                    total += -(-shape.numel() // _ALIGN) * _ALIGN
         device, dtype = self.base.device, self.base.dtype
         weights = torch.zeros(total, device=device)
         return Adapter(
             name=peft_name,
             config=config,
+            layout=layout,
             weights=weights,
             grads=torch.zeros(total, device=device) if trainable else None,
             compute=weights if dtype == torch.float32 else torch.zeros(total, device=device, dtype=dtype),
         )
 
     def _bind(self, name: str, adapter: Adapter) -> None:
-        """Point PEFT's parameters and the layers' slots at the flat vectors."""
-        offset = 0
+        """Point PEFT's parameters and the layers' slots into the flat vectors."""
         for path, layer in self._layers().items():
             if adapter.name not in layer.lora_A:
                 continue
-            found: dict[str, tuple[Tensor, Tensor | None]] = {}
-            for which in ("lora_A", "lora_B"):
-                linear = getattr(layer, which)[adapter.name]
-                shape = linear.weight.shape
-                span = slice(offset, offset + shape.numel())
-                offset += _padded(shape.numel())
-                view = adapter.weights[span].view(shape)
-                linear.weight = nn.Parameter(view, requires_grad=False)
-                adapter.views[f"base_model.model.{path}.{which}.weight"] = view
-                found[which] = (
-                    adapter.compute[span].view(shape),
-                    None if adapter.grads is None else adapter.grads[span].view(shape),
-                )
-            (a, grad_a), (b, grad_b) = found["lora_A"], found["lora_B"]
+            places = [adapter.layout[_file_name(path, which)] for which in _PAIR]
+            for which, place in zip(_PAIR, places, strict=True):
+                weight = nn.Parameter(_view(adapter.weights, *place), requires_grad=False)
+                getattr(layer, which)[adapter.name].weight = weight
+            a, b = (_view(adapter.compute, *place) for place in places)
+            grad_a, grad_b = (
+                None if adapter.grads is None else _view(adapter.grads, *place) for place in places
+            )
             layer.slots[name] = Slot(a, b, layer.scaling[adapter.name], grad_a, grad_b)
 
 
-def _padded(elements: int) -> int:
-    return -(-elements // _ALIGN) * _ALIGN
+def _view(vector: Tensor, offset: int, shape: torch.Size) -> Tensor:
+    return vector[offset : offset + shape.numel()].view(shape)
+
+
+def _file_name(path: str, which: str) -> str:
+    return f"base_model.model.{path}.{which}.weight"
 
 
 @torch.no_grad()
@@ -287,7 +295,7 @@ def initialize(adapter: Adapter, seed: int) -> None:
     Drawn on the CPU, so that a seed means the same adapter on every device.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, view in adapter.views.items():
+    for name, view in adapter.split(adapter.weights).items():
         if ".lora_A." in name:
             bound = 1 / math.sqrt(view.shape[1])
             view.copy_(torch.empty(view.shape).uniform_(-bound, bound, generator=generator))

@@ -1,0 +1,106 @@
+"""What a forward or forward_backward request must be before any of it is run.
+
+Knows shapes, numbers and limits, not models. Every refusal names the datum, the field, the limit and how to
+mend it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.types import AdamParams, Datum, ForwardBackward
+from tuft_jupyter.engine.losses import Loss, resolve
+
+
+def check_request(request: ForwardBackward, *, vocab_size: int, max_length: int) -> None:
+    """UserError unless every datum can be run and the loss is known and rightly configured."""
+    loss, _ = resolve(request.loss_fn, request.loss_config)
+    if not request.data:
+        raise UserError("data: the batch is empty; send at least one datum")
+    for i, datum in enumerate(request.data):
+        _check_datum(f"datum {i}", datum, loss, vocab_size, max_length)
+
+
+def _check_datum(where: str, datum: Datum, loss: Loss, vocab_size: int, max_length: int) -> None:
+    length = len(datum.tokens)
+    if length == 0:
+        raise UserError(f"{where}: model_input has no tokens; drop it or give it at least one")
+    if length > max_length:
+        raise UserError(
+            f"{where}: model_input has {length} tokens, the model takes at most {max_length}; "
+            "shorten or split it"
+        )
+    _check_ids(f"{where}: model_input", datum.tokens, vocab_size)
+    targets = datum.inputs.get("target_tokens")
+    if targets is None:
+        raise UserError(f'{where}: loss_fn "{loss.name}" needs target_tokens; add one target per token')
+    if targets.dtype.kind not in "iu":
+        raise UserError(f"{where}: target_tokens must be integers (int64), not {targets.dtype}")
+    shapes = "[N] or [N, K]" if loss.many_targets else "[N]"
+    if targets.ndim not in ((1, 2) if loss.many_targets else (1,)) or 0 in targets.shape:
+        raise UserError(
+            f'{where}: target_tokens has shape {list(targets.shape)}; "{loss.name}" takes {shapes}, '
+            "N the number of tokens"
+        )
+    _check_length(f"{where}: target_tokens", targets, length)
+    _check_ids(f"{where}: target_tokens", targets, vocab_size)
+    for name in loss.inputs:
+        value = datum.inputs.get(name)
+        if value is None:
+            if name in loss.required:
+                raise UserError(f'{where}: loss_fn "{loss.name}" needs {name}; add one number per token')
+        else:
+            _check_numbers(f"{where}: {name}", value, targets)
+    extra = datum.inputs.get("weights")
+    if extra is not None and "weights" not in loss.inputs and not np.all(extra == 1):
+        raise UserError(
+            f'{where}: weights: loss_fn "{loss.name}" has no weights; multiply the advantages by them instead'
+        )
+
+
+def _check_ids(where: str, ids: NDArray[Any], vocab_size: int) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise UserError(
+            f"{where}: token id {bad} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}); "
+            "use the tokenizer of this base model"
+        )
+
+
+def _check_length(where: str, values: NDArray[Any], length: int) -> None:
+    if len(values) != length:
+        raise UserError(
+            f"{where} has {len(values)} rows for {length} tokens; give one per token of model_input"
+        )
+
+
+def _check_numbers(where: str, values: NDArray[Any], targets: NDArray[Any]) -> None:
+    if values.dtype.kind not in "fiu":
+        raise UserError(f"{where} must be numbers (float32), not {values.dtype}")
+    if values.shape != targets.shape:
+        raise UserError(
+            f"{where} has shape {list(values.shape)}, target_tokens {list(targets.shape)}; make them equal"
+        )
+    if not np.isfinite(values).all():
+        at = int(np.flatnonzero(~np.isfinite(values.reshape(-1)))[0])
+        raise UserError(
+            f"{where} is not finite at element {at} ({values.reshape(-1)[at]}); use 0 to leave it out"
+        )
+
+
+def check_adam(params: AdamParams) -> None:
+    """UserError naming the field of ``adam_params`` that no step can be taken with."""
+    for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+        value = getattr(params, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"adam_params: {name} must be a finite number of at least 0, not {value}")
+    for name in ("beta1", "beta2"):
+        value = getattr(params, name)
+        if not 0 <= value < 1:
+            raise UserError(f"adam_params: {name} must be in [0, 1), not {value}")

@@ -1,0 +1,133 @@
+"""One batch of requests on its way through the model, forward and back.
+
+Rows of all requests are packed into micro-batches; each is one pass of the decoder and one of the head.
+Gradients go to the adapters' accumulators; the caller undoes them if :meth:`Pass.run` raises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import numpy as np
+import torch
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.types import Datum, FloatArray, ForwardBackward, ForwardBackwardResult
+from tuft_jupyter.engine import head, packing
+from tuft_jupyter.engine.base import BaseModel
+from tuft_jupyter.engine.losses import Config, Loss, resolve
+
+Item = tuple[str, ForwardBackward]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Datum ``index`` of item ``item`` of a batch."""
+
+    item: int
+    index: int
+    datum: Datum
+
+
+class Pass:
+    """One batch on its way through the model; ``budget`` bounds the tokens of a micro-batch."""
+
+    def __init__(self, base: BaseModel, batch: Sequence[Item], budget: int) -> None:
+        self.base = base
+        self.batch = batch
+        self.budget = budget
+        self.losses: list[tuple[Loss, Config]] = [resolve(r.loss_fn, r.loss_config) for _, r in batch]
+        self.logprobs: list[list[FloatArray]] = [[np.empty(0, np.float32)] * len(r.data) for _, r in batch]
+        self.sums: list[list[float]] = [[0.0] * len(r.data) for _, r in batch]
+        self.weights = [0.0] * len(batch)
+
+    def run(self) -> list[ForwardBackwardResult]:
+        for backward in (False, True):
+            rows = [
+                _Row(i, j, datum)
+                for i, (_, request) in enumerate(self.batch)
+                if request.backward is backward
+                for j, datum in enumerate(request.data)
+            ]
+            if rows:
+                lengths = [len(row.datum.tokens) for row in rows]
+                runs = [self.batch[row.item][0] for row in rows]
+                for chosen in packing.micro_batches(lengths, runs, self.budget):
+                    self._micro_batch([rows[i] for i in chosen], [lengths[i] for i in chosen], backward)
+        return [self._result(i) for i in range(len(self.batch))]
+
+    def _micro_batch(self, rows: list[_Row], lengths: list[int], backward: bool) -> None:
+        base = self.base
+        runs = [self.batch[row.item][0] for row in rows]
+        packed = packing.causal(lengths, runs, base.device)
+        groups, spans, start = [], [], 0
+        for (item, _), group in groupby(
+            rows, key=lambda row: (row.item, row.datum.inputs["target_tokens"].shape[1:])
+        ):
+            members = list(group)
+            groups.append(members)
+            spans.append(self._span(item, [row.datum for row in members], start))
+            start = spans[-1].end
+        ids = torch.from_numpy(np.concatenate([row.datum.tokens for row in rows]).astype(np.int64))
+        hidden, pull = base.run(
+            packed, ids.to(base.device), packing.positions(packed.cu, base.device), backward=backward
+        )
+        results, gradient = head.run(base.lm_head, hidden, packed.segments, spans, backward=backward)
+        if gradient is not None:
+            pull(gradient)
+        for members, span, result in zip(groups, spans, results, strict=True):
+            self._collect(members, span, result)
+
+    def _span(self, item: int, datums: list[Datum], start: int) -> head.Span:
+        loss, config = self.losses[item]
+        lengths = [len(datum.tokens) for datum in datums]
+        targets = np.concatenate([datum.inputs["target_tokens"] for datum in datums]).astype(np.int64)
+        inputs = {}
+        for name in loss.inputs:
+            given = [datum.inputs.get(name) for datum in datums]
+            if name in config and all(value is None for value in given):
+                continue
+            default = loss.default(name, config)
+            inputs[name] = np.concatenate(
+                [
+                    np.full(datum.inputs["target_tokens"].shape, default, np.float32)
+                    if value is None
+                    else value
+                    for datum, value in zip(datums, given, strict=True)
+                ]
+            ).astype(np.float32)
+        weight = inputs[loss.weight]
+        present = weight != 0
+        self.weights[item] += loss.weight_sum(weight)
+        counts = present.reshape(len(targets), -1).any(1) if loss.sparse else np.ones(len(targets), np.bool_)
+        device = self.base.device
+        return head.Span(
+            cu=tuple(start + edge for edge in packing.boundaries(lengths)),
+            targets=torch.from_numpy(targets).to(device),
+            inputs={name: torch.from_numpy(value).to(device) for name, value in inputs.items()},
+            counts=counts,
+            loss=loss,
+            config=config,
+        )
+
+    def _collect(self, members: list[_Row], span: head.Span, result: head.SpanResult) -> None:
+        logprobs, losses = result.logprobs.cpu().numpy(), result.losses.cpu().numpy()
+        for row, (start, end) in zip(members, pairwise(span.cu), strict=True):
+            at = slice(start - span.start, end - span.start)
+            self.logprobs[row.item][row.index] = logprobs[at]
+            self.sums[row.item][row.index] = float(losses[at].sum(dtype=np.float64))
+
+    def _result(self, item: int) -> ForwardBackwardResult:
+        for i, value in enumerate(self.sums[item]):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"datum {i}: the loss is {value}. Either `logprobs` are too far from the model's own, or the "
+                    "adapter has diverged: load a checkpoint and use a lower learning rate"
+                )
+        loss_sum = math.fsum(self.sums[item])
+        return ForwardBackwardResult(
+            self.logprobs[item], loss_sum, self.weights[item], {"loss:sum": loss_sum}
+        )

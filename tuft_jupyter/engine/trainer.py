@@ -1,0 +1,209 @@
+"""The PEFT trainer: many adapters in training over one frozen base model.
+
+Implements :class:`~tuft_jupyter.core.engine.Trainer` in plain torch. One call packs the datums of several
+runs into token-budget micro-batches (:mod:`packing`), runs the base model once over each with every run's
+adapter on its own tokens (:mod:`lora`), and lets the fused head (:mod:`head`) turn each request's loss into
+gradients, which add up per run until its ``optim_step``. Knows nothing of requests' bytes, queues or tenants.
+
+Promises: a run's numbers are those it would get alone; a request that fails leaves no trace in any gradient
+and fails alone; the same calls in the same order give the same bits (on one thread count).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tuft_jupyter.core.errors import NotFound, ServerError, TuftError, UserError
+from tuft_jupyter.core.types import (
+    AdamParams,
+    ForwardBackward,
+    ForwardBackwardResult,
+    LoraSpec,
+)
+from tuft_jupyter.engine import checkpoint
+from tuft_jupyter.engine.adam import Adam
+from tuft_jupyter.engine.base import load_base
+from tuft_jupyter.engine.checks import check_adam, check_request
+from tuft_jupyter.engine.lora import Adapter, AdapterBank, initialize, lora_config
+from tuft_jupyter.engine.passes import Item, Pass
+
+_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # more spills the CPU's caches, fewer leaves a GPU idle
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Run:
+    spec: LoraSpec
+    adapter: Adapter
+    adam: Adam
+    dirty: bool = False
+    """True while ``adapter.grads`` may hold anything but zeros."""
+
+    @property
+    def grads(self) -> Tensor:
+        assert self.adapter.grads is not None
+        return self.adapter.grads
+
+
+class PeftTrainer:
+    """Trains adapters over the model in ``model_path``.
+
+    ``name`` is what users call the model (written into checkpoints), by default its path.
+    ``micro_batch_tokens`` bounds the tokens in one pass, and with it memory. ``max_length`` bounds a datum,
+    by default and at most the model's own limit. UserError if the model cannot be served.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        name: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        micro_batch_tokens: int | None = None,
+        max_rank: int = 64,
+        max_length: int | None = None,
+    ) -> None:
+        self.base = load_base(model_path, name=name, dtype=dtype, device=device)
+        self.bank = AdapterBank(self.base)
+        self.max_rank = max_rank
+        self.max_length = min(max_length or self.base.max_length, self.base.max_length)
+        self.micro_batch_tokens = micro_batch_tokens or _MICRO_BATCH_TOKENS[self.base.device.type]
+        self._runs: dict[str, _Run] = {}
+
+    def create(self, run: str, lora: LoraSpec) -> None:
+        """Add a fresh adapter (B = 0, A from ``lora.seed``). UserError if the geometry is impossible."""
+        self._check_geometry(lora)
+        adapter = self.bank.add(run, lora_config(self.base, lora), trainable=True)
+        initialize(adapter, lora.seed)
+        self._admit(run, lora, adapter)
+
+    def load(self, run: str, source: Path, *, optimizer: bool) -> LoraSpec:
+        """Replace (or create) the run's adapter by a checkpoint directory; gradients are cleared.
+
+        UserError names what does not fit, before anything is touched.
+        """
+        saved = checkpoint.read(source, self.base, optimizer=optimizer)
+        live = self._runs.get(run)
+        if live is None:
+            self._check_geometry(saved.spec)
+            adapter = self.bank.add(run, saved.config, trainable=True)
+            try:
+                saved.check_fits(adapter)
+            except UserError:
+                self.bank.remove(run)
+                raise
+            live = self._admit(run, saved.spec, adapter)
+        else:
+            saved.check_fits(live.adapter)
+        self.bank.load_state_dict(run, saved.weights)
+        live.grads.zero_()
+        live.dirty = False
+        live.adam.reset(saved.steps if optimizer else 0)
+        if optimizer:
+            for vector, tensors in zip(live.adam.moments, saved.moments, strict=True):
+                for tensor_name, view in live.adapter.split(vector).items():
+                    view.copy_(tensors[tensor_name])
+        return live.spec
+
+    def save(self, run: str, target: Path, *, optimizer: bool) -> int:
+        """Write a plain PEFT directory atomically; returns its size in bytes."""
+        live = self._run(run)
+        return checkpoint.write(
+            target,
+            self.base,
+            live.spec,
+            live.adapter.config,
+            self.bank.state_dict(run),
+            steps=live.adam.steps,
+            moments=[live.adapter.split(vector) for vector in live.adam.moments] if optimizer else None,
+        )
+
+    def remove(self, run: str) -> None:
+        """Forget the adapter and its optimizer; unknown runs are ignored."""
+        if self._runs.pop(run, None) is not None:
+            self.bank.remove(run)
+
+    def check(self, request: ForwardBackward) -> None:
+        """UserError naming the datum, the field and the limit if any part of the request cannot be run."""
+        check_request(request, vocab_size=self.base.vocab_size, max_length=self.max_length)
+
+    def optim_step(self, batch: Sequence[tuple[str, AdamParams]]) -> list[Mapping[str, float] | TuftError]:
+        """AdamW on each run's accumulated gradient, then clear it.
+
+        A run without gradients steps as if they were 0: moments decay, momentum and weight decay still move
+        it.
+        """
+        results: list[Mapping[str, float] | TuftError] = []
+        for run, params in batch:
+            try:
+                check_adam(params)
+                live = self._run(run)
+                live.dirty = False
+                results.append(live.adam.step(params))
+                live.adapter.refresh()
+            except TuftError as error:
+                results.append(error)
+        return results
+
+    def forward_backward(self, batch: Sequence[Item]) -> list[ForwardBackwardResult | TuftError]:
+        """One pass over the datums of several runs; gradients of sums are added to each run's accumulator."""
+        results: list[ForwardBackwardResult | TuftError] = [
+            NotFound(f"run {run!r} is not in training here") for run, _ in batch
+        ]
+        known = [i for i, (run, _) in enumerate(batch) if run in self._runs]
+        for i, result in zip(known, self._guarded([batch[i] for i in known]), strict=True):
+            results[i] = result
+        return results
+
+    def _guarded(self, batch: Sequence[Item]) -> list[ForwardBackwardResult | TuftError]:
+        """Run the items together.
+
+        If that fails, undo it and run each alone, so that only the guilty one fails.
+        """
+        before = {
+            run: live.grads.clone() if live.dirty else None
+            for run, live in ((run, self._runs[run]) for run, request in batch if request.backward)
+        }
+        try:
+            for run in before:
+                self._runs[run].dirty = True
+            return list(Pass(self.base, batch, self.micro_batch_tokens).run())
+        except Exception as error:  # whatever it was, gradients go back to what they were
+            for run, grads in before.items():
+                live = self._runs[run]
+                live.dirty = grads is not None
+                live.grads.zero_() if grads is None else live.grads.copy_(grads)
+            if len(batch) > 1:
+                return [self._guarded([item])[0] for item in batch]
+            if isinstance(error, TuftError):
+                return [error]
+            log.exception("forward_backward of %s failed", batch[0][0])
+            return [ServerError(f"forward_backward failed in the trainer: {type(error).__name__}: {error}")]
+
+    def _run(self, run: str) -> _Run:
+        live = self._runs.get(run)
+        if live is None:
+            raise NotFound(f"run {run!r} is not in training here")
+        return live
+
+    def _admit(self, run: str, spec: LoraSpec, adapter: Adapter) -> _Run:
+        assert adapter.grads is not None
+        live = self._runs[run] = _Run(spec, adapter, Adam(adapter.weights, adapter.grads))
+        return live
+
+    def _check_geometry(self, lora: LoraSpec) -> None:
+        if not 1 <= lora.rank <= self.max_rank:
+            raise UserError(
+                f"lora_config: rank must be from 1 to {self.max_rank} on this server, not {lora.rank}"
+            )
+        if not (math.isfinite(lora.alpha) and lora.alpha > 0):
+            raise UserError(f"lora_config: alpha must be a finite number above 0, not {lora.alpha}")
