@@ -1,0 +1,95 @@
+"""What a user can type, set or call is documented, or the build fails."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from scripts import api_docs
+from tuft_jupyter import cli
+from tuft_jupyter.config import ModelSettings, PersistenceConfig, Settings
+from tuft_jupyter.core import state
+from tuft_jupyter.kernel import magic
+from tuft_jupyter_server.app import TuftExtension
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = (ROOT / "docs" / "settings.md").read_text()
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def test_the_api_reference_is_the_route_table() -> None:
+    assert (ROOT / "docs" / "api.md").read_text() == api_docs.text(), "run: python scripts/api_docs.py"
+
+
+@pytest.mark.parametrize("kind", [Settings, ModelSettings, PersistenceConfig])
+def test_every_setting_is_documented(kind: type) -> None:
+    known = {field.name for field in dataclasses.fields(kind)} - {"home", "file"}
+    assert not [name for name in known if f"`{name}`" not in SETTINGS]
+
+
+def test_every_environment_variable_is_documented() -> None:
+    named = set()
+    for root in ("tuft_jupyter", "server_ext"):
+        for path in (ROOT / root).rglob("*.py"):
+            named |= set(re.findall(r'"((?:TUFT|TINKER|HF|JUPYTERHUB)_[A-Z_]+)"', path.read_text()))
+    assert named
+    assert not [name for name in named if f"`{name}`" not in SETTINGS]
+
+
+def test_every_trait_is_documented() -> None:
+    ours = [name for name, trait in TuftExtension.class_own_traits(config=True).items() if trait.help]
+    assert ours
+    assert not [name for name in ours if f"c.TuftExtension.{name}`" not in SETTINGS]
+
+
+def options_of(parser: argparse.ArgumentParser) -> tuple[set[str], set[str]]:
+    """(sub-commands, options) of a parser and everything below it."""
+    commands: set[str] = set()
+    options: set[str] = set()
+    for action in parser._actions:
+        options |= set(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                inner_commands, inner_options = options_of(below)
+                commands |= {name} | inner_commands
+                options |= inner_options
+    return commands, options
+
+
+@pytest.mark.parametrize(("prefix", "parser"), [("tuft", cli.parser()), ("%tuft", magic.parser())])
+def test_every_command_and_option_is_documented(prefix: str, parser: argparse.ArgumentParser) -> None:
+    commands, options = options_of(parser)
+    assert commands
+    assert not [name for name in commands if f"`{prefix} {name}`" not in COMMANDS]
+    assert not [name for name in options if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", COMMANDS)]
+
+
+def test_every_record_kind_is_described_where_records_are_folded() -> None:
+    assert state.__doc__ is not None
+    assert not [kind for kind in state._HANDLERS if f"``{kind}``" not in state.__doc__]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_every_make_target_that_is_mentioned_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    mentioned = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE))
+    assert not mentioned - targets
+
+
+def test_the_files_that_architecture_names_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for path in re.findall(r"`((?:core|wire|engine|tests)/[\w/]+\.py)`", text):
+        base = ROOT if path.startswith("tests") else ROOT / "tuft_jupyter"
+        assert (base / path).exists(), path
