@@ -213,4 +213,5 @@ def decode(message: type[T], body: bytes) -> T:
 
 def _plain(error: str) -> str:
     """msgspec says 'Expected `int`, got `str` - at `$.lora_config.rank`'; drop the JSONPath's dollar."""
-    return error.replace("`$.", "`").replace("`$`", "the whole body")
+    hint = " (the SDK sends NaN and infinity as null)" if "`float`, got `null`" in error else ""
+    return error.replace("`$.", "`").replace("`$`", "the whole body") + hint
