@@ -56,10 +56,11 @@ def owner_name() -> str:
 
 
 class ClusterEngines:
-    """Makes engines on Ray; without the backend extra, engines that say how to install it."""
+    """Makes engines on Ray; without the backend extra, a refusal that says how to install it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._engines: Any = None
 
     def training(self, card: ModelCard) -> TrainingEngine:
         return self._cluster().training(card)
@@ -67,13 +68,19 @@ class ClusterEngines:
     def sampling(self, card: ModelCard) -> SamplingEngine:
         return self._cluster().sampling(card)
 
-    def _cluster(self) -> Any:
-        missing = missing_backend()
-        if missing:
-            raise UserError(NO_BACKEND.format(missing=", ".join(missing)))
-        from tuft_jupyter.engine import cluster
+    def workers(self) -> list[tuple[str, int]]:
+        """(name, pid) of the worker processes on this machine."""
+        return [] if self._engines is None else self._engines.workers()
 
-        return cluster.engines(self.settings)
+    def _cluster(self) -> Any:
+        if self._engines is None:
+            missing = missing_backend()
+            if missing:
+                raise UserError(NO_BACKEND.format(missing=", ".join(missing)))
+            from tuft_jupyter.engine import cluster
+
+            self._engines = cluster.engines(self.settings)
+        return self._engines
 
 
 class Host:
@@ -89,16 +96,17 @@ class Host:
             self.keys.add(key, Principal(tenant))
         self.journal = _journal(settings)
         self.ledger = Ledger(self.journal)
+        self.engines = engines or ClusterEngines(settings)
         self.service = Service(
             self.ledger,
             ServerCatalog(settings, self.ledger),
-            engines or ClusterEngines(settings),
+            self.engines,
             settings.home,
             settings.checkpoint_dir,
             Limits(max_rank=settings.max_lora_rank, idle_timeout=settings.adapter_timeout),
         )
         self.api = Api(self.service, self)
-        self.gauges = Gauges()
+        self.gauges = Gauges(self.engines.workers)
         self.problem = ""
         self._ready = asyncio.Event()
 

@@ -130,6 +130,9 @@ class ScriptedEngines:
     def sampling(self, card: ModelCard) -> SamplingEngine:
         return self.sampler
 
+    def workers(self) -> list[tuple[str, int]]:
+        return []
+
 
 class OneModel:
     """A catalog with one base model."""
