@@ -1,0 +1,143 @@
+"""What somebody gets who installs the wheel: everything that runs, and neither Node nor torch.
+
+The wheel is built from this tree and installed into an environment of its own, with ordinary pip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from tuft_jupyter import __version__
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def call(command: Sequence[str | Path], **environment: str) -> str:
+    """Run ``command`` and return all that it said; fail with it if it fails."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    call([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT])
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+class Installed:
+    """A fresh environment with the wheel in it, and a PATH on which there is no Node."""
+
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self.bin = folder / "bin"
+        call([sys.executable, "-m", "venv", folder])
+        self.pip("install", "--quiet", wheel)
+
+    def pip(self, *words: str | Path) -> str:
+        return call([self.bin / "python", "-m", "pip", *words])
+
+    def run(self, *words: str) -> str:
+        """Run a program of the environment, with nothing else on PATH and no configuration of this machine."""
+        home = str(self.bin.parent / "home")
+        return call(
+            [self.bin / words[0], *words[1:]],
+            PATH=str(self.bin),
+            HOME=home,
+            JUPYTER_CONFIG_DIR=f"{home}/config",
+        )
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return Installed(tmp_path_factory.mktemp("environment"), wheel)
+
+
+def test_the_wheel_carries_everything_that_runs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    data = f"tuft_jupyter-{__version__}.data/data"
+    extension = f"{data}/share/jupyter/labextensions/tuft-jupyter"
+    for name in (
+        "tuft_jupyter/core/service.py",
+        "tuft_jupyter_server/app.py",
+        "tuft_jupyter/demo/model.safetensors",
+        "tuft_jupyter/demo/tokenizer.json",
+        f"{data}/etc/jupyter/jupyter_server_config.d/tuft_jupyter.json",
+        f"{extension}/package.json",
+        f"{extension}/install.json",
+        f"{extension}/schemas/tuft-jupyter/panel.json",
+        f"{extension}/static/style.js",
+    ):
+        assert name in names
+    strangers = {name.split("/")[0] for name in names}
+    assert strangers == {
+        "tuft_jupyter",
+        "tuft_jupyter_server",
+        f"tuft_jupyter-{__version__}.data",
+        f"tuft_jupyter-{__version__}.dist-info",
+    }
+    assert not [name for name in names if name.startswith("tuft_jupyter/labextension/")]
+
+
+def test_the_metadata_names_the_extras_and_the_commands(wheel: Path) -> None:
+    """S1-09: the extras have the names that TuFT's users know."""
+    info = f"tuft_jupyter-{__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+    assert set(metadata.get_all("Provides-Extra", [])) == {"backend", "dev", "persistence", "vllm"}
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "tuft = tuft_jupyter.cli:main" in scripts
+    assert "jupyter-tuft = tuft_jupyter.cli:main" in scripts
+
+
+def test_front_and_back_have_one_version() -> None:
+    assert json.loads((ROOT / "package.json").read_text())["version"] == __version__
+
+
+def test_a_base_install_is_small_and_without_torch(installed: Installed) -> None:
+    """S1-04: the base install has no torch, ray or vllm, and stays below 300 MB."""
+    packages = {line.split("==")[0].lower() for line in installed.pip("freeze").splitlines()}
+    assert not packages & {"torch", "ray", "vllm", "transformers", "peft"}
+    size = sum(f.lstat().st_size for f in installed.bin.parent.rglob("*") if f.is_file())
+    assert size < 300e6
+    loaded = installed.run(
+        "python", "-c", "import sys, tuft_jupyter; print('torch' in sys.modules, 'ray' in sys.modules)"
+    )
+    assert loaded.split() == ["False", "False"]
+
+
+def test_installing_the_wheel_enables_the_server_extension(installed: Installed) -> None:
+    """S0-04: nothing is enabled by hand."""
+    listing = installed.run("jupyter", "server", "extension", "list")
+    plain = listing.replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert "tuft_jupyter enabled" in plain
+    assert f"tuft_jupyter {__version__} OK" in plain
+
+
+def test_the_panel_needs_no_node(installed: Installed) -> None:
+    """S1-10: the wheel brings the built lab extension."""
+    installed.pip("install", "--quiet", "jupyterlab>=4.4,<5")
+    assert not (installed.bin / "node").exists()
+    listing = installed.run("jupyter", "labextension", "list")
+    plain = listing.replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert f"tuft-jupyter v{__version__} enabled OK" in plain
