@@ -1,0 +1,166 @@
+"""What runs in Ray's worker processes: a worker with its muscle, and how it starts and ends.
+
+The classes are plain; ``cluster`` makes actors of them. Torch is imported inside methods, so the process that creates
+the actors never loads it. Nothing but dataclasses, bytes and numbers crosses the border.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuft_jupyter.core.engine import EngineDied, Outcome, Sampler, Task, Trainer
+from tuft_jupyter.core.errors import TuftError
+from tuft_jupyter.core.types import ModelCard
+from tuft_jupyter.engine.sampling_worker import SamplingWorker
+from tuft_jupyter.engine.worker import TrainingWorker
+
+log = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 0.2
+"""Time for the answers of a broken sampler to leave the process before it ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActorOptions:
+    """``threads`` for torch on the CPU; ``options`` are further keywords of the trainer or sampler."""
+
+    card: ModelCard
+    threads: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """``seconds`` is how long the model took to load; ``category`` is "" unless it could not be, as ``error`` says."""
+
+    device: str = ""
+    seconds: float = 0.0
+    category: str = ""
+    error: str = ""
+
+
+class EngineActor:
+    """A process with one base model in it. ``pid`` works at once; ``load`` must have succeeded before the rest."""
+
+    def __init__(self, options: ActorOptions) -> None:
+        self.options = options
+        self.device = "cpu"
+        logging.basicConfig(level=logging.INFO)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def load(self) -> Loaded:
+        """Load the model; a failure is returned, not raised, so that it keeps its category."""
+        began = time.perf_counter()
+        try:
+            self.setup_device()
+            self.make()
+        except TuftError as error:
+            return Loaded(category=error.category, error=error.message)
+        except Exception as error:
+            log.exception("%s cannot be loaded", self.options.card.name)
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            return Loaded(category="server", error=text)
+        return Loaded(self.device, time.perf_counter() - began)
+
+    def setup_device(self) -> None:
+        """CUDA if Ray gave us some of it, else the CPU with as many threads as were planned."""
+        import torch
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(self.options.threads)
+
+    def make(self) -> None:
+        """Build the worker."""
+        raise NotImplementedError
+
+    def model_options(self) -> dict[str, Any]:
+        """The keywords that trainer and sampler share."""
+        return {
+            "name": self.options.card.name,
+            "device": self.device,
+            "dtype": self._dtype(),
+            **self.options.options,
+        }
+
+    def gpu_bytes(self) -> int:
+        """GPU memory this process holds."""
+        if self.device == "cpu":
+            return 0
+        import torch
+
+        return int(torch.cuda.memory_reserved())
+
+    def _dtype(self) -> Any:
+        """On a CPU fp32, which it computes fastest and exactly, unless the model would fill the machine with it."""
+        import psutil
+        import torch
+
+        if self.device != "cpu":
+            return None
+        on_disk = sum(path.stat().st_size for path in Path(self.options.card.path).glob("*.safetensors"))
+        fits = 2 * on_disk < psutil.virtual_memory().total / 4
+        return torch.float32 if fits else None
+
+    def _check_device(self) -> None:
+        """Raises if the device is beyond use: after some CUDA errors every later call fails."""
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.synchronize()
+
+
+class TrainingActor(EngineActor):
+    """One base model with all adapters in training on it."""
+
+    worker: TrainingWorker
+
+    def make(self) -> None:
+        self.worker = TrainingWorker(self.trainer(), self._check_device)
+
+    def trainer(self) -> Trainer:
+        from tuft_jupyter.engine.trainer import PeftTrainer
+
+        return PeftTrainer(self.options.card.path, **self.model_options())
+
+    def step(self, tasks: Sequence[Task]) -> tuple[list[Outcome], int]:
+        """(the outcomes, GPU bytes held). The process ends if its trainer can never work again."""
+        try:
+            return self.worker.step(tasks), self.gpu_bytes()
+        except EngineDied:
+            os._exit(1)
+
+
+class SamplingActor(EngineActor):
+    """One base model with the adapters lately sampled from."""
+
+    worker: SamplingWorker
+
+    def make(self) -> None:
+        card = self.options.card
+        self.worker = SamplingWorker(self.sampler(), context=card.max_context_length, on_death=self._end)
+
+    def sampler(self) -> Sampler:
+        from tuft_jupyter.engine.torch_sampler import TorchSampler
+
+        return TorchSampler(self.options.card.path, **self.model_options())
+
+    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> tuple[Outcome, int]:
+        """(the outcome, GPU bytes held)."""
+        return await self.worker.sample(request_id, adapter, body), self.gpu_bytes()
+
+    async def cancel(self, request_id: str) -> None:
+        self.worker.cancel(request_id)
+
+    def _end(self) -> None:
+        exit_process: Callable[[int], Any] = os._exit
+        threading.Timer(LAST_WORDS_SECONDS, exit_process, (1,)).start()

@@ -1,0 +1,308 @@
+"""Training and sampling engines as Ray actors, reached from the event loop.
+
+The driver's side: it creates an actor per engine, moves bytes, and says at once when an actor is gone. Bringing a dead
+one up again, and what is then to be replayed, is the caller's business. Ray is imported with the first start, torch
+never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tuft_jupyter.config import Settings
+from tuft_jupyter.core.engine import EngineDied, Outcome, Task
+from tuft_jupyter.core.errors import ServerError, failure
+from tuft_jupyter.core.types import ModelCard
+from tuft_jupyter.engine.actors import ActorOptions, EngineActor, Loaded, SamplingActor, TrainingActor
+from tuft_jupyter.engine.ray_runtime import Runtime, Session
+
+GPU_SHARE = 0.2
+"""Of one GPU, asked for by every actor: enough for a trainer and a sampler of two base models on one GPU."""
+PLACEMENT_SECONDS = 60.0
+SAMPLES_AT_ONCE = 4096
+END_SECONDS = 10.0
+LOG_LINES = 20
+
+CPU_MALLOC = {
+    # Freed memory stays with the process: returning and faulting it in again costs a third of a training step
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+
+
+def cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(eq=False)
+class _Actor:
+    """A live actor. ``gone`` is done, with the reason, once it cannot answer any more."""
+
+    handle: Any
+    session: Session
+    gone: asyncio.Future[str]
+    pid: int = 0
+    loaded: Loaded | None = None
+    gpu_bytes: int = 0
+
+
+class _ClusterEngine:
+    """What training and sampling engines share: one actor's life."""
+
+    kind = ""
+    actor_class: type[EngineActor]
+    concurrency: int | None = None
+
+    def __init__(
+        self, card: ModelCard, runtime: Runtime, threads: int, options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.card = card
+        self.threads = threads
+        self._runtime = runtime
+        self._options = ActorOptions(card, threads, options or {})
+        self._actor: _Actor | None = None
+        self._process: psutil.Process | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.card.name}"
+
+    @property
+    def pid(self) -> int | None:
+        """The actor's process, None while there is none (or it is on another machine)."""
+        actor = self._actor
+        return actor.pid if actor and actor.session.place.local and not actor.gone.done() else None
+
+    async def start(self) -> None:
+        """Bring up a (new) actor with the model loaded; TuftError says why it cannot be."""
+        await self._end()
+        session = await self._runtime.acquire(self)
+        loop = asyncio.get_running_loop()
+        handle = await self._runtime.thread.run(lambda: self._create(session))
+        actor = self._actor = _Actor(handle, session, loop.create_future())
+
+        def lost(reason: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(_say, actor.gone, reason)
+
+        session.watchers.add(lost)
+        actor.gone.add_done_callback(lambda _: session.watchers.discard(lost))
+        try:
+            await self._load(actor)
+        except EngineDied as death:
+            await self._end()
+            raise ServerError(
+                f"the {self.kind} worker died while loading {self.card.name}: {death}"
+            ) from None
+        except BaseException:
+            await self._end()
+            raise
+
+    async def stop(self) -> None:
+        """End the actor; Ray goes with the last engine."""
+        await self._end()
+        await self._runtime.release(self)
+
+    def resources(self) -> dict[str, Any]:
+        """The actor's process as the lab shows it; empty while there is none. Reads ``/proc``: a millisecond."""
+        actor = self._actor
+        if actor is None or actor.loaded is None or actor.gone.done():
+            return {}
+        shown = {
+            "name": self.name,
+            "pid": actor.pid,
+            "device": actor.loaded.device,
+            "threads": self.threads,
+            "load_seconds": round(actor.loaded.seconds, 3),
+            "gpu_bytes": actor.gpu_bytes,
+        }
+        with contextlib.suppress(psutil.Error):
+            if self._process is not None:
+                shown |= {"rss_bytes": self._process.memory_info().rss, "cpu": self._process.cpu_percent()}
+        return shown
+
+    def _create(self, session: Session) -> Any:
+        import ray
+
+        on_gpu = session.gpus > 0
+        environment = {"OMP_NUM_THREADS": str(self.threads), **({} if on_gpu else CPU_MALLOC)}
+        options: dict[str, Any] = {
+            "num_cpus": 0 if session.place.local else self.threads,
+            "num_gpus": GPU_SHARE if on_gpu else 0,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": environment},
+        }
+        if self.concurrency is not None:
+            options["max_concurrency"] = self.concurrency
+        return ray.remote(self.actor_class).options(**options).remote(self._options)
+
+    async def _load(self, actor: _Actor) -> None:
+        placed = asyncio.ensure_future(self._answer(actor, actor.handle.pid.remote()))
+        try:
+            actor.pid = await asyncio.wait_for(placed, PLACEMENT_SECONDS)
+        except TimeoutError:
+            raise ServerError(
+                f"Ray found no room for the {self.kind} worker of {self.card.name} within {PLACEMENT_SECONDS:g} s: "
+                "stop other work on the cluster or add resources"
+            ) from None
+        if actor.session.place.local:
+            self._runtime.guard(actor.pid)
+            with contextlib.suppress(psutil.Error):
+                self._process = psutil.Process(actor.pid)
+        loaded: Loaded = await self._answer(actor, actor.handle.load.remote())
+        if loaded.category:
+            raise failure(loaded.category, loaded.error)
+        actor.loaded = loaded
+
+    async def _answer(self, actor: _Actor, reference: Any) -> Any:
+        """The value of a call, or EngineDied as soon as the actor is gone."""
+        from ray.exceptions import RayActorError
+
+        value: asyncio.Future[Any] = asyncio.wrap_future(reference.future())
+        either: list[asyncio.Future[Any]] = [value, actor.gone]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if value.done():
+            try:
+                return value.result()
+            except RayActorError:
+                _say(actor.gone, await asyncio.to_thread(self._obituary, actor))
+        value.cancel()
+        raise EngineDied(actor.gone.result())
+
+    def _ready(self) -> _Actor:
+        if self._actor is None or self._actor.loaded is None:
+            raise EngineDied(f"the {self.kind} worker of {self.card.name} is not running")
+        return self._actor
+
+    async def _end(self) -> None:
+        """Kill the actor and wait until its memory is free again."""
+        actor, self._actor = self._actor, None
+        if actor is None:
+            return
+        _say(actor.gone, f"the {self.kind} worker of {self.card.name} was stopped")
+
+        def kill() -> None:
+            import ray
+
+            if not actor.session.lost:
+                with contextlib.suppress(Exception):  # it may be dead already, and Ray with it
+                    ray.kill(actor.handle, no_restart=True)
+            if self._process is not None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    try:
+                        self._process.wait(END_SECONDS)
+                    except psutil.TimeoutExpired:
+                        self._process.kill()
+            self._process = None
+
+        await self._runtime.thread.run(kill)
+
+    def _obituary(self, actor: _Actor) -> str:
+        """Why an actor is gone, in one line, with the last line it wrote if there is one."""
+        said = f"the {self.kind} worker (process {actor.pid or 'not started'}) is gone"
+        lines = [line for line in log_tail(actor.session.logs, actor.pid) if line.strip()]
+        return f"{said}; its last words: {lines[-1].strip()[:300]}" if lines else said
+
+
+class ClusterTrainingEngine(_ClusterEngine):
+    """Implements ``core.engine.TrainingEngine``."""
+
+    kind = "training"
+    actor_class = TrainingActor
+
+    async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Run one batch; one outcome per task, in order. EngineDied if the worker went away."""
+        actor = self._ready()
+        outcomes: list[Outcome]
+        outcomes, actor.gpu_bytes = await self._answer(actor, actor.handle.step.remote(list(tasks)))
+        return outcomes
+
+
+class ClusterSamplingEngine(_ClusterEngine):
+    """Implements ``core.engine.SamplingEngine``."""
+
+    kind = "sampling"
+    actor_class = SamplingActor
+    concurrency = SAMPLES_AT_ONCE
+
+    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> Outcome:
+        """Sample from the base model or from the adapter in a directory; the body is the JSON request."""
+        actor = self._ready()
+        outcome: Outcome
+        outcome, actor.gpu_bytes = await self._answer(
+            actor, actor.handle.sample.remote(request_id, adapter, body)
+        )
+        return outcome
+
+    async def cancel(self, request_id: str) -> None:
+        actor = self._ready()
+        await self._answer(actor, actor.handle.cancel.remote(request_id))
+
+
+class Engines:
+    """Makes the engines of one server, which share one Ray."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._runtime = Runtime(settings.home, settings.ray_address)
+        self._made: list[_ClusterEngine] = []
+
+    def training(self, card: ModelCard) -> ClusterTrainingEngine:
+        settings = self.settings
+        threads = settings.trainer_threads or max(1, cpus() - 1)
+        options = {
+            "max_rank": settings.rank_limit(card.name),
+            "max_length": card.max_context_length,
+            "micro_batch_tokens": settings.micro_batch_tokens,
+        }
+        return self._keep(ClusterTrainingEngine(card, self._runtime, threads, options))
+
+    def sampling(self, card: ModelCard) -> ClusterSamplingEngine:
+        options = {"max_context": card.max_context_length}
+        return self._keep(ClusterSamplingEngine(card, self._runtime, 1, options))
+
+    def workers(self) -> list[tuple[str, int]]:
+        """(name, pid) of the worker processes on this machine."""
+        return [(engine.name, engine.pid) for engine in self._made if engine.pid is not None]
+
+    def _keep(self, engine: Any) -> Any:
+        self._made.append(engine)
+        return engine
+
+
+_last: list[Engines] = []
+
+
+def engines(settings: Settings) -> Engines:
+    """The engines of a server: the same for the same settings, since a process has one Ray."""
+    if not _last or _last[0].settings is not settings:
+        _last[:] = [Engines(settings)]
+    return _last[0]
+
+
+def log_tail(logs: Path | None, pid: int, lines: int = LOG_LINES) -> list[str]:
+    """The last lines that a worker process wrote, if its log is on this machine."""
+    if logs is None or not pid:
+        return []
+    found: list[str] = []
+    for path in sorted(logs.glob(f"worker-*-{pid}.out")) + sorted(logs.glob(f"worker-*-{pid}.err")):
+        with contextlib.suppress(OSError):
+            found += path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return found[-lines:]
+
+
+def _say(gone: asyncio.Future[str], reason: str) -> None:
+    if not gone.done():
+        gone.set_result(reason)
