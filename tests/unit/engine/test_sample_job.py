@@ -1,0 +1,44 @@
+"""Sharing places between sample requests."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuft_jupyter.core.types import SampleRequest, SamplingParams
+from tuft_jupyter.engine.sample_job import Job, shares
+
+
+def job(waiting: int, live: int = 0) -> Job:
+    request = SampleRequest(np.array([1], np.int32), waiting + live, SamplingParams(max_tokens=1))
+    return Job("", None, request, frozenset(), 1, None, waiting, live)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=9), st.integers(1, 30))
+def test_no_place_is_given_twice_and_none_is_left_while_a_job_waits(
+    counts: list[tuple[int, int]], places: int
+) -> None:
+    jobs = [job(waiting, live) for waiting, live in counts if waiting or live]
+    free = max(0, places - sum(j.live for j in jobs))
+    given_ = shares(jobs, places, free)
+    assert all(0 < count <= j.waiting for j, count in given_)
+    assert sum(count for _, count in given_) == min(free, sum(j.waiting for j in jobs))
+
+
+def test_a_large_job_takes_all_places_only_if_nobody_else_can_use_them() -> None:
+    large, small = job(100), job(2)
+    assert shares([large], 8, 8) == [(large, 8)]
+    assert shares([large, small], 8, 8) == [(large, 6), (small, 2)]
+
+
+def test_a_job_with_its_share_of_places_lets_the_next_ones_pass() -> None:
+    large, first, second = job(100, live=7), job(3), job(3)
+    assert shares([large, first, second], 9, 2) == [(first, 2)]
+
+
+def test_samples_are_numbered_in_order() -> None:
+    one = job(5)
+    assert [*one.begin(2), *one.begin(3)] == [0, 1, 2, 3, 4]
+    assert not one.waiting
+    assert not one.ended

@@ -1,0 +1,154 @@
+"""A sample request on its way through a sampler: what it must be, where its samples stand, when one ends.
+
+No torch here: a job is what is asked and what has come of it; the sampler moves it along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.types import (
+    FloatArray,
+    Int32Array,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    StopReason,
+)
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens included."""
+
+_TAIL = 4  # tokens looked at beyond the length of a stop string
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a sampler takes: prompt and samples together have at most ``context`` tokens."""
+
+    vocab_size: int
+    context: int
+    samples: int
+
+    def check(self, request: SampleRequest) -> None:
+        """UserError if the prompt or the counts are out of bounds."""
+        prompt, params, k = request.prompt, request.params, request.topk_prompt_logprobs
+        if not len(prompt):
+            raise UserError("prompt is empty; send at least one token")
+        if len(prompt) >= self.context:
+            raise UserError(
+                f"prompt has {len(prompt)} tokens; the context of {self.context} tokens must leave room for at "
+                "least one more; shorten it"
+            )
+        wrong = np.flatnonzero((prompt < 0) | (prompt >= self.vocab_size))
+        if wrong.size:
+            raise UserError(
+                f"prompt token {int(prompt[wrong[0]])} at position {int(wrong[0])} is outside the vocabulary "
+                f"(0..{self.vocab_size - 1}); use the model's own tokenizer"
+            )
+        if not 1 <= request.num_samples <= self.samples:
+            raise UserError(f"num_samples must be between 1 and {self.samples}, got {request.num_samples}")
+        if params.max_tokens < 1:
+            raise UserError(f"sampling_params.max_tokens must be at least 1, got {params.max_tokens}")
+        if not 0 <= k <= self.vocab_size:
+            raise UserError(
+                f"topk_prompt_logprobs must be between 0 and {self.vocab_size} (the vocabulary), got {k}"
+            )
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request: ``waiting`` samples not yet begun, ``live`` ones being decoded, ``sequences`` ended.
+
+    ``limit`` is how many tokens a sample may have; ``decode`` is there if text is looked at for stops;
+    ``adapter`` is the name of the loaded adapter.
+    """
+
+    key: str
+    directory: Path | None
+    request: SampleRequest
+    stop_tokens: frozenset[int]
+    limit: int
+    decode: Decode | None
+    waiting: int
+    live: int = 0
+    adapter: str | None = None
+    sequences: dict[int, SampledSequence] = field(default_factory=dict)
+    prompt_logprobs: FloatArray | None = None
+    topk: tuple[Int32Array, FloatArray] | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.waiting < self.request.num_samples
+
+    @property
+    def ended(self) -> bool:
+        return not self.waiting and not self.live
+
+    def begin(self, count: int) -> range:
+        """The numbers of the next ``count`` samples, which are live from now on."""
+        first = self.request.num_samples - self.waiting
+        self.waiting -= count
+        self.live += count
+        return range(first, first + count)
+
+    def result(self) -> SampleResult:
+        """Of a job that has ended."""
+        ids, logprobs = self.topk or (None, None)
+        return SampleResult(
+            sequences=[self.sequences[index] for index in range(self.request.num_samples)],
+            prompt_logprobs=self.prompt_logprobs,
+            topk_prompt_ids=ids,
+            topk_prompt_logprobs=logprobs,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """One sequence being decoded."""
+
+    job: Job
+    index: int
+    rng: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def stop_reason(self) -> StopReason | None:
+        """Why the sequence ends with its newest token; None if it goes on."""
+        job = self.job
+        if self.tokens[-1] in job.stop_tokens:
+            return StopReason.STOP
+        if job.decode is not None:
+            stops = job.request.params.stop_strings
+            # A token is at least a byte of text, so a stop string that has just ended lies within this tail.
+            text = job.decode(self.tokens[-max(len(stop.encode()) for stop in stops) - _TAIL :])
+            if any(stop in text for stop in stops):
+                return StopReason.STOP
+        return StopReason.LENGTH if len(self.tokens) >= job.limit else None
+
+    def end(self, reason: StopReason) -> None:
+        """Hand the sequence to its job."""
+        self.job.live -= 1
+        self.job.sequences[self.index] = SampledSequence(
+            np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32), reason
+        )
+
+
+def shares(jobs: Sequence[Job], places: int, free: int) -> list[tuple[Job, int]]:
+    """How many samples of each waiting job to begin when ``free`` of all ``places`` are free.
+
+    In order of arrival, but a job goes above its equal share only with places that no other job can use.
+    """
+    waiting = [job for job in jobs if job.waiting]
+    given = dict.fromkeys(waiting, 0)
+    for limit in (max(1, places // max(1, len(jobs))), places):
+        for job in waiting:
+            more = max(0, min(job.waiting, limit - job.live) - given[job])
+            given[job] += min(more, free)
+            free -= min(more, free)
+    return [(job, count) for job, count in given.items() if count]
