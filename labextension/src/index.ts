@@ -45,15 +45,13 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
     const trans = (translator ?? nullTranslator).load('tuft_jupyter');
     const feed = new Feed(new Api(app.serviceManager.serverSettings));
     const widget = new TuftPanel(feed, trans);
-    app.shell.add(widget, 'left', { rank: 500, type: 'Fine-tuning' });
+    app.shell.add(widget, 'left', { rank: 500, type: 'TuFT' });
     restorer?.add(widget, widget.id);
 
     app.commands.addCommand(OPEN, {
       label: args =>
-        args['isPalette']
-          ? trans.__('Show Fine-Tuning Panel')
-          : trans.__('Fine-Tuning'),
-      caption: trans.__('Show runs, loss curves and checkpoints'),
+        args['isPalette'] ? trans.__('Show TuFT Panel') : trans.__('TuFT'),
+      caption: trans.__('Show fine-tuning runs, loss curves and checkpoints'),
       icon: args => (args['isPalette'] ? undefined : tuftIcon),
       describedBy: {
         args: {

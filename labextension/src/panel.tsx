@@ -29,9 +29,9 @@ export class TuftPanel extends ReactWidget {
     this.id = 'tuft-panel';
     this.addClass('jp-TuftPanel');
     this.title.icon = tuftIcon;
-    this.title.caption = _trans.__('Fine-tuning');
+    this.title.caption = _trans.__('TuFT: fine-tuning');
     this.node.setAttribute('role', 'region');
-    this.node.setAttribute('aria-label', _trans.__('Fine-tuning'));
+    this.node.setAttribute('aria-label', _trans.__('TuFT: fine-tuning'));
     _feed.changed.connect(this._onChanged, this);
   }
 
@@ -136,10 +136,14 @@ export class TuftPanel extends ReactWidget {
   /** The runs on the chart: what was chosen by hand, else those that train now, else the newest with a curve. */
   private _shown(state: IState, now: number): Set<string> {
     const newest = [...state.runs.values()].reverse();
-    const training = newest.filter(run => phaseOf(run, now) === 'training');
     const drawn = newest.filter(run => run.curve.step.length > 0);
+    const training = drawn.filter(run => phaseOf(run, now) === 'training');
     const proposed = training.length ? training : drawn.slice(0, 1);
-    const shown = new Set(proposed.slice(0, CHOSEN_RUNS).map(run => run.id));
+    const shown = new Set(
+      (proposed.length ? proposed : newest.slice(0, 1))
+        .slice(0, CHOSEN_RUNS)
+        .map(run => run.id)
+    );
     for (const [run, chosen] of this._chosen) {
       if (chosen) {
         shown.add(run);

@@ -90,7 +90,7 @@ describe('the panel', () => {
 
   it('has a name that a screen reader can say', () => {
     expect(panel.node.getAttribute('role')).toBe('region');
-    expect(panel.node.getAttribute('aria-label')).toBe('Fine-tuning');
+    expect(panel.node.getAttribute('aria-label')).toBe('TuFT: fine-tuning');
   });
 
   it('says what to type when there is nothing', async () => {

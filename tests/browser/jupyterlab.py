@@ -1,0 +1,128 @@
+"""JupyterLab in Chromium for tests: a server of its own, a page that is signed in, and what a person does there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import ConsoleMessage, Error, Page, sync_playwright
+
+from examples.run_on_server import Server
+
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+# Lab asks at its first start whether it may fetch news; the question would cover the page.
+NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+def chromium() -> str | None:
+    """The browser: ``$CHROMIUM``, one of the system, or None for Playwright's own."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+
+
+def lab_server(root: Path, work: Path, env: Mapping[str, str]) -> Server:
+    """A notebook server below a path prefix, with token and XSRF protection, and settings of its own."""
+    settings = work / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps(NO_NEWS))
+    return Server(
+        root,
+        work,
+        base_url="/user/alice/",
+        env={
+            **env,
+            "JUPYTER_CONFIG_DIR": str(work / "config"),
+            "JUPYTERLAB_SETTINGS_DIR": str(work / "settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(work / "workspaces"),
+        },
+        options=("--LabApp.expose_app_in_browser=True",),
+    )
+
+
+class Lab:
+    """One browser page with JupyterLab. ``complaints`` are errors that come from our extension."""
+
+    def __init__(self, page: Page, server: Server) -> None:
+        self.page = page
+        self.server = server
+        self.complaints: list[str] = []
+        page.on("console", self._console)
+        page.on("pageerror", self._page_error)
+
+    def open(self, notebook: str) -> None:
+        self.page.goto(f"{self.server.url}lab/tree/{notebook}?reset&token={self.server.token}")
+        self.page.wait_for_function("() => window.jupyterapp")
+        self.page.evaluate("() => window.jupyterapp.restored")
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell")
+        self.page.wait_for_function(
+            "() => jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+        )
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> None:
+        """Run a command of JupyterLab without waiting for its end."""
+        self.page.evaluate(
+            "([command, args]) => { void jupyterapp.commands.execute(command, args); }",
+            [command, dict(arguments or {})],
+        )
+
+    def open_panel(self, width: int = 340) -> None:
+        """A click on our icon in the left sidebar."""
+        self.page.click('.jp-SideBar.jp-mod-left [data-id="tuft-panel"]')
+        self.page.wait_for_selector("#tuft-panel .jp-Tuft-head")
+        self.page.evaluate(
+            """width => {
+                const split = jupyterapp.shell._hsplitPanel;
+                split.setRelativeSizes([width, split.node.clientWidth - width, 0]);
+            }""",
+            width,
+        )
+
+    def set_theme(self, theme: str) -> None:
+        self.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+        self.page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
+
+    def cells(self) -> list[dict[str, Any]]:
+        """The notebook's code cells as they are now: execution count and outputs."""
+        cells: list[dict[str, Any]] = self.page.evaluate(
+            "() => [...jupyterapp.shell.currentWidget.content.model.cells].map(cell => cell.toJSON())"
+        )
+        return [cell for cell in cells if cell["cell_type"] == "code"]
+
+    def _console(self, message: ConsoleMessage) -> None:
+        ours = "tuft" in message.text or "tuft" in message.location.get("url", "")
+        if message.type == "error" and ours:
+            self.complaints.append(message.text)
+
+    def _page_error(self, error: Error) -> None:
+        if "tuft" in (error.stack or ""):
+            self.complaints.append(error.message)
+
+
+@contextmanager
+def lab_page(server: Server) -> Iterator[Lab]:
+    """A fresh browser; skips the test where there is none."""
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
+        except Error as problem:
+            pytest.skip(f"no Chromium: {problem.message.splitlines()[0]}")
+        try:
+            page = browser.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=2)
+            page.set_default_timeout(60_000)
+            yield Lab(page, server)
+        finally:
+            browser.close()
