@@ -24,7 +24,7 @@ from tuft_jupyter.core.types import (
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens included."""
 
-_TAIL = 4  # tokens looked at beyond the length of a stop string
+_TAIL = 4  # tokens before a stop string: many tokenizers drop the space that opens a text
 
 
 @dataclass(frozen=True, slots=True)

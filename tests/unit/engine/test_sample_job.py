@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuft_jupyter.core.types import SampleRequest, SamplingParams
-from tuft_jupyter.engine.sample_job import Job, shares
+from tuft_jupyter.core.types import SampleRequest, SamplingParams, StopReason
+from tuft_jupyter.engine.sample_job import Job, Live, shares
 
 
 def job(waiting: int, live: int = 0) -> Job:
@@ -42,3 +44,26 @@ def test_samples_are_numbered_in_order() -> None:
     assert [*one.begin(2), *one.begin(3)] == [0, 1, 2, 3, 4]
     assert not one.waiting
     assert not one.ended
+
+
+def test_a_stop_string_is_found_though_the_tokenizer_drops_the_space_that_opens_a_text() -> None:
+    request = SampleRequest(
+        np.array([1], np.int32), 1, SamplingParams(max_tokens=99, stop_strings=(" x", "\u00e9"))
+    )
+
+    def decode(ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace").removeprefix(" ")
+
+    live = Live(
+        Job("", None, request, frozenset(), 99, decode, 0, 1),
+        0,
+        np.random.default_rng(0),
+        [*b"the quick brown fox "],
+    )
+    assert live.stop_reason() is None
+    live.tokens.append(ord("x"))
+    assert live.stop_reason() is StopReason.STOP
+    live.tokens = [*"a word with an accent: caf\u00e9".encode()]
+    assert live.stop_reason() is StopReason.STOP
+    live.tokens.pop()
+    assert live.stop_reason() is None, "half of a character is not a character"

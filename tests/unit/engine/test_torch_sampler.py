@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +10,12 @@ import pytest
 import torch
 
 from tests.support.adapters import make_adapter, peft_model, plain_model
+from tests.support.sampling import ask, prompt, run, tokens_of
 from tests.support.tiny_models import SPECIAL, make_model, make_tokenizer
-from tuft_jupyter.core.errors import NotFound, TuftError, UserError
-from tuft_jupyter.core.types import SampleRequest, SampleResult, SamplingParams, StopReason
+from tuft_jupyter.core.types import StopReason
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 
 EOS = SPECIAL.index("<|im_end|>")
-VOCAB = 320
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,39 +41,6 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
 @pytest.fixture
 def sampler(model: Path) -> TorchSampler:
     return TorchSampler(model)
-
-
-def prompt(length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, 259, length).astype(np.int32)
-
-
-def ask(tokens: np.ndarray, n: int = 1, **params: Any) -> SampleRequest:
-    fields = {
-        name: params.pop(name) for name in ("prompt_logprobs", "topk_prompt_logprobs") if name in params
-    }
-    params = {"max_tokens": 12, "stop_tokens": (), **params}
-    return SampleRequest(tokens, n, SamplingParams(**params), **fields)
-
-
-def drain(sampler: TorchSampler) -> dict[str, SampleResult | TuftError]:
-    answers: dict[str, SampleResult | TuftError] = {}
-    while sampler.busy():
-        answers.update(sampler.step())
-    return answers
-
-
-def run(sampler: TorchSampler, jobs: Iterable[tuple[Path | None, SampleRequest]]) -> list[Any]:
-    """The answers to requests that are all there at once."""
-    count = 0
-    for adapter, request in jobs:
-        sampler.submit(str(count), adapter, request)
-        count += 1
-    answers = drain(sampler)
-    return [answers[str(i)] for i in range(count)]
-
-
-def tokens_of(result: SampleResult) -> list[list[int]]:
-    return [sequence.tokens.tolist() for sequence in result.sequences]
 
 
 def generate(model: Any, tokens: np.ndarray, count: int) -> list[int]:
@@ -134,8 +97,11 @@ def test_an_adapter_on_the_unembedding_is_sampled_too(tmp_path: Path) -> None:
     oracle = peft_model(directory, adapter)
     oracle.generation_config.eos_token_id = None
     tokens = prompt(9)
-    (answer,) = run(TorchSampler(directory), [(adapter, ask(tokens, temperature=0.0))])
+    request = ask(tokens, temperature=0.0, prompt_logprobs=True)
+    (answer,) = run(TorchSampler(directory), [(adapter, request)])
     assert tokens_of(answer) == [generate(oracle, tokens, 12)]
+    scored = logprobs_of(oracle, tokens)[np.arange(8), tokens[1:]]
+    np.testing.assert_allclose(answer.prompt_logprobs[1:], scored, atol=1e-5)
 
 
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone(model: Path, adapters: list[Path]) -> None:
@@ -289,183 +255,3 @@ def test_sampling_ends_where_the_context_ends(sampler: TorchSampler) -> None:
     (answer,) = run(sampler, [(None, ask(prompt(90), max_tokens=50))])
     assert [len(s.tokens) for s in answer.sequences] == [6]
     assert answer.sequences[0].stop_reason is StopReason.LENGTH
-
-
-# ---- many requests
-
-
-def test_places_are_refilled_as_sequences_end(model: Path) -> None:
-    jobs = [(None, ask(prompt(3 + i, seed=i), 1 + i % 3, seed=i, max_tokens=2 + 3 * i)) for i in range(7)]
-    narrow = TorchSampler(model, max_live=3)
-    for i, (adapter, request) in enumerate(jobs):
-        narrow.submit(str(i), adapter, request)
-    answers: dict[str, Any] = {}
-    steps = 0
-    while narrow.busy():
-        answers.update(narrow.step())
-        steps += 1
-        assert len(narrow._live) <= 3
-    wide = run(TorchSampler(model), jobs)
-    assert [tokens_of(answers[str(i)]) for i in range(7)] == [tokens_of(answer) for answer in wide]
-    drawn = sum(len(s.tokens) for answer in wide for s in answer.sequences)
-    assert steps < 0.6 * drawn, "sequences are decoded together"
-
-
-def test_a_small_request_does_not_wait_for_a_large_one_in_the_queue(model: Path) -> None:
-    sampler = TorchSampler(model, max_live=4)
-    sampler.submit("large", None, ask(prompt(4), 40, max_tokens=4))
-    sampler.submit("small", None, ask(prompt(4), 1, max_tokens=4))
-    order = []
-    while sampler.busy():
-        order += [key for key, _ in sampler.step()]
-    assert order == ["small", "large"]
-
-
-def test_a_prompt_is_run_once_for_all_its_samples(sampler: TorchSampler, adapters: list[Path]) -> None:
-    rows: list[int] = []
-    hook = sampler.base.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    request = ask(prompt(20), 6, max_tokens=3)
-    answers = run(sampler, [(adapters[0], request), (adapters[0], request), (adapters[1], request)])
-    hook.remove()
-    assert rows == [40, 18, 18]
-    assert all(len(answer.sequences) == 6 for answer in answers)
-
-
-def test_prompts_are_run_in_portions(model: Path) -> None:
-    sampler = TorchSampler(model, prefill_tokens=32)
-    rows: list[int] = []
-    sampler.base.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    answers = run(sampler, [(None, ask(prompt(20 + i, seed=i), max_tokens=2)) for i in range(3)])
-    assert [len(answer.sequences) for answer in answers] == [1, 1, 1]
-    assert rows == [20, 1, 21, 1, 22, 1]
-
-
-def test_cancelling_frees_the_place(model: Path, adapters: list[Path]) -> None:
-    sampler = TorchSampler(model, max_live=1, max_adapters=1)
-    sampler.submit("long", adapters[0], ask(prompt(4), max_tokens=80))
-    sampler.submit("queued", adapters[0], ask(prompt(4), max_tokens=80))
-    sampler.submit("next", adapters[1], ask(prompt(4), seed=1, max_tokens=3))
-    sampler.step()
-    sampler.cancel("long")
-    sampler.cancel("queued")
-    sampler.cancel("never heard of")
-    answers = drain(sampler)
-    assert list(answers) == ["next"]
-    (expected,) = run(TorchSampler(model), [(adapters[1], ask(prompt(4), seed=1, max_tokens=3))])
-    assert tokens_of(answers["next"]) == tokens_of(expected)
-
-
-def test_requests_may_be_submitted_while_others_decode(sampler: TorchSampler, adapters: list[Path]) -> None:
-    def send(name: str) -> None:
-        for i in range(10):
-            sampler.submit(f"{name}{i}", adapters[i % 3], ask(prompt(4, seed=i), seed=i, max_tokens=5))
-
-    threads = [threading.Thread(target=send, args=(name,)) for name in "abc"]
-    for thread in threads:
-        thread.start()
-    answers: dict[str, Any] = {}
-    while sampler.busy() or any(thread.is_alive() for thread in threads):
-        answers.update(sampler.step())
-    assert len(answers) == 30
-    for i in range(10):
-        assert tokens_of(answers[f"a{i}"]) == tokens_of(answers[f"b{i}"]) == tokens_of(answers[f"c{i}"])
-
-
-# ---- adapters
-
-
-def test_more_adapters_than_are_held_are_served_in_turn(model: Path, adapters: list[Path]) -> None:
-    few = TorchSampler(model, max_adapters=1)
-    jobs = [(adapter, ask(prompt(5), seed=1)) for adapter in [*adapters, *adapters]]
-    expected = run(TorchSampler(model), jobs)
-    assert [tokens_of(a) for a in run(few, jobs)] == [tokens_of(a) for a in expected]
-
-
-def test_an_adapter_is_loaded_once(
-    model: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tuft_jupyter.engine import checkpoint
-
-    loads: list[Path] = []
-    read = checkpoint.read
-
-    def counted(source: Path, *args: Any, **kwargs: Any) -> Any:
-        loads.append(source)
-        return read(source, *args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "read", counted)
-    sampler = TorchSampler(model, max_adapters=2)
-    job = ask(prompt(4), max_tokens=2)
-    a, b, c = adapters
-    for adapter in (a, b, a, c, a, b):
-        run(sampler, [(adapter, job), (adapter, job)])
-    assert loads == [a, b, c, b]
-
-
-def test_a_directory_saved_again_is_read_again(model: Path, adapters: list[Path], tmp_path: Path) -> None:
-    sampler = TorchSampler(model)
-    place = tmp_path / "latest"
-    answers = []
-    for source in adapters[:2]:
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(source, place)
-        answers += run(sampler, [(place, ask(prompt(5), temperature=0.0))])
-    assert [tokens_of(a) for a in answers] == [
-        tokens_of(a) for a in run(sampler, [(d, ask(prompt(5), temperature=0.0)) for d in adapters[:2]])
-    ]
-
-
-# ---- what cannot be served
-
-
-@pytest.mark.parametrize(
-    ("request_", "words"),
-    [
-        (ask(np.array([], np.int32)), "prompt is empty"),
-        (ask(np.array([3, VOCAB], np.int32)), "prompt token 320 at position 1"),
-        (ask(np.array([-1], np.int32)), "prompt token -1 at position 0"),
-        (ask(prompt(96)), "prompt has 96 tokens.*context of 96"),
-        (ask(prompt(3), 0), "num_samples"),
-        (ask(prompt(3), 100_000), "num_samples"),
-        (ask(prompt(3), max_tokens=0), "max_tokens"),
-        (ask(prompt(3), topk_prompt_logprobs=VOCAB + 1), "topk_prompt_logprobs"),
-    ],
-)
-def test_a_bad_request_fails_in_its_own_place(
-    sampler: TorchSampler, request_: SampleRequest, words: str
-) -> None:
-    with pytest.raises(UserError, match=words):
-        sampler.check(request_)
-    bad, good = run(sampler, [(None, request_), (None, ask(prompt(3), max_tokens=2))])
-    assert isinstance(bad, UserError)
-    assert [len(s.tokens) for s in good.sequences] == [2]
-
-
-def test_an_adapter_that_is_missing_or_does_not_fit_fails_in_its_own_place(
-    sampler: TorchSampler, adapters: list[Path], tmp_path: Path
-) -> None:
-    wider = make_model(tmp_path / "wider", hidden=128)
-    foreign = make_adapter(tmp_path / "foreign", wider, seed=0)
-    torn = tmp_path / "torn"
-    shutil.copytree(adapters[0], torn)
-    file = torn / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    request = ask(prompt(5), temperature=0.0)
-    places = [adapters[0], tmp_path / "gone", foreign, torn, adapters[0]]
-    good, gone, misfit, cut, again = run(sampler, [(place, request) for place in places])
-    assert isinstance(gone, NotFound)
-    assert isinstance(misfit, UserError)
-    assert isinstance(cut, UserError)
-    assert tokens_of(good) == tokens_of(again)
-
-
-def test_stop_strings_need_a_tokenizer(tmp_path: Path) -> None:
-    directory = make_model(tmp_path / "m")
-    for file in directory.glob("token*"):
-        file.unlink()
-    with pytest.raises(UserError, match="no tokenizer; give token ids"):
-        TorchSampler(directory).check(ask(prompt(3), stop_tokens=None, stop_strings=("x",)))
