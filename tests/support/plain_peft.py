@@ -1,0 +1,64 @@
+"""The reference that the trainer is held against: PEFT and autograd, one datum at a time, no padding, no tricks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tuft_jupyter.core.types import Datum, LoraSpec
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+def plain_peft(model: Path, spec: LoraSpec, weights: Mapping[str, Tensor]) -> PeftModel:
+    """The base model with one PEFT adapter of this geometry holding ``weights`` (PEFT's file names)."""
+    targets = [
+        *(ATTENTION if spec.train_attn else []),
+        *(MLP if spec.train_mlp else []),
+        *(["lm_head"] if spec.train_unembed else []),
+    ]
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    peft = get_peft_model(
+        base, LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    parameters = adapter_parameters(peft)
+    assert parameters.keys() == weights.keys()
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+    return peft
+
+
+def adapter_parameters(peft: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """The trainable tensors under their names in a file."""
+    return {n.replace(".default", ""): p for n, p in peft.named_parameters() if "lora_" in n}
+
+
+def target_logprobs(peft: PeftModel, datum: Datum) -> Tensor:
+    """Log-probabilities of the datum's target_tokens, shaped like them."""
+    logits = peft(input_ids=torch.from_numpy(datum.tokens.astype(np.int64))[None], use_cache=False).logits[0]
+    targets = torch.from_numpy(datum.inputs["target_tokens"].astype(np.int64))
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(1, targets.view(len(targets), -1)).view(targets.shape)
+
+
+def cross_entropy(peft: PeftModel, data: Sequence[Datum]) -> tuple[float, list[Tensor], dict[str, Tensor]]:
+    """Loss sum, log-probabilities of each datum, and the gradient of every adapter tensor."""
+    peft.zero_grad()
+    total, all_logprobs = 0.0, []
+    for datum in data:
+        logprobs = target_logprobs(peft, datum)
+        weights = torch.from_numpy(datum.inputs.get("weights", np.ones(logprobs.shape, np.float32)))
+        loss = -(logprobs * weights).sum()
+        loss.backward()
+        total += float(loss.detach())
+        all_logprobs.append(logprobs.detach())
+    gradients = {name: p.grad.clone() for name, p in adapter_parameters(peft).items() if p.grad is not None}
+    return total, all_logprobs, gradients

@@ -1,0 +1,117 @@
+"""Rows packed without padding: no sequence sees another."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tuft_jupyter.engine import packing
+from tuft_jupyter.engine.base import BaseModel, load_base
+from tuft_jupyter.engine.decoder import ModuleDecoder
+from tuft_jupyter.engine.llama import LlamaDecoder
+
+CPU = torch.device("cpu")
+
+
+def random_qkv(n: int) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(n)
+    return tuple(torch.randn(1, heads, n, 8, generator=g) for heads in (4, 2, 2))
+
+
+def masked_attention(
+    lengths: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """Attention over the whole row with an explicit mask."""
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    at = torch.arange(len(sequence))
+    mask = (sequence[:, None] == sequence[None]) & (at[:, None] >= at[None])
+    if window is not None:
+        mask &= at[:, None] - at[None] < window
+    scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [9, 9, 4, 4, 1], [1, 1, 3]])
+def test_attention_over_a_row_is_that_of_each_sequence_alone(lengths: list[int], window: int | None) -> None:
+    q, k, v = random_qkv(sum(lengths))
+    attention = packing.CausalAttention(packing.boundaries(lengths), CPU)
+    ours = attention(0, q, k, v, None, window)
+    torch.testing.assert_close(ours, masked_attention(lengths, q, k, v, window), rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_knows_its_boundaries_positions_and_segments() -> None:
+    packed = packing.causal([3, 2, 2, 4], ["a", "a", None, "b"], CPU)
+    assert packed.cu == (0, 3, 5, 7, 11)
+    assert packed.tokens == 11
+    assert packed.segments == ((0, 5, "a"), (5, 7, None), (7, 11, "b"))
+    assert packing.positions(packed.cu, CPU).tolist() == [[0, 1, 2, 0, 1, 0, 1, 0, 1, 2, 3]]
+
+
+def test_a_model_called_outside_of_a_row_fails(qwen3: Path) -> None:
+    with pytest.raises(RuntimeError, match="outside"):
+        load_base(qwen3).hf(input_ids=torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("decoder", [ModuleDecoder, LlamaDecoder])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_packed_sequences_get_the_hidden_states_they_get_alone(
+    family: str, decoder: type[ModuleDecoder | LlamaDecoder], request: pytest.FixtureRequest
+) -> None:
+    directory = request.getfixturevalue(family)
+    base = load_base(directory)
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    sequences = [torch.randint(320, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 4, 17)]
+    packed = packing.causal([len(s) for s in sequences], [None] * 4, CPU)
+    ids, positions = torch.cat(sequences), packing.positions(packed.cu, CPU)
+    with torch.no_grad():
+        hidden, _ = decoder(base.hf)(packed, ids, positions, backward=False)
+        alone = torch.cat([plain.model(s[None]).last_hidden_state[0] for s in sequences])
+    torch.testing.assert_close(hidden, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_llama_shaped_models_get_the_written_out_decoder(qwen3: Path, llama: Path) -> None:
+    for directory in (qwen3, llama):
+        assert isinstance(load_base(directory).run, LlamaDecoder)
+
+
+def test_the_fingerprint_tells_weights_apart_and_not_dtypes(qwen3: Path, llama: Path, tmp_path: Path) -> None:
+    from tests.support.tiny_models import make_model
+
+    def of(base: BaseModel) -> str:
+        return base.fingerprint
+
+    same = of(load_base(qwen3))
+    assert of(load_base(qwen3, dtype=torch.bfloat16, name="another name")) == same
+    others = {of(load_base(llama)), of(load_base(make_model(tmp_path / "m", seed=1)))}
+    assert len(others) == 2
+    assert same not in others
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget() -> None:
+    rng = random.Random(4)
+    lengths = [rng.randint(1, 40) for _ in range(200)]
+    adapters = [rng.choice("abcdef") for _ in lengths]
+    batches = packing.micro_batches(lengths, adapters, 64)
+    assert sorted(i for rows in batches for i in rows) == list(range(200))
+    assert all(sum(lengths[i] for i in rows) <= 64 for rows in batches)
+    assert sum(lengths) / len(batches) > 48, "rows of several adapters should share micro-batches"
+    for rows in batches:
+        segments = packing.segments_of([lengths[i] for i in rows], [adapters[i] for i in rows])
+        assert len(segments) == len({adapters[i] for i in rows}), "one segment per adapter"
+
+
+def test_a_row_over_the_budget_stands_alone() -> None:
+    assert packing.micro_batches([100, 10, 10], ["a", "a", "a"], 32) == [[0], [1, 2]]
+
+
+def test_how_an_adapters_rows_are_grouped_does_not_depend_on_the_others() -> None:
+    mine = [30, 20, 20, 10, 5]
+    alone = {frozenset(rows) for rows in packing.micro_batches(mine, ["m"] * 5, 64)}
+    lengths, adapters = [*mine, 7, 50, 64, 3], ["m"] * 5 + ["x", "y", "z", "x"]
+    together = packing.micro_batches(lengths, adapters, 64)
+    assert {frozenset(i for i in rows if i < 5) for rows in together} - {frozenset()} == alone
