@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tuft_jupyter.core.engine import EngineDied, Outcome, SamplingEngine, Task, TrainingEngine
-from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.types import JSON, ModelCard, OpKind
 
 Fault = Callable[[Task], bool]
@@ -28,12 +28,16 @@ class ScriptedEngine:
         self.steps: list[list[str]] = []
         self.dies_on: Fault = lambda task: False
         self.cannot_start = ""
+        self.fails_to_start = 0
         self.hangs = False
         self._left: dict[str, int] = {}
 
     async def start(self) -> None:
         if self.cannot_start:
             raise UserError(self.cannot_start)
+        if self.fails_to_start:
+            self.fails_to_start -= 1
+            raise ServerError("too busy")
         self.starts += 1
         self.runs, self._left, self.alive = {}, {}, True
 

@@ -23,6 +23,7 @@ from tuft_jupyter.core.errors import Overloaded, TuftError
 from tuft_jupyter.core.lanes import Grant, Lane, Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.startup import bring_up
 from tuft_jupyter.core.state import CREATES_RUN
 from tuft_jupyter.core.types import ModelCard, Op, OpKind
 
@@ -63,7 +64,6 @@ class Driver:
         self._wanted = asyncio.Event()
         self._snapshot_at: dict[str, float] = {}
         self._steps: dict[str, int] = {}
-        self._backoff = 0.0
         self._leaving: set[str] = set()
 
     def wake(self) -> None:
@@ -115,16 +115,17 @@ class Driver:
         self._wanted.clear()
 
     async def _start(self) -> None:
-        self.status, self.detail = "loading", f"loading {self.card.name}"
+        self.status = "loading"
         try:
-            await self.engine.start()
-        except (TuftError, EngineDied) as error:
-            self.status, self.detail = "failed", str(error)
-            log.error("%s cannot be served: %s", self.card.name, error)
-            category = error.category if isinstance(error, TuftError) else "server"
-            await self._fail_all(category, f"{self.card.name} cannot be loaded: {error}")
-            return
-        self.status, self.detail, self._backoff = "ready", "", 0.0
+            await bring_up(self.engine, self.card.name, self._say)
+        except TuftError as error:
+            self.status, self.detail = "failed", error.message
+            await self._fail_all(error.category, f"{self.card.name} cannot be loaded: {error.message}")
+        else:
+            self.status, self.detail = "ready", ""
+
+    def _say(self, detail: str) -> None:
+        self.detail = detail
 
     def _lost(self, batch: Sequence[Grant], reason: str) -> None:
         """The worker is gone: everything it held is to be rebuilt, and whatever was in the batch is suspect."""

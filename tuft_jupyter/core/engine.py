@@ -108,9 +108,10 @@ class Task:
 class Outcome:
     """What became of a task, or of a sample request.
 
-    ``finished`` is False while an op has tokens left (then ``facts["tokens"]`` counts those worked off so far). ``facts`` are the few numbers that the journal keeps beside
-    the bytes (``loss_sum``, ``weight_sum``, ``tokens``, ``grad_norm``, ``size_bytes``, ``engine_ms`` ...).
-    ``category`` is "" for success, else "user" or "server" with the text in ``error``.
+    ``finished`` is False while an op has tokens left; then ``facts["tokens"]`` counts those worked off so far.
+    ``facts`` are the few numbers that the journal keeps beside the bytes (``loss_sum``, ``weight_sum``, ``tokens``,
+    ``grad_norm``, ``size_bytes``, ``engine_ms`` ...). ``category`` is "" for success, else "user" or "server" with
+    the text in ``error``.
     """
 
     request_id: str

@@ -1,7 +1,7 @@
 """Runs: adapters in training, and the ops that clients ask of them.
 
-Each verb checks ownership first, then the request, then journals the op and puts it into its lane; the answer comes later
-through the op's promise. A refused request changes nothing. How ops are run is the driver's affair.
+Each verb checks ownership first, then the request, then journals the op and puts it into its lane; the answer comes
+later through the op's promise. A refused request changes nothing. How ops are run is the driver's affair.
 """
 
 from __future__ import annotations

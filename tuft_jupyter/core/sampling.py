@@ -21,6 +21,7 @@ from tuft_jupyter.core.engine import EngineDied, SamplingEngine
 from tuft_jupyter.core.errors import NotFound, TuftError
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.startup import bring_up
 from tuft_jupyter.core.state import Checkpoint, Sampler
 from tuft_jupyter.core.types import ModelCard, Principal, sampler_id
 
@@ -59,13 +60,16 @@ class Worker:
         self.status, self.detail = "idle", "restarting the sampling worker"
 
     async def _start(self) -> None:
-        self.status, self.detail = "loading", f"loading {self.card.name} for sampling"
+        self.status = "loading"
         try:
-            await self.engine.start()
-        except (TuftError, EngineDied) as error:
-            self.status, self.detail = "failed", str(error)
+            await bring_up(self.engine, f"{self.card.name} for sampling", self._say)
+        except TuftError as error:
+            self.status, self.detail = "failed", error.message
             raise
         self.status, self.detail = "ready", ""
+
+    def _say(self, detail: str) -> None:
+        self.detail = detail
 
 
 class Sampling:
@@ -102,7 +106,7 @@ class Sampling:
         card: ModelCard,
         checkpoint: Checkpoint | None,
     ) -> Sampler:
-        """Pin a base model, or a checkpoint made on it, under ``{session}:sample:{number}``; asking again gives the same."""
+        """Pin a base model, or a checkpoint made on it, under its sampler id; asking again gives the same."""
         name = sampler_id(session, number)
         known = self.ledger.state.samplers.get(name)
         if known is not None:
@@ -156,7 +160,7 @@ class Sampling:
     async def _warm(self, card: ModelCard) -> None:
         try:
             await self.worker(card).ready()
-        except (TuftError, EngineDied) as error:
+        except TuftError as error:
             log.warning("%s cannot sample yet: %s", card.name, error)
 
     async def _run(self, sampler: Sampler, seq: int, request_id: str, body: bytes) -> None:

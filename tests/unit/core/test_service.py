@@ -90,6 +90,12 @@ def scenario(body: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(body(), 30))  # type: ignore[arg-type]
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something that happens in it has happened."""
+    while not condition():  # noqa: ASYNC110 - the condition is a plain dict, nothing could be awaited
+        await asyncio.sleep(0)
+
+
 def stepped(passes: list[str]) -> list[str]:
     return [name for each in passes for name in (each, "step")]
 
@@ -253,6 +259,27 @@ def test_a_model_that_cannot_be_loaded_fails_its_ops_with_the_reason(tmp_path: P
     scenario(body)
 
 
+def test_a_worker_that_cannot_start_yet_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that was too busy to start Ray loses nobody's accepted work."""
+    monkeypatch.setattr("tuft_jupyter.core.startup.PAUSES", (0.0, 0.0))
+
+    async def body() -> None:
+        engines = ScriptedEngines()
+        engines.trainer.fails_to_start = 2
+        async with world(tmp_path, engines=engines) as w:
+            run = await w.connect()
+            assert w.trained == []
+            assert w.service.drivers["tiny"].status == "ready"
+            engines.trainer.fails_to_start = 3
+            engines.trainer.kill()
+            answer = await w.answer(await w.forward_backward(run))
+            assert (answer.category, "tried 3 times" in answer.error) == ("server", True)
+
+    scenario(body)
+
+
 def test_what_is_not_yours_is_not_there_and_a_refusal_changes_nothing(tmp_path: Path) -> None:
     """S1-01, T2: every verb on a foreign run, session, sampler or checkpoint is refused without a trace."""
 
@@ -364,8 +391,7 @@ def test_a_finished_session_frees_its_adapters_and_takes_no_more_work(tmp_path: 
             run = await w.connect()
             await w.train(run, 1)
             await w.service.finish_session(ALICE, w.service.state.runs[run].session, "success", None)
-            while w.engines.trainer.runs:
-                await asyncio.sleep(0)
+            await until(lambda: not w.engines.trainer.runs)
             with pytest.raises(UserError, match="finished"):
                 await w.forward_backward(run)
             assert w.service.state.runs[run].snapshot is not None
@@ -385,8 +411,7 @@ def test_an_expired_checkpoint_is_deleted_and_an_idle_adapter_leaves(tmp_path: P
             assert w.service.state.checkpoints
             await w.service.sweep(now + 2000)
             assert not w.service.state.checkpoints
-            while w.engines.trainer.runs:
-                await asyncio.sleep(0)
+            await until(lambda: not w.engines.trainer.runs)
             more = await w.train(run, 1)
             assert w.trained == stepped([*passes, *more])
 

@@ -1,0 +1,41 @@
+"""Bringing an engine up: what cannot succeed fails at once, what may succeed later is tried again.
+
+A wrong model stays wrong; a machine that was too busy, or a worker that died while it loaded, may do better next time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from tuft_jupyter.core.engine import EngineDied
+from tuft_jupyter.core.errors import ServerError, UserError
+
+log = logging.getLogger("tuft_jupyter.startup")
+
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between the tries."""
+
+
+class Startable(Protocol):
+    async def start(self) -> None: ...
+
+
+async def bring_up(engine: Startable, name: str, say: Callable[[str], None]) -> None:
+    """Start an engine. ``say`` is told what is being done; UserError or ServerError if it cannot be brought up."""
+    for pause in (*PAUSES, None):
+        say(f"loading {name}")
+        try:
+            await engine.start()
+        except UserError:
+            raise
+        except (ServerError, EngineDied) as error:
+            log.error("%s cannot be loaded: %s", name, error)
+            if pause is None:
+                raise ServerError(f"{error} (tried {len(PAUSES) + 1} times)") from None
+            say(f"trying again to load {name}: {error}")
+            await asyncio.sleep(pause)
+        else:
+            return
