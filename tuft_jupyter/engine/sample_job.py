@@ -66,7 +66,7 @@ class Job:
     """One request: ``waiting`` samples not yet begun, ``live`` ones being decoded, ``sequences`` ended.
 
     ``limit`` is how many tokens a sample may have; ``decode`` is there if text is looked at for stops;
-    ``adapter`` is the name of the loaded adapter.
+    ``adapter`` is the name of the loaded adapter; ``broken`` that its logits are not numbers.
     """
 
     key: str
@@ -78,13 +78,10 @@ class Job:
     waiting: int
     live: int = 0
     adapter: str | None = None
+    broken: bool = False
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
     prompt_logprobs: FloatArray | None = None
     topk: tuple[Int32Array, FloatArray] | None = None
-
-    @property
-    def begun(self) -> bool:
-        return self.waiting < self.request.num_samples
 
     @property
     def ended(self) -> bool:

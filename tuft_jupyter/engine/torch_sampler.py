@@ -7,11 +7,13 @@ drawn from it. A sequence that ends leaves its place at once to the next in the 
 Knows values only: no bodies, no HTTP, no Ray. Promises: what one request gets does not depend on the others
 (up to floating-point rounding in a larger batch); a request that cannot be served fails in its own place.
 
-Shapes: N rows of a decode batch or tokens of a packed row, M positions, V vocabulary, K likeliest tokens.
+Shapes: N rows of a decode batch or tokens of a packed row, M rows or positions of it, V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -24,17 +26,21 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tuft_jupyter.core.errors import TuftError, UserError
+from tuft_jupyter.core.errors import ServerError, TuftError, UserError
 from tuft_jupyter.core.types import SampleRequest, SampleResult
 from tuft_jupyter.engine import head, packing
 from tuft_jupyter.engine.adapter_cache import AdapterCache
 from tuft_jupyter.engine.base import load_base
 from tuft_jupyter.engine.kv_cache import DecodeAttention, KVCache, PrefillAttention
 from tuft_jupyter.engine.sample_job import Decode, Job, Limits, Live, shares
-from tuft_jupyter.engine.sampling import Picker, generator
+from tuft_jupyter.engine.sampling import Picker, generator, score_prompt
 
-_HEAD_ROWS = 512  # prompt positions unembedded at once
-_NOTHING = -99999.0  # the protocol's logprob of a cell that holds no token
+log = logging.getLogger(__name__)
+
+_DIVERGED = (
+    "the logits of these weights are not finite: the adapter has diverged; sample from an earlier checkpoint, or "
+    "train with a lower learning rate"
+)
 
 Ended = list[tuple[str, SampleResult | TuftError]]
 
@@ -61,10 +67,10 @@ class _Batch:
 class TorchSampler:
     """Implements ``core.engine.Sampler``.
 
-    ``max_live`` sequences are decoded together and ``max_adapters`` adapters held; ``max_context`` None is the
-    model's own limit on prompt and samples together; ``max_samples`` bounds one request; ``prefill_tokens`` is
-    how many prompt tokens are run in one step (a longer prompt runs alone). ``dtype`` None keeps that of the
-    files, ``device`` None takes CUDA if there is one.
+    ``max_live`` sequences are decoded together and ``max_adapters`` adapters held; ``max_context`` None is
+    the model's own limit on prompt and samples together; ``max_samples`` bounds one request;
+    ``prefill_tokens`` is how many prompt tokens are run in one step (a longer prompt runs alone). ``dtype``
+    None keeps that of the files, ``device`` None takes CUDA if there is one.
     """
 
     def __init__(
@@ -132,8 +138,10 @@ class TorchSampler:
             self._prefill(admitted)
         if self._live:
             self._decode()
+        for job in [job for job in self._jobs if job.broken]:
+            self._fail(job, UserError(_DIVERGED), ended)
         for job in [job for job in self._jobs if job.ended]:
-            self._forget(job)
+            self._drop(job)
             ended.append((job.key, job.result()))
         return ended
 
@@ -160,10 +168,7 @@ class TorchSampler:
                 )
             )
         for job in [job for job in self._jobs if job.key in cancelled]:
-            for slot in reversed(range(len(self._live))):
-                if self._live[slot].job is job:
-                    self._free(slot)
-            self._forget(job)
+            self._drop(job)
 
     def _admit(self, ended: Ended) -> list[tuple[Job, range]]:
         """The samples to begin now, with their adapters loaded."""
@@ -177,8 +182,11 @@ class TorchSampler:
                 try:
                     job.adapter = self._adapters.take(job.directory)
                 except TuftError as error:
-                    self._jobs.remove(job)
-                    ended.append((job.key, error))
+                    self._fail(job, error, ended)
+                    continue
+                except Exception:  # an adapter may come from anywhere: it must not take the others down
+                    log.exception("the adapter in %s could not be loaded", job.directory)
+                    self._fail(job, ServerError("the saved weights could not be loaded"), ended)
                     continue
                 if job.adapter is None:
                     break  # no room until others end, and nobody overtakes
@@ -250,6 +258,8 @@ class TorchSampler:
         for row, token, logprob in zip(rows, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
+            if not math.isfinite(logprob):
+                row.job.broken = True
         return tokens_N
 
     def _leave(self, slots: range) -> None:
@@ -266,32 +276,33 @@ class TorchSampler:
         self._live.pop()
         self._batch = None
 
-    def _forget(self, job: Job) -> None:
+    def _fail(self, job: Job, error: TuftError, ended: Ended) -> None:
+        self._drop(job)
+        ended.append((job.key, error))
+
+    def _drop(self, job: Job) -> None:
+        """Forget a job and the sequences it has live."""
+        for slot in reversed(range(len(self._live))):
+            if self._live[slot].job is job:
+                self._free(slot)
         self._jobs.remove(job)
         if job.adapter is not None:
             self._adapters.give_back(job.adapter)
 
     def _score_prompt(self, job: Job, hidden_MD: Tensor) -> None:
-        """Log-probabilities of the prompt's own tokens, and of the likeliest ones at each position."""
-        request, k = job.request, job.request.topk_prompt_logprobs
-        if not (request.prompt_logprobs or k):
+        request = job.request
+        if not (request.prompt_logprobs or request.topk_prompt_logprobs):
             return
-        length = len(request.prompt)
-        logprobs = np.full(length, np.nan, np.float32)
-        ids, top = np.zeros((length, k), np.int32), np.full((length, k), _NOTHING, np.float32)
-        next_M1 = torch.from_numpy(request.prompt).to(hidden_MD.device, torch.int64)[1:, None]
-        for start in range(0, length - 1, _HEAD_ROWS):
-            end = min(start + _HEAD_ROWS, length - 1)
-            segment = ((0, end - start, job.adapter),)
-            logits_MV = head.logits(self.base.lm_head, hidden_MD[start:end], segment)
-            logp_MV = torch.log_softmax(logits_MV[:, : self.base.vocab_size], -1, dtype=torch.float32)
-            logprobs[start + 1 : end + 1] = logp_MV.gather(1, next_M1[start:end])[:, 0].cpu()
-            if k:
-                top_MK, ids_MK = logp_MV.topk(k, dim=1)
-                top[start + 1 : end + 1], ids[start + 1 : end + 1] = top_MK.cpu(), ids_MK.cpu()
+
+        def logits(start: int, end: int) -> Tensor:
+            segments = ((0, end - start, job.adapter),)
+            logits_MV = head.logits(self.base.lm_head, hidden_MD[start:end], segments)
+            return logits_MV[:, : self.base.vocab_size]
+
+        logprobs, ids, top = score_prompt(request.prompt, request.topk_prompt_logprobs, logits)
         if request.prompt_logprobs:
             job.prompt_logprobs = logprobs
-        if k:
+        if request.topk_prompt_logprobs:
             job.topk = ids, top
 
     @cached_property

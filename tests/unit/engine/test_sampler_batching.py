@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.adapters import make_adapter
 from tests.support.sampling import ask, drain, prompt, run, tokens_of
 from tests.support.tiny_models import make_model
-from tuft_jupyter.core.errors import NotFound, UserError
+from tuft_jupyter.core.errors import NotFound, TuftError, UserError
 from tuft_jupyter.core.types import SampleRequest
 from tuft_jupyter.engine import checkpoint
 from tuft_jupyter.engine.torch_sampler import TorchSampler
@@ -217,6 +218,34 @@ def test_an_adapter_that_is_missing_or_does_not_fit_fails_in_its_own_place(
     assert twice.message == misfit.message
     assert isinstance(cut, UserError)
     assert tokens_of(good) == tokens_of(again)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 3}])
+def test_an_adapter_that_has_diverged_fails_alone(
+    model: Path, adapters: list[Path], tmp_path: Path, params: dict[str, Any]
+) -> None:
+    diverged = tmp_path / "diverged"
+    shutil.copytree(adapters[0], diverged)
+    file = diverged / "adapter_model.safetensors"
+    save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file)
+    good, bad = (ask(prompt(5), 2, seed=1, **{"max_tokens": n, **params}) for n in (6, 60))
+    sampler = TorchSampler(model, max_live=4)
+    fine, broken, after = run(sampler, [(adapters[1], good), (diverged, bad), (adapters[1], good)])
+    (alone,) = run(TorchSampler(model), [(adapters[1], good)])
+    assert isinstance(broken, UserError)
+    assert "diverged" in broken.message
+    assert tokens_of(fine) == tokens_of(after) == tokens_of(alone)
+
+
+def test_an_adapter_that_cannot_be_read_at_all_fails_alone(
+    sampler: TorchSampler, adapters: list[Path], tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(adapters[0], odd)
+    (odd / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "four", "target_modules": [1, {}]}')
+    bad, good = run(sampler, [(odd, ask(prompt(4))), (adapters[0], ask(prompt(4)))])
+    assert isinstance(bad, TuftError)
+    assert len(good.sequences) == 1
 
 
 def test_stop_strings_need_a_tokenizer(tmp_path: Path) -> None:
