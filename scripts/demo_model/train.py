@@ -50,11 +50,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 100 steps, then `peak`, then over the last 40 % of `steps` a cosine down to zero.
+    """Warm-up over 100 steps, then `peak`, then over the last quarter of `steps` a cosine down to zero.
 
     Until that decay begins it does not depend on `steps`, so a run can be made longer while it is going.
     """
-    decay = steps * 4 // 10
+    decay = steps // 4
     left = min(1.0, (steps - step) / max(1, decay))
     return peak * min(1.0, (step + 1) / 100) * 0.5 * (1 - math.cos(math.pi * left))
 
@@ -164,9 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=here / "tuft_jupyter" / "demo", help="model directory to write")
     add("--work", type=Path, default=here / "build" / "demo_model", help="where the state is kept")
     add("--seed", type=int, default=1)
-    add("--steps", type=int, default=6000, help="length of the whole run")
+    add("--steps", type=int, default=3000, help="length of the whole run")
     add("--stop-after", type=int, help="steps of this call; the next call with the same --work goes on")
-    add("--save-every", type=int, default=500, help="steps between saved states")
+    add("--save-every", type=int, default=250, help="steps between saved states")
     add("--rows", type=int, default=8, help=f"rows of {_ROW} tokens in one step")
     add("--learning-rate", type=float, default=2e-3, help="at its peak")
     add("--tokenizer-documents", type=int, default=30_000, help="documents that the tokenizer is trained on")
