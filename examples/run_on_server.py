@@ -137,9 +137,12 @@ class Server:
 
 @dataclass
 class Outcome:
-    """What a cell did: printed text, displayed values (the last form of each), and the error if it failed."""
+    """What a cell did: text on stdout and stderr, displayed values (the last form of each), its error if it
+    failed.
+    """
 
     printed: str = ""
+    warned: str = ""
     displayed: dict[str, dict[str, str]] = field(default_factory=dict)
     error: str = ""
 
@@ -147,7 +150,9 @@ class Outcome:
     def text(self) -> str:
         """Everything as plain text, in the order in which it first appeared."""
         shown = [data.get("text/plain", "") for data in self.displayed.values()]
-        return "\n".join(part.rstrip() for part in [*shown, self.printed, self.error] if part.strip())
+        return "\n".join(
+            part.rstrip() for part in [*shown, self.printed, self.warned, self.error] if part.strip()
+        )
 
 
 class CellFailed(RuntimeError):
@@ -155,10 +160,14 @@ class CellFailed(RuntimeError):
 
 
 class Kernel:
-    """A kernel in a session of the server, as opening ``notebook`` (a path below the root) makes one."""
+    """A kernel in a session of the server, as opening ``notebook`` (a path below the root) makes one.
 
-    def __init__(self, server: Server, notebook: str = "script.ipynb", name: str = "python3") -> None:
+    Two sessions of one path share a kernel, so without a path a new one is made up.
+    """
+
+    def __init__(self, server: Server, notebook: str = "", name: str = "python3") -> None:
         self.server = server
+        notebook = notebook or f"{uuid.uuid4().hex}.ipynb"
         model = {"path": notebook, "name": notebook, "type": "notebook", "kernel": {"name": name}}
         self.session = server.request("POST", "api/sessions", model)
         self.id = self.session["kernel"]["id"]
@@ -177,7 +186,10 @@ class Kernel:
         for message in self._messages(code, timeout):
             kind, content = message["msg_type"], message["content"]
             if kind == "stream":
-                outcome.printed += content["text"]
+                if content["name"] == "stdout":
+                    outcome.printed += content["text"]
+                else:
+                    outcome.warned += content["text"]
                 live(content["text"])
             elif kind in ("display_data", "update_display_data", "execute_result"):
                 known = content.get("transient", {}).get("display_id") or f"output {len(outcome.displayed)}"
