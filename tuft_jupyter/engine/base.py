@@ -80,7 +80,7 @@ def load_base(
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"base model {path!r} is quantized; use its unquantized weights")
     try:
-        hf = AutoModelForCausalLM.from_pretrained(
+        hf: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",
@@ -118,7 +118,7 @@ def _fingerprint(hf: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def _decoder(hf: PreTrainedModel) -> Decoder:
+def _decoder(hf: Any) -> Decoder:
     """The fastest decoder with which two packed sequences get the logits that each gets alone."""
     lengths = (7, 5)
     size = hf.get_input_embeddings().num_embeddings
@@ -136,11 +136,11 @@ def _decoder(hf: PreTrainedModel) -> Decoder:
         decoder: Decoder = kind(hf)
         try:
             hidden, _ = decoder(packed, torch.cat(ids), positions, backward=False)
-        except (NotImplementedError, TypeError, AttributeError) as error:
-            reason = str(error)
+        except (NotImplementedError, TypeError, AttributeError) as unfit:
+            reason = str(unfit)
             continue
-        error = float((hf.get_output_embeddings()(hidden).float() - alone).norm() / alone.norm())
-        if error <= tolerance:
+        difference = float((hf.get_output_embeddings()(hidden).float() - alone).norm() / alone.norm())
+        if difference <= tolerance:
             return decoder
-        reason = f"logits differ from those of single sequences (relative error {error:.1e})"
+        reason = f"logits differ from those of single sequences (relative error {difference:.1e})"
     raise UserError(f"models of the family {hf.config.model_type!r} cannot be run over packed rows: {reason}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tuft_jupyter.engine.lora import MultiLoraLinear, Part
+from tuft_jupyter.engine.lora import MultiLoraLinear, Part, take
 from tuft_jupyter.engine.losses import Config, Inputs, Loss
 from tuft_jupyter.engine.packing import Segment
 
@@ -82,7 +83,7 @@ def run(
         return work.results, dh_ND
 
 
-def _base(lm_head: nn.Module) -> nn.Module:
+def _base(lm_head: nn.Module) -> Any:
     return lm_head.base_layer if isinstance(lm_head, MultiLoraLinear) else lm_head
 
 
@@ -90,21 +91,18 @@ def _parts(lm_head: nn.Module, segments: Sequence[Segment]) -> list[Part]:
     return lm_head.parts(tuple(segments)) if isinstance(lm_head, MultiLoraLinear) else []
 
 
-def _logits(base: nn.Module, h_MD: Tensor, parts: list[Part]) -> Tensor:
+def _logits(base: Any, h_MD: Tensor, parts: list[Part]) -> Tensor:
     z_MV = F.linear(h_MD, base.weight, base.bias)
     for start, end, slot in parts:
-        z_MV[start:end].addmm_(torch.mm(h_MD[start:end], slot.a.t()), slot.b.t(), alpha=slot.scale)
+        h_MR = torch.mm(take(h_MD, start, end), slot.a.t())
+        take(z_MV, start, end).addmm_(h_MR, slot.b.t(), alpha=slot.scale)
     return z_MV
-
-
-def _gather(logp_MV: Tensor, targets: Tensor) -> Tensor:
-    return logp_MV.gather(1, targets.view(len(targets), -1)).view(targets.shape)
 
 
 class _Pass:
     """One row on its way through the unembedding, chunk by chunk."""
 
-    def __init__(self, base: nn.Module, parts: list[Part], h_ND: Tensor, spans: Sequence[Span]) -> None:
+    def __init__(self, base: Any, parts: list[Part], h_ND: Tensor, spans: Sequence[Span]) -> None:
         self.base, self.parts, self.h_ND, self.spans = base, parts, h_ND, spans
         self.size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS[h_ND.device.type] // base.weight.shape[0])
         self.counts = np.concatenate([span.counts for span in spans])
@@ -112,7 +110,7 @@ class _Pass:
             SpanResult(*(torch.empty(span.targets.shape, device=h_ND.device) for _ in range(3)))
             for span in spans
         ]
-        for span, result in zip(self.spans, self.results, strict=True):
+        for span, result in zip(spans, self.results, strict=True):
             if span.loss.whole_sequences:
                 self._whole(span, result)
 
@@ -123,87 +121,81 @@ class _Pass:
     def chunk(self, start: int, end: int, dh_ND: Tensor | None) -> None:
         """Fill the results of positions [start, end) and, if given, their gradient."""
         logp_MV = self._logprobs(start, end)
-        for span, result, at in self._spans_in(start, end):
+        for span, result, here, there in self._spans_in(start, end):
             if not span.loss.whole_sequences:
-                logp = _gather(
-                    logp_MV[span.start + at.start - start : span.start + at.stop - start], span.targets[at]
-                )
-                result.logprobs[at] = logp
-                result.losses[at], result.slopes[at] = span.loss.formula(
-                    logp, _cut(span.inputs, at), span.config
-                )
+                logp = _gather(logp_MV[here], span.targets[there])
+                result.logprobs[there] = logp
+                inputs = {name: value[there] for name, value in span.inputs.items()}
+                result.losses[there], result.slopes[there] = span.loss.formula(logp, inputs, span.config)
         if dh_ND is not None:
             rows = np.flatnonzero(self.counts[start:end])
-            if len(rows) == end - start:
-                self._backward(start, end, None, logp_MV, dh_ND[start:end])
-            else:
+            if len(rows) < end - start:
                 dh_ND[start:end] = 0
-                if len(rows):
-                    self._backward(start, end, rows, logp_MV, dh_ND[start:end])
+            if len(rows):
+                self._backward(
+                    start, end, rows if len(rows) < end - start else None, logp_MV, dh_ND[start:end]
+                )
 
     def _backward(
         self, start: int, end: int, rows: NDArray[np.int64] | None, logp_MV: Tensor, dh_MD: Tensor
     ) -> None:
-        """Turn ``logp_MV`` into dL/dlogits and carry it to ``dh_MD``.
-
-        ``rows`` are the only ones that count.
-        """
-        h_MD = self.h_ND[start:end]
-        index = None if rows is None else torch.from_numpy(rows).to(h_MD.device)
-        if index is not None:
-            logp_MV, h_MD = logp_MV[index], h_MD[index]
+        """Turn ``logp_MV`` into dL/dlogits and carry it to ``dh_MD``; only ``rows`` count (None: all)."""
+        h_MD, out_MD, index = self.h_ND[start:end], dh_MD, None
+        if rows is not None:
+            index = torch.from_numpy(rows).to(h_MD.device)
+            logp_MV, h_MD, out_MD = logp_MV[index], h_MD[index], dh_MD.new_empty(len(rows), dh_MD.shape[1])
         dz_MV = logp_MV.exp_()
-        for span, result, at in self._spans_in(start, end):
-            first, last = _inside(rows, span.start + at.start - start, span.start + at.stop - start)
-            slopes, targets = result.slopes[at], span.targets[at]
+        for span, result, here, there in self._spans_in(start, end):
+            first, last = _inside(rows, here.start, here.stop)
+            slopes, targets = result.slopes[there], span.targets[there]
             if index is not None:
-                local = index[first:last] + (start - span.start - at.start)
+                local = index[first:last] - here.start
                 slopes, targets = slopes[local], targets[local]
             slopes, targets = slopes.view(last - first, -1), targets.view(last - first, -1)
             # d/dz of sum_k slope_k log_softmax(z)[target_k]
-            dz_MV[first:last].mul_(-slopes.sum(1, keepdim=True)).scatter_add_(1, targets, slopes)
+            take(dz_MV, first, last).mul_(-slopes.sum(1, keepdim=True)).scatter_add_(1, targets, slopes)
         dz_MV = dz_MV.to(h_MD.dtype)
-        result_MD = torch.mm(dz_MV, self.base.weight)
-        for begin, stop, slot in self.parts:
-            first, last = _inside(rows, max(begin - start, 0), min(stop, end) - start)
+        torch.mm(dz_MV, self.base.weight, out=out_MD)
+        for a, b, slot in self._parts_in(start, end):
+            first, last = _inside(rows, a, b)
             if first < last:
-                h, dz = h_MD[first:last], dz_MV[first:last]
+                h, dz = take(h_MD, first, last), take(dz_MV, first, last)
                 dh_MR = slot.add_gradients(h, torch.mm(h, slot.a.t()), dz)
-                result_MD[first:last].addmm_(dh_MR, slot.a, alpha=slot.scale)
-        if index is None:
-            dh_MD.copy_(result_MD)
-        else:
-            dh_MD[index] = result_MD
+                take(out_MD, first, last).addmm_(dh_MR, slot.a, alpha=slot.scale)
+        if index is not None:
+            dh_MD[index] = out_MD
 
     def _whole(self, span: Span, result: SpanResult) -> None:
         """A loss over whole datums needs all their log-probabilities before it can say any slope."""
         for start, end in self.chunks(span.start, span.end):
             at = slice(start - span.start, end - span.start)
             result.logprobs[at] = _gather(self._logprobs(start, end), span.targets[at])
-        for start, end in pairwise(c - span.start for c in span.cu):
+        for start, end in pairwise(edge - span.start for edge in span.cu):
             at = slice(start, end)
-            result.losses[at], result.slopes[at] = span.loss.formula(
-                result.logprobs[at], _cut(span.inputs, at), span.config
-            )
+            inputs = {name: value[at] for name, value in span.inputs.items()}
+            result.losses[at], result.slopes[at] = span.loss.formula(result.logprobs[at], inputs, span.config)
 
     def _logprobs(self, start: int, end: int) -> Tensor:
-        parts = [
-            (max(a - start, 0), min(b, end) - start, slot)
+        z_MV = _logits(self.base, self.h_ND[start:end], self._parts_in(start, end))
+        return F.log_softmax(z_MV, dim=-1, dtype=torch.float32)
+
+    def _parts_in(self, start: int, end: int) -> list[Part]:
+        return [
+            (max(a, start) - start, min(b, end) - start, slot)
             for a, b, slot in self.parts
             if a < end and b > start
         ]
-        return F.log_softmax(_logits(self.base, self.h_ND[start:end], parts), dim=-1, dtype=torch.float32)
 
-    def _spans_in(self, start: int, end: int) -> Iterator[tuple[Span, SpanResult, slice]]:
-        """The spans that meet [start, end), with the stretch of each that lies in it."""
+    def _spans_in(self, start: int, end: int) -> Iterator[tuple[Span, SpanResult, slice, slice]]:
+        """The spans that meet [start, end), with the stretch that does: as rows of the chunk, and of the span."""
         for span, result in zip(self.spans, self.results, strict=True):
             a, b = max(start, span.start), min(end, span.end)
             if a < b:
-                yield span, result, slice(a - span.start, b - span.start)
+                yield span, result, slice(a - start, b - start), slice(a - span.start, b - span.start)
 
 
-def _cut(inputs: Inputs, at: slice) -> Inputs:
-    return {name: value[at] for name, value in inputs.items()}
+def _gather(logp_MV: Tensor, targets: Tensor) -> Tensor:
+    return logp_MV.gather(1, targets.view(len(targets), -1)).view(targets.shape)
 
 
 def _inside(rows: NDArray[np.int64] | None, start: int, end: int) -> tuple[int, int]:

@@ -1,17 +1,15 @@
 """The Llama-shaped decoder, written out by hand: forward over a packed row, and backward into the adapters.
 
-Llama, Qwen2, Qwen3 and their like are the same few operations; run as modules under autograd, a short row
-spends most of its time between them. Here a layer is some thirty tensor operations each way, nothing is
-recorded but what the backward pass reads, and gradients stop at the first layer's inputs. Query, key and
-value projections share one matmul, as do gate and up: their weights are laid side by side once, and the
-model's own parameters become views of that. Only attention is differentiated by autograd, so that any
-:class:`~tuft_jupyter.engine.packing.Attention` fits.
+Llama, Qwen2, Qwen3 and their like are the same few operations; run as modules under autograd, a short row spends
+most of its time between them. Here a layer is some thirty tensor operations each way, nothing is recorded but what
+the backward pass reads, and gradients stop at the first layer's inputs. Query, key and value projections share one
+matmul, as do gate and up: their weights are laid side by side once, and the model's own parameters become views of
+that. Only attention is differentiated by autograd, so that any attention of a packed row fits.
 
 Knows no losses and no requests. :func:`fits` tells whether a model has this shape; that the numbers are the
 model's own is checked when it is loaded (:mod:`~tuft_jupyter.engine.base`).
 
-Shapes: N tokens, D hidden size, H query heads, G key/value heads, E head size, F MLP size, J = H + G, C = H +
-2G.
+Shapes: N tokens, D hidden size, H query heads, G key/value heads, J = H + G, C = H + 2G, E head size, F MLP size.
 """
 
 from __future__ import annotations
@@ -26,135 +24,97 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuft_jupyter.engine.lora import MultiLoraLinear, Part
-from tuft_jupyter.engine.packing import Packed
+from tuft_jupyter.engine.lora import MultiLoraLinear, Part, take
+from tuft_jupyter.engine.packing import Packed, boundaries
 
 Pull = Callable[[Tensor], None]
+
+_DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def fits(hf: PreTrainedModel) -> bool:
     """Whether every layer has the modules that :class:`LlamaDecoder` computes, and all attention is full."""
-    config, decoder = hf.config.get_text_config(), hf.base_model
-    windows = getattr(config, "layer_types", None) or [
-        "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    config: Any = hf.config.get_text_config()
+    decoder: Any = hf.base_model
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [
+        "full_attention" if window is None else "sliding_attention"
     ]
-    if set(windows) != {"full_attention"} or config.hidden_act not in ("silu", "swish"):
-        return False
-    if {name for name, _ in decoder.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
-        return False
-    return all(_layer_fits(layer) for layer in decoder.layers)
+    return (
+        set(kinds) == {"full_attention"}
+        and config.hidden_act in ("silu", "swish")
+        and _children(decoder) == _DECODER
+        and all(
+            _children(layer) == _LAYER
+            and _children(layer.self_attn) - {"q_norm", "k_norm"} == _ATTENTION
+            and _children(layer.mlp) == _MLP
+            for layer in decoder.layers
+        )
+    )
 
 
-def _layer_fits(layer: nn.Module) -> bool:
-    children = {name for name, _ in layer.named_children()}
-    if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
-        return False
-    attention = {name for name, _ in layer.self_attn.named_children()}
-    mlp = {name for name, m in layer.mlp.named_children() if isinstance(m, nn.Linear)}
-    return attention - {"q_norm", "k_norm"} == {"q_proj", "k_proj", "v_proj", "o_proj"} and mlp == {
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    }
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+class LlamaDecoder:
+    """All before the unembedding; see :class:`~tuft_jupyter.engine.decoder.Decoder`. To be made before adapters are."""
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        decoder: Any = hf.base_model
+        self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
+        self._layers = [_Layer(layer) for layer in decoder.layers]
+        self._norm = _Norm.of(decoder.norm)
+
+    @torch.no_grad()
+    def __call__(
+        self, packed: Packed, ids_N: Tensor, positions_1N: Tensor, *, backward: bool
+    ) -> tuple[Tensor, Pull]:
+        x_ND = F.embedding(ids_N, self._embed.weight)
+        rope = _Rope(*self._rotary(x_ND, positions_1N))
+        tape: list[_Kept] = []
+        for layer in self._layers:
+            x_ND, kept = layer(x_ND, packed, rope, backward)
+            tape.append(kept)
+        h_ND, unit_ND, scale_N1 = self._norm(x_ND)
+
+        @torch.no_grad()
+        def pull(dh_ND: Tensor) -> None:
+            dx_ND = self._norm.pull(dh_ND, unit_ND, scale_N1)
+            for layer in reversed(self._layers):
+                dx_ND = layer.pull(dx_ND, tape.pop(), rope, first=not tape)
+
+        return h_ND, pull
 
 
 @dataclass(slots=True)
-class _Norm:
-    """RMSNorm (Zhang & Sennrich 2019), in fp32 as the models do it."""
+class _Kept:
+    """What a layer's backward pass reads: of each norm its ``unit`` and ``scale``, of each matmul its LoRA hidden."""
 
-    weight: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Norm:
-        return cls(module.weight, module.variance_epsilon)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(weight * unit, unit, scale)`` where ``unit = x * scale`` has mean square 1."""
-        x32 = x.float()
-        scale = x32.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        unit = (x32 * scale).to(x.dtype)
-        return unit * self.weight, unit, scale
-
-    def pull(self, dy: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
-        """The gradient in x."""
-        g, unit = (dy * self.weight).float(), unit.float()
-        mean = (g * unit).mean(-1, keepdim=True)
-        return g.addcmul_(unit, mean, value=-1.0).mul_(scale).to(dy.dtype)
-
-
-class _Linears:
-    """Linear layers that share their input.
-
-    One matmul for all, and each one's adapters on its own columns.
-    """
-
-    def __init__(self, parent: nn.Module, *names: str) -> None:
-        self.parent, self.names = parent, names
-        modules = [getattr(parent, name) for name in names]
-        self.weight = modules[0].weight.detach()
-        self.bias = None if modules[0].bias is None else modules[0].bias.detach()
-        edges = [0]
-        for module in modules:
-            edges.append(edges[-1] + module.out_features)
-        self.columns = [slice(a, b) for a, b in pairwise(edges)]
-        if len(names) > 1:
-            self.weight = torch.cat([module.weight.detach() for module in modules])
-            if self.bias is not None:
-                self.bias = torch.cat([module.bias.detach() for module in modules])
-            for module, columns in zip(modules, self.columns, strict=True):
-                module.weight = nn.Parameter(self.weight[columns], requires_grad=False)
-
-    def parts(self, packed: Packed) -> list[tuple[slice, Part]]:
-        found = []
-        for name, columns in zip(self.names, self.columns, strict=True):
-            module = getattr(self.parent, name)
-            if isinstance(module, MultiLoraLinear):
-                found += [(columns, part) for part in module.parts(packed.segments)]
-        return found
-
-    def __call__(
-        self, x: Tensor, parts: list[tuple[slice, Part]], residual: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """``residual + x W^T + b`` with every part's update, and each part's ``x A^T``."""
-        if residual is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            y = torch.addmm(residual, x, self.weight.t())
-            if self.bias is not None:
-                y += self.bias
-        hidden = []
-        for columns, (start, end, slot) in parts:
-            h = torch.mm(x[start:end], slot.a.t())
-            y[start:end, columns].addmm_(h, slot.b.t(), alpha=slot.scale)
-            hidden.append(h)
-        return y, hidden
-
-    def pull(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        parts: list[tuple[slice, Part]],
-        hidden: list[Tensor],
-        needs_dx: bool = True,
-    ) -> Tensor | None:
-        """Add the adapters' gradients to their slots; the gradient in x."""
-        dx = torch.mm(dy, self.weight) if needs_dx else None
-        for (columns, (start, end, slot)), h in zip(parts, hidden, strict=True):
-            dh = slot.add_gradients(x[start:end], h, dy[start:end, columns])
-            if dx is not None:
-                dx[start:end].addmm_(dh, slot.a, alpha=slot.scale)
-        return dx
+    parts: list[list[_Column]]
+    unit1: Tensor
+    scale1: Tensor
+    unit_heads: Tensor | None
+    scale_heads: Tensor | None
+    qkv: tuple[Tensor, Tensor, Tensor]
+    attended: Tensor
+    unit2: Tensor
+    scale2: Tensor
+    gate_up: Tensor
+    hidden: list[list[Tensor]]
 
 
 class _Layer:
-    def __init__(self, module: nn.Module) -> None:
-        attention = module.self_attn
+    def __init__(self, module: Any) -> None:
+        attention, mlp = module.self_attn, module.mlp
         self.index: int = attention.layer_idx
         self.scaling: float = attention.scaling
-        self.head = attention.head_dim
-        self.queries = attention.q_proj.out_features // self.head
-        self.keys = attention.k_proj.out_features // self.head
+        self.head_size: int = attention.head_dim
+        self.queries: int = attention.q_proj.out_features // self.head_size
+        self.keys: int = attention.k_proj.out_features // self.head_size
         self.norm1, self.norm2 = _Norm.of(module.input_layernorm), _Norm.of(module.post_attention_layernorm)
         self.head_norm: _Norm | None = None
         if hasattr(attention, "q_norm"):
@@ -165,100 +125,103 @@ class _Layer:
             self.head_norm = _Norm(weight_JE, q.variance_epsilon)
         self.qkv = _Linears(attention, "q_proj", "k_proj", "v_proj")
         self.out = _Linears(attention, "o_proj")
-        self.gate_up = _Linears(module.mlp, "gate_proj", "up_proj")
-        self.down = _Linears(module.mlp, "down_proj")
+        self.gate_up = _Linears(mlp, "gate_proj", "up_proj")
+        self.down = _Linears(mlp, "down_proj")
 
-    def __call__(self, x_ND: Tensor, packed: Packed, rope: _Rope, keep: bool) -> tuple[Tensor, Any]:
+    def __call__(self, x_ND: Tensor, packed: Packed, rope: _Rope, keep: bool) -> tuple[Tensor, _Kept]:
         n, h, j = len(x_ND), self.queries, self.queries + self.keys
         parts = [linears.parts(packed) for linears in (self.qkv, self.out, self.gate_up, self.down)]
         n1_ND, unit1, scale1 = self.norm1(x_ND)
-        qkv, h_qkv = self.qkv(n1_ND, parts[0], None)
-        qkv_NCE = qkv.view(n, -1, self.head)
-        qk_NJE, unit_qk, scale_qk = qkv_NCE[:, :j], None, None
+        qkv_NX, h_qkv = self.qkv(n1_ND, parts[0])
+        qkv_NCE = qkv_NX.view(n, -1, self.head_size)
+        qk_NJE, unit_heads, scale_heads = qkv_NCE[:, :j], None, None
         if self.head_norm is not None:
-            qk_NJE, unit_qk, scale_qk = self.head_norm(qk_NJE)
+            qk_NJE, unit_heads, scale_heads = self.head_norm(qk_NJE)
         qk_NJE = rope(qk_NJE)
-        q, k, v = (t.transpose(0, 1)[None] for t in (qk_NJE[:, :h], qk_NJE[:, h:], qkv_NCE[:, j:]))
-        if keep:
-            q, k, v = (t.requires_grad_() for t in (q, k, v))
+        qkv = (_heads_first(qk_NJE[:, :h]), _heads_first(qk_NJE[:, h:]), _heads_first(qkv_NCE[:, j:]))
         with torch.set_grad_enabled(keep):
-            o_1NHE = packed.attention(self.index, q, k, v, self.scaling, None)
-        o_ND = o_1NHE.detach().reshape(n, -1)
-        x2_ND, h_out = self.out(o_ND, parts[1], x_ND)
+            if keep:
+                for tensor in qkv:
+                    tensor.requires_grad_()
+            attended_1NHE = packed.attention(self.index, *qkv, self.scaling, None)
+        x2_ND, h_out = self.out(attended_1NHE.detach().reshape(n, -1), parts[1], x_ND)
         n2_ND, unit2, scale2 = self.norm2(x2_ND)
-        gu, h_gu = self.gate_up(n2_ND, parts[2], None)
-        gate_NF, up_NF = gu.chunk(2, dim=-1)
+        gate_up, h_gate_up = self.gate_up(n2_ND, parts[2])
+        gate_NF, up_NF = gate_up.chunk(2, dim=-1)
         y_ND, h_down = self.down(F.silu(gate_NF).mul_(up_NF), parts[3], x2_ND)
-        if not keep:
-            return y_ND, None
-        kept = (
-            parts,
-            unit1,
-            scale1,
-            h_qkv,
-            unit_qk,
-            scale_qk,
-            (q, k, v),
-            o_1NHE,
-            o_ND,
-            h_out,
-            unit2,
-            scale2,
-            gu,
-            h_gu,
-            h_down,
+        hidden = [h_qkv, h_out, h_gate_up, h_down]
+        return y_ND, _Kept(
+            parts, unit1, scale1, unit_heads, scale_heads, qkv, attended_1NHE, unit2, scale2, gate_up, hidden
         )
-        return y_ND, kept
 
-    def pull(self, dy_ND: Tensor, kept: Any, rope: _Rope, needs_dx: bool) -> Tensor | None:
-        (
-            parts,
-            unit1,
-            scale1,
-            h_qkv,
-            unit_qk,
-            scale_qk,
-            qkv,
-            o_1NHE,
-            o_ND,
-            h_out,
-            unit2,
-            scale2,
-            gu,
-            h_gu,
-            h_down,
-        ) = kept
+    def pull(self, dy_ND: Tensor, kept: _Kept, rope: _Rope, *, first: bool) -> Tensor:
+        """Gradients into the adapters, and the gradient in x (for the ``first`` layer: nothing anyone needs)."""
         n, h, j = len(dy_ND), self.queries, self.queries + self.keys
-        gate_NF, up_NF = gu.chunk(2, dim=-1)
-        silu = F.silu(gate_NF)
-        dact = self.down.pull(dy_ND, silu * up_NF, parts[3], h_down)
-        dgu = torch.empty_like(gu)
-        dgate, dup = dgu.chunk(2, dim=-1)
-        torch.mul(dact, silu, out=dup)
-        torch.ops.aten.silu_backward.grad_input(dact.mul_(up_NF), gate_NF, grad_input=dgate)
-        dn2 = self.gate_up.pull(dgu, unit2 * self.norm2.weight, parts[2], h_gu)
-        dx2_ND = self.norm2.pull(dn2, unit2, scale2).add_(dy_ND)
-        do = self.out.pull(dx2_ND, o_ND, parts[1], h_out)
-        grads = torch.autograd.grad(o_1NHE, qkv, do.view(o_1NHE.shape))
-        dqkv_NCE = torch.empty(n, j + self.keys, self.head, dtype=dy_ND.dtype, device=dy_ND.device)
-        for to, grad in zip((slice(h), slice(h, j), slice(j, None)), grads, strict=True):
-            dqkv_NCE[:, to] = grad[0].transpose(0, 1)
-        dqk = rope.pull(dqkv_NCE[:, :j])
+        h_qkv, h_out, h_gate_up, h_down = kept.hidden
+        gate_NF, up_NF = kept.gate_up.chunk(2, dim=-1)
+        silu_NF = F.silu(gate_NF)
+        dact_NF = self.down.pull(dy_ND, silu_NF * up_NF, kept.parts[3], h_down)
+        dgate_up = torch.empty_like(kept.gate_up)
+        dgate_NF, dup_NF = dgate_up.chunk(2, dim=-1)
+        torch.mul(dact_NF, silu_NF, out=dup_NF)
+        torch.ops.aten.silu_backward.grad_input(dact_NF.mul_(up_NF), gate_NF, grad_input=dgate_NF)
+        dn2_ND = self.gate_up.pull(dgate_up, kept.unit2 * self.norm2.weight, kept.parts[2], h_gate_up)
+        dx2_ND = self.norm2.pull(dn2_ND, kept.unit2, kept.scale2).add_(dy_ND)
+        attended_1NHE = kept.attended
+        dattended = self.out.pull(dx2_ND, attended_1NHE.detach().reshape(n, -1), kept.parts[1], h_out)
+        grads = torch.autograd.grad(attended_1NHE, kept.qkv, dattended.view(attended_1NHE.shape))
+        dqkv_NCE = dy_ND.new_empty(n, j + self.keys, self.head_size)
+        for heads, grad in zip((slice(h), slice(h, j), slice(j, None)), grads, strict=True):
+            dqkv_NCE[:, heads] = grad[0].transpose(0, 1)
+        dqk_NJE = rope.pull(dqkv_NCE[:, :j])
         if self.head_norm is not None:
-            dqk = self.head_norm.pull(dqk, unit_qk, scale_qk)
-        dqkv_NCE[:, :j] = dqk
-        dn1 = self.qkv.pull(dqkv_NCE.view(n, -1), unit1 * self.norm1.weight, parts[0], h_qkv, needs_dx)
-        return None if dn1 is None else self.norm1.pull(dn1, unit1, scale1).add_(dx2_ND)
+            assert kept.unit_heads is not None
+            assert kept.scale_heads is not None
+            dqk_NJE = self.head_norm.pull(dqk_NJE, kept.unit_heads, kept.scale_heads)
+        dqkv_NCE[:, :j] = dqk_NJE
+        n1_ND = kept.unit1 * self.norm1.weight
+        dn1_ND = self.qkv.pull(dqkv_NCE.view(n, -1), n1_ND, kept.parts[0], h_qkv, needs_dx=not first)
+        return dx2_ND if first else self.norm1.pull(dn1_ND, kept.unit1, kept.scale1).add_(dx2_ND)
+
+
+def _heads_first(t_NHE: Tensor) -> Tensor:
+    """[N, H, E] to [1, H, N, E], a view."""
+    return t_NHE.transpose(0, 1)[None]
+
+
+@dataclass(slots=True)
+class _Norm:
+    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), in fp32 as the models do it."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> _Norm:
+        return cls(module.weight.detach(), module.variance_epsilon)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``weight * unit``, ``unit`` and ``scale``, where ``unit = x * scale`` has mean square 1."""
+        x32 = x.float()
+        scale = x32.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        unit = (x32 * scale).to(x.dtype)
+        return unit * self.weight, unit, scale
+
+    def pull(self, dy: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
+        """The gradient in x, new memory."""
+        g, unit = (dy * self.weight).float(), unit.float()
+        mean = (g * unit).mean(-1, keepdim=True)
+        return g.addcmul_(unit, mean, value=-1.0).mul_(scale).to(dy.dtype)
 
 
 class _Rope:
-    """Rotary position embedding (Su et al. 2021) for the tokens of one row."""
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) for the tokens of one row."""
 
     def __init__(self, cos_1NE: Tensor, sin_1NE: Tensor) -> None:
         self.half = cos_1NE.shape[-1] // 2
         self.cos_N1E = cos_1NE[0][:, None]
         self.sin_N1E = sin_1NE[0][:, None].clone()
-        self.sin_N1E[..., : self.half].neg_()
+        self.sin_N1E[..., : self.half].neg_()  # so that a half turn of x is a roll
 
     def __call__(self, x_NJE: Tensor) -> Tensor:
         return (x_NJE * self.cos_N1E).addcmul_(x_NJE.roll(self.half, -1), self.sin_N1E)
@@ -267,28 +230,58 @@ class _Rope:
         return (dy_NJE * self.cos_N1E).add_((dy_NJE * self.sin_N1E).roll(self.half, -1))
 
 
-class LlamaDecoder:
-    def __init__(self, hf: PreTrainedModel) -> None:
-        self._decoder = hf.base_model
-        self._layers = [_Layer(layer) for layer in self._decoder.layers]
-        self._norm = _Norm.of(self._decoder.norm)
+_Column = tuple[slice, Part]
 
-    @torch.no_grad()
+
+class _Linears:
+    """Linear layers of ``parent`` that share their input: one matmul, and each one's adapters on its own columns."""
+
+    def __init__(self, parent: nn.Module, *names: str) -> None:
+        self.parent, self.names = parent, names
+        modules: list[nn.Linear] = [getattr(parent, name) for name in names]
+        self.columns = [
+            slice(a, b) for a, b in pairwise(boundaries([module.out_features for module in modules]))
+        ]
+        self.weight, self.bias = modules[0].weight.detach(), modules[0].bias
+        if len(modules) > 1:
+            self.weight = torch.cat([module.weight.detach() for module in modules])
+            if self.bias is not None:
+                self.bias = nn.Parameter(torch.cat([module.bias for module in modules]), requires_grad=False)
+            for module, columns in zip(modules, self.columns, strict=True):
+                module.weight = nn.Parameter(self.weight[columns], requires_grad=False)
+
+    def parts(self, packed: Packed) -> list[_Column]:
+        found = []
+        for name, columns in zip(self.names, self.columns, strict=True):
+            module = getattr(self.parent, name)
+            if isinstance(module, MultiLoraLinear):
+                found += [(columns, part) for part in module.parts(packed.segments)]
+        return found
+
     def __call__(
-        self, packed: Packed, ids_N: Tensor, positions_1N: Tensor, *, backward: bool
-    ) -> tuple[Tensor, Pull]:
-        x_ND = F.embedding(ids_N, self._decoder.embed_tokens.weight)
-        rope = _Rope(*self._decoder.rotary_emb(x_ND, positions_1N))
-        tape = []
-        for layer in self._layers:
-            x_ND, kept = layer(x_ND, packed, rope, backward)
-            tape.append(kept)
-        h_ND, unit, scale = self._norm(x_ND)
+        self, x: Tensor, parts: list[_Column], residual: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``x W^T + b + residual`` with every part's update, and each part's ``x A^T``."""
+        if residual is None or self.bias is not None:
+            y = F.linear(x, self.weight, self.bias)
+            if residual is not None:
+                y += residual
+        else:
+            y = torch.addmm(residual, x, self.weight.t())
+        hidden = []
+        for columns, (start, end, slot) in parts:
+            h = torch.mm(take(x, start, end), slot.a.t())
+            take(y[:, columns], start, end).addmm_(h, slot.b.t(), alpha=slot.scale)
+            hidden.append(h)
+        return y, hidden
 
-        def pull(dh_ND: Tensor) -> None:
-            with torch.no_grad():
-                dx_ND = self._norm.pull(dh_ND, unit, scale)
-                for i in reversed(range(len(tape))):
-                    dx_ND = self._layers[i].pull(dx_ND, tape.pop(), rope, i > 0)
-
-        return h_ND, pull
+    def pull(
+        self, dy: Tensor, x: Tensor, parts: list[_Column], hidden: list[Tensor], *, needs_dx: bool = True
+    ) -> Tensor:
+        """Add the adapters' gradients to their slots; the gradient in x, new memory (empty if not needed)."""
+        dx = torch.mm(dy, self.weight) if needs_dx else dy.new_empty(0)
+        for (columns, (start, end, slot)), h in zip(parts, hidden, strict=True):
+            dh = slot.add_gradients(take(x, start, end), h, take(dy[:, columns], start, end))
+            if needs_dx:
+                take(dx, start, end).addmm_(dh, slot.a, alpha=slot.scale)
+        return dx

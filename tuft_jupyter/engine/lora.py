@@ -72,6 +72,11 @@ class Slot:
 Part = tuple[int, int, Slot]
 
 
+def take(x: Tensor, start: int, end: int) -> Tensor:
+    """Rows [start, end); a view is only made where it is less than all."""
+    return x if start == 0 and end == len(x) else x[start:end]
+
+
 class _FusedLora(torch.autograd.Function):
     """``y = x W^T + b`` plus each part's low-rank update.
 
@@ -94,9 +99,9 @@ class _FusedLora(torch.autograd.Function):
         dy_NO = dy.reshape(-1, dy.shape[-1])
         dx_NI = torch.mm(dy_NO, ctx.weight_OI) if ctx.needs_input_grad[0] else None
         for (start, end, slot), h in zip(ctx.parts, hidden, strict=True):
-            dh = slot.add_gradients(x_NI[start:end], h, dy_NO[start:end])
+            dh = slot.add_gradients(take(x_NI, start, end), h, take(dy_NO, start, end))
             if dx_NI is not None:
-                dx_NI[start:end].addmm_(dh, slot.a, alpha=slot.scale)
+                take(dx_NI, start, end).addmm_(dh, slot.a, alpha=slot.scale)
         return (None if dx_NI is None else dx_NI.view(ctx.shape)), None, None, None, None
 
 
@@ -106,8 +111,8 @@ def _forward(
     y_NO = F.linear(x_NI, weight_OI, bias_O)
     hidden = []
     for start, end, slot in parts:
-        h_NR = torch.mm(x_NI[start:end], slot.a.t())
-        y_NO[start:end].addmm_(h_NR, slot.b.t(), alpha=slot.scale)
+        h_NR = torch.mm(take(x_NI, start, end), slot.a.t())
+        take(y_NO, start, end).addmm_(h_NR, slot.b.t(), alpha=slot.scale)
         hidden.append(h_NR)
     return y_NO, hidden
 
@@ -133,7 +138,7 @@ class MultiLoraLinear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         if x.shape[:-1].numel() != packed.tokens:
             raise RuntimeError(f"{x.shape[:-1].numel()} tokens in a packed row of {packed.tokens}")
-        base = self.base_layer
+        base: Any = self.base_layer
         parts = self.parts(packed.segments)
         if torch.is_grad_enabled():
             return _FusedLora.apply(x, self._anchor, base.weight, base.bias, parts)

@@ -5,8 +5,8 @@ each stretch of tokens belongs to, and how to attend. Inside ``with packed.activ
 :mod:`~tuft_jupyter.engine.base` may be called as ``model(input_ids=[1, N], position_ids=[1, N],
 use_cache=False)``. Its linear layers (:mod:`~tuft_jupyter.engine.lora`) then apply to every token the adapter
 of its segment, and each attention layer calls ``packed.attention(layer, q, k, v, scaling, window)``. Training
-attends within each sequence (:class:`CausalAttention`); a sampler brings an object that also owns a KV cache.
-Which packed row is active is a fact of the thread, not of the process.
+attends within each sequence (:mod:`~tuft_jupyter.engine.attention`); a sampler brings an object that also
+owns a KV cache. Which packed row is active is a fact of the thread, not of the process.
 
 Nothing here knows losses, gradients, requests or tenants. Promises: no sequence sees another, no token is
 padded, and a call outside of ``active()`` fails instead of computing something else.
@@ -24,9 +24,10 @@ from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from tuft_jupyter.engine.attention import CausalAttention
 
 ATTENTION = "tuft_packed"
 
@@ -109,100 +110,6 @@ def segments_of(lengths: Sequence[int], adapters: Sequence[str | None]) -> tuple
 def positions(cu: Sequence[int], device: torch.device) -> Tensor:
     """Position ids [1, N]: each sequence counts from 0."""
     return torch.cat([torch.arange(end - start) for start, end in pairwise(cu)])[None].to(device)
-
-
-class CausalAttention:
-    """Each token sees its own sequence up to itself.
-
-    On CPU, neighbouring sequences of equal length go through one call of scaled dot product attention, others
-    through one call each (a mask over the whole row would cost N x N). On CUDA, one variable-length kernel
-    serves the row where it can (half precision), else the same calls as on CPU.
-    """
-
-    def __init__(self, cu: Sequence[int], device: torch.device) -> None:
-        lengths = [end - start for start, end in pairwise(cu)]
-        self._longest = max(lengths)
-        self._runs: list[tuple[int, int, int]] = []  # (start, sequences, tokens of each)
-        start = 0
-        for length, group in groupby(lengths):
-            count = len(list(group))
-            self._runs.append((start, count, length))
-            start += count * length
-        self._cu = torch.tensor(cu, dtype=torch.int32, device=device) if device.type == "cuda" else None
-
-    def __call__(
-        self,
-        layer: int,
-        q_1HND: Tensor,
-        k_1GND: Tensor,
-        v_1GND: Tensor,
-        scaling: float | None,
-        window: int | None,
-    ) -> Tensor:
-        if self._cu is not None and q_1HND.dtype in (torch.float16, torch.bfloat16):
-            return self._varlen(q_1HND, k_1GND, v_1GND, scaling, window)
-        if len(self._runs) == 1:
-            return self._run(q_1HND, k_1GND, v_1GND, *self._runs[0][1:], scaling, window)
-        return torch.cat(
-            [
-                self._run(
-                    *(t[:, :, start : start + count * length] for t in (q_1HND, k_1GND, v_1GND)),
-                    count,
-                    length,
-                    scaling,
-                    window,
-                )
-                for start, count, length in self._runs
-            ],
-            dim=1,
-        )
-
-    def _run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        count: int,
-        length: int,
-        scaling: float | None,
-        window: int | None,
-    ) -> Tensor:
-        """``count`` neighbouring sequences of ``length`` tokens.
-
-        [1, H, count * length, D] to [1, N, H, D].
-        """
-        if count > 1:
-            q, k, v = (t[0].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v))
-        mask = None
-        if window is not None and window < length:
-            t = torch.arange(length, device=q.device)
-            behind = t[:, None] - t[None, :]
-            mask = (behind >= 0) & (behind < window)
-        o_SHTD = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return o_SHTD.transpose(1, 2).flatten(0, 1)[None]
-
-    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        o_NHD = varlen_attn(
-            *(t[0].transpose(0, 1).contiguous() for t in (q, k, v)),
-            self._cu,
-            self._cu,
-            self._longest,
-            self._longest,
-            scale=scaling,
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return o_NHD[None]
 
 
 def causal(lengths: Sequence[int], adapters: Sequence[str | None], device: torch.device) -> Packed:

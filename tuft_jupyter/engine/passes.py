@@ -118,7 +118,8 @@ class Pass:
         for row, (start, end) in zip(members, pairwise(span.cu), strict=True):
             at = slice(start - span.start, end - span.start)
             self.logprobs[row.item][row.index] = logprobs[at]
-            self.sums[row.item][row.index] = float(losses[at].sum(dtype=np.float64))
+            with np.errstate(invalid="ignore"):  # a loss that is not finite is refused in _result
+                self.sums[row.item][row.index] = float(losses[at].sum(dtype=np.float64))
 
     def _result(self, item: int) -> ForwardBackwardResult:
         for i, value in enumerate(self.sums[item]):
