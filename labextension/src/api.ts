@@ -21,7 +21,7 @@ export interface IStatus {
   ready: boolean;
   /** What the service waits for, in words, or null. */
   waiting_for: string | null;
-  /** Where the journal is kept, in words. */
+  /** Where the journal is kept, a colon, and what it survives. */
   persistence: string;
   backend: { installed: boolean; detail: string };
   models: IModelStatus[];

@@ -106,7 +106,7 @@ function Facts(props: {
       <div>
         <dt>{trans.__('Journal')}</dt>
         <dd className="jp-Tuft-ellipsis" title={status.persistence}>
-          {status.persistence}
+          {status.persistence.replace(/^.*?: /, '')}
         </dd>
       </div>
     </dl>

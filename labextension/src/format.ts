@@ -31,7 +31,7 @@ export function formatCount(count: number): string {
     : Math.round(count).toLocaleString('en-US');
 }
 
-/** A measured value with four significant digits, `–` where there is none. */
+/** A measured value with three or four significant digits, `–` where there is none. */
 export function formatValue(value: number | null | undefined): string {
   if (value === null || value === undefined) {
     return '–';
@@ -44,7 +44,9 @@ export function formatValue(value: number | null | undefined): string {
     const [digits, exponent] = value.toExponential(2).split('e');
     return `${Number(digits)}e${exponent}`;
   }
-  return size >= 1000 ? value.toFixed(0) : value.toPrecision(4);
+  return size >= 1000
+    ? value.toFixed(0)
+    : value.toPrecision(size < 0.1 ? 3 : 4);
 }
 
 /** The tick of an axis: no more digits than the distance between ticks asks for. */

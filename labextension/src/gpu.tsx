@@ -36,6 +36,7 @@ function Gauges(props: {
         label={trans.__('Memory')}
         value={formatShare(memory.used, memory.total)}
         share={memory.used / memory.total}
+        runOut
       />
       {gpus.map((gpu, i) => (
         <React.Fragment key={i}>
@@ -48,6 +49,7 @@ function Gauges(props: {
             label={trans.__('%1 memory', gpu.name)}
             value={formatShare(gpu.used, gpu.total)}
             share={gpu.used / gpu.total}
+            runOut
           />
         </React.Fragment>
       ))}

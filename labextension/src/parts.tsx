@@ -100,14 +100,16 @@ export function Path({ path }: { path: string }): JSX.Element {
   );
 }
 
-/** A labelled bar. `share` is between 0 and 1. */
+/** A labelled bar. `share` is between 0 and 1. Something that can `runOut` warns before it does. */
 export function Meter(props: {
   label: string;
   value: string;
   share: number;
+  runOut?: boolean;
 }): JSX.Element {
   const share = Math.min(1, Math.max(0, props.share || 0));
-  const level = share > 0.95 ? 'full' : share > 0.85 ? 'high' : 'normal';
+  const level =
+    !props.runOut || share < 0.85 ? 'normal' : share < 0.95 ? 'high' : 'full';
   return (
     <div className="jp-Tuft-meter">
       <span className="jp-Tuft-meterLabel" title={props.label}>

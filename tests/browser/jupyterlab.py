@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import ConsoleMessage, Error, Page, sync_playwright
+from playwright.sync_api import TimeoutError as TookTooLong
 
 from examples.run_on_server import Server
 
@@ -94,6 +95,19 @@ class Lab:
     def set_theme(self, theme: str) -> None:
         self.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
         self.page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
+
+    def wait(self, condition: str, argument: Any, seconds: float) -> None:
+        """Wait until a condition in the page holds; else fail with what the page and the server say."""
+        try:
+            self.page.wait_for_function(condition, arg=argument, timeout=seconds * 1000)
+        except TookTooLong:
+            outputs = [output for cell in self.cells() for output in cell["outputs"]]
+            pytest.fail(
+                f"the page still waits after {seconds:.0f} s\n"
+                f"panel: {self.page.inner_text('#tuft-panel')}\n"
+                f"cells: {json.dumps(outputs[-3:])[-2000:]}\n"
+                f"server: {self.server.log.read_text()[-4000:]}"
+            )
 
     def cells(self) -> list[dict[str, Any]]:
         """The notebook's code cells as they are now: execution count and outputs."""

@@ -9,10 +9,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+import urllib.request
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from email.parser import Parser
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,21 +54,50 @@ class Installed:
 
     def __init__(self, folder: Path, wheel: Path) -> None:
         self.bin = folder / "bin"
-        call([sys.executable, "-m", "venv", folder])
+        call([sys.executable, "-m", "venv", "--without-pip", folder])
         self.pip("install", "--quiet", wheel)
 
     def pip(self, *words: str | Path) -> str:
-        return call([self.bin / "python", "-m", "pip", *words])
+        return call([sys.executable, "-m", "pip", "--python", self.bin / "python", *words])
 
     def run(self, *words: str) -> str:
         """Run a program of the environment, with nothing else on PATH and no configuration of this machine."""
-        home = str(self.bin.parent / "home")
-        return call(
-            [self.bin / words[0], *words[1:]],
-            PATH=str(self.bin),
-            HOME=home,
-            JUPYTER_CONFIG_DIR=f"{home}/config",
-        )
+        return call([self.bin / words[0], *words[1:]], **self.environment(self.bin.parent / "home"))
+
+    def environment(self, home: Path) -> dict[str, str]:
+        return {"PATH": str(self.bin), "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config")}
+
+    @contextmanager
+    def server(self, work: Path) -> Iterator[Callable[[str], Any]]:
+        """A notebook server of the environment; yields how to GET a path of it with both kinds of key."""
+        names = {"TUFT_HOME": str(work / "tuft"), "JUPYTER_RUNTIME_DIR": str(work), "JUPYTER_TOKEN": "t"}
+        command = [self.bin / "jupyter", "server", "--no-browser", "--ip=127.0.0.1", "--port=0"]
+        command += ["--allow-root", f"--ServerApp.root_dir={work}"]
+        with (work / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=self.environment(work) | names | {"TUFT_API_KEY": "tml-t"},
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            yield partial(ask, work / f"jpserver-{process.pid}.json", process, work / "log")
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def ask(runtime_file: Path, process: subprocess.Popen[bytes], log: Path, path: str) -> Any:
+    """GET a path as JSON, as soon as the server has written its runtime file."""
+    while not runtime_file.exists():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    address = f"{json.loads(runtime_file.read_text())['url']}{path}"
+    key = {"X-API-Key": "tml-t", "Authorization": "token t"}
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+        urllib.request.Request(address, headers=key), timeout=30
+    ) as answer:
+        return json.load(answer)
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +153,23 @@ def test_a_base_install_is_small_and_without_torch(installed: Installed) -> None
     packages = {line.split("==")[0].lower() for line in installed.pip("freeze").splitlines()}
     assert not packages & {"torch", "ray", "vllm", "transformers", "peft"}
     size = sum(f.lstat().st_size for f in installed.bin.parent.rglob("*") if f.is_file())
-    assert size < 300e6
+    assert size < 300e6, size
     loaded = installed.run(
         "python", "-c", "import sys, tuft_jupyter; print('torch' in sys.modules, 'ray' in sys.modules)"
     )
     assert loaded.split() == ["False", "False"]
+
+
+def test_a_base_install_serves_and_says_what_is_missing(installed: Installed, tmp_path: Path) -> None:
+    """S1-04: the server starts without a backend, answers healthz and capabilities, and tells the panel what to
+    install."""
+    with installed.server(tmp_path) as ask:
+        assert ask("tuft/api/v1/healthz")["status"] == "ok"
+        offered = ask("tuft/api/v1/get_server_capabilities")["supported_models"]
+        assert [model["model_name"] for model in offered] == ["tuft/demo"]
+        backend = ask("tuft/lab/state")["status"]["backend"]
+    assert not backend["installed"]
+    assert 'pip install "tuft-jupyter[backend]"' in backend["detail"]
 
 
 def test_installing_the_wheel_enables_the_server_extension(installed: Installed) -> None:
@@ -136,7 +182,7 @@ def test_installing_the_wheel_enables_the_server_extension(installed: Installed)
 
 def test_the_panel_needs_no_node(installed: Installed) -> None:
     """S1-10: the wheel brings the built lab extension."""
-    installed.pip("install", "--quiet", "jupyterlab>=4.4,<5")
+    installed.pip("install", "--quiet", "--no-compile", "jupyterlab>=4.4,<5")
     assert not (installed.bin / "node").exists()
     listing = installed.run("jupyter", "labextension", "list")
     plain = listing.replace("\x1b[32m", "").replace("\x1b[0m", "")

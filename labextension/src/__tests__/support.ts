@@ -22,7 +22,7 @@ export const READY: IStatus = {
   tenant: 'alice',
   ready: true,
   waiting_for: null,
-  persistence: 'on disk',
+  persistence: 'file journal.sqlite: survives a crash',
   backend: { installed: true, detail: '' },
   models: [{ name: 'tuft/demo', state: 'ready', detail: '' }]
 };
