@@ -128,9 +128,8 @@ class TinkerHandler(RequestHandler):
         self.keys.principal(self._key())
         what = f"{self.request.method} {self.request.path}"
         if self.request.method in self.not_offered:
-            raise NotOffered(
-                f"{self.not_offered[self.request.method]} is part of the Tinker protocol, but not offered by this server"
-            )
+            name = self.not_offered[self.request.method]
+            raise NotOffered(f"{name} is part of the Tinker protocol, but not offered by this server")
         if self.routes:
             raise UserError(f"{what}: this path answers {', '.join(self.routes)}")
         raise NotFound(f"{what}: there is no such path; the API is described in the documentation")

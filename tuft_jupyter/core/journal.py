@@ -107,7 +107,7 @@ class SqliteJournal:
         self.description = f"file {path}: survives a crash of the server, the notebook and the machine"
         self._clock = clock
         self._n = 0
-        self._jobs: queue.SimpleQueue[tuple[Any, asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[_Line | _Job, asyncio.Future[Any]] | None] = queue.SimpleQueue()
         self._lock: IO[str] | None = None
         self._thread: threading.Thread | None = None
         self._sink: Sink = lambda record: None
@@ -172,8 +172,7 @@ class SqliteJournal:
             jobs = [item for item in batch if item is not None]
             if jobs:
                 answers = self._commit(db, [job for job, _ in jobs])
-                pairs = [(future, answer) for (_, future), answer in zip(jobs, answers, strict=True)]
-                self._loop.call_soon_threadsafe(self._deliver, pairs)
+                self._loop.call_soon_threadsafe(self._deliver, jobs, answers)
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         db.close()
 
@@ -202,13 +201,16 @@ class SqliteJournal:
         self._n = n
         return answers
 
-    def _deliver(self, pairs: list[tuple[asyncio.Future[Any], Any]]) -> None:
-        for future, answer in pairs:
-            if isinstance(answer, Record):
+    def _deliver(
+        self, jobs: Sequence[tuple[_Line | _Job, asyncio.Future[Any]]], answers: Sequence[Any]
+    ) -> None:
+        for (job, future), answer in zip(jobs, answers, strict=True):
+            failed = isinstance(answer, Exception)
+            if isinstance(job, _Line) and not failed:
                 self._sink(answer)
             if future.done():  # the one who asked went away; what was written stays written
                 continue
-            if isinstance(answer, Exception):
+            if failed:
                 future.set_exception(answer)
             else:
                 future.set_result(answer)

@@ -46,6 +46,18 @@ def test_records_are_numbered_without_holes_and_seen_in_order_before_append_retu
     asyncio.run(scenario())
 
 
+def test_reading_a_record_does_not_tell_it_again(make: Make) -> None:
+    async def scenario() -> None:
+        journal, seen = make(), []
+        await journal.open(lambda record: seen.append(record.n))
+        record = await journal.append(line(1, b"body"))
+        await journal.read(record.n)
+        assert seen == [1]
+        await journal.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_blob_can_be_read_back_until_it_is_dropped(make: Make) -> None:
     async def scenario() -> None:
         journal = make()

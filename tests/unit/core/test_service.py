@@ -227,6 +227,8 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, steps: int) -> Non
             second.seq = first.seq
             more = await second.train(run, 2)
             assert second.trained == stepped([*passes, waiting, *more])
+            state = second.service.state.runs[run]
+            assert (state.step, state.pending) == (len(passes) + 3, 0)
 
     scenario(body)
 
