@@ -25,7 +25,7 @@ test: $(STAMPS)/installed system  ## run every test: Python, TypeScript, real se
 	$(BIN)/python -m pytest -q
 
 unit: $(STAMPS)/installed  ## run the fast tests only (less than a minute)
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q -n 2 tests/unit
 
 check: $(STAMPS)/installed  ## lint, types, import rules, documentation coverage
 	$(BIN)/ruff check .
