@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class Faults:
     """every call raises, and the device is beyond use"""
     starts: list[Exception] = field(default_factory=list)
     """one failure per start, from the first"""
+    die: Callable[[], Any] | None = None
+    """how to die in earnest, in place of raising :class:`Killed`"""
     hanging: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
 
@@ -66,6 +68,8 @@ class Faults:
         if self.corpse:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if self.kill_on is not None and self.kill_on in tokens:
+            if self.die is not None:
+                self.die()
             raise Killed
         if self.hang_on is not None and self.hang_on in tokens:
             self.hanging.set()

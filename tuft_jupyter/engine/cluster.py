@@ -212,7 +212,7 @@ class _ClusterEngine:
     def _obituary(self, actor: _Actor) -> str:
         """Why an actor is gone, in one line, with the last line it wrote if there is one."""
         said = f"the {self.kind} worker (process {actor.pid or 'not started'}) is gone"
-        lines = [line for line in log_tail(actor.session.logs, actor.pid) if line.strip()]
+        lines = log_tail(actor.session.logs, actor.pid)
         return f"{said}; its last words: {lines[-1].strip()[:300]}" if lines else said
 
 
@@ -282,14 +282,9 @@ class Engines:
         return engine
 
 
-_last: list[Engines] = []
-
-
 def engines(settings: Settings) -> Engines:
-    """The engines of a server: the same for the same settings, since a process has one Ray."""
-    if not _last or _last[0].settings is not settings:
-        _last[:] = [Engines(settings)]
-    return _last[0]
+    """The engines of one server; a process has one Ray and so should have one of these."""
+    return Engines(settings)
 
 
 def log_tail(logs: Path | None, pid: int, lines: int = LOG_LINES) -> list[str]:
@@ -300,7 +295,8 @@ def log_tail(logs: Path | None, pid: int, lines: int = LOG_LINES) -> list[str]:
     for path in sorted(logs.glob(f"worker-*-{pid}.out")) + sorted(logs.glob(f"worker-*-{pid}.err")):
         with contextlib.suppress(OSError):
             found += path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return found[-lines:]
+    # Ray's own marks begin with a colon
+    return [line for line in found if line.strip() and not line.startswith(":")][-lines:]
 
 
 def _say(gone: asyncio.Future[str], reason: str) -> None:

@@ -1,0 +1,213 @@
+"""What the benchmarks share: a server of their own, the plain loop they are measured against, and the table."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "server_ext")]
+
+from examples.run_on_server import Kernel, Server  # noqa: E402, F401 - Kernel for the benchmarks
+
+MODEL = "tuft/demo"
+VOCAB = 2048
+RANK = 16
+LEARNING_RATE = 1e-4
+FOREIGN = ("TUFT_", "TINKER_", "RAY_", "HF_", "JUPYTER_")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table; ``ok`` None has no mark to be held to."""
+
+    what: str
+    measured: str
+    mark: str = ""
+    ok: bool | None = None
+
+
+def at_most(what: str, measured: float, mark: float, unit: str = "") -> Row:
+    return Row(what, f"{measured:.3g}{unit}", f"<= {mark:g}{unit}", measured <= mark)
+
+
+def at_least(what: str, measured: float, mark: float, unit: str = "") -> Row:
+    return Row(what, f"{measured:.3g}{unit}", f">= {mark:g}{unit}", measured >= mark)
+
+
+def show(rows: Sequence[Row]) -> bool:
+    """Print the table; True if nothing falls short."""
+    lines = [("what", "measured", "mark", "ok or short")]
+    lines += [(r.what, r.measured, r.mark, {None: "", True: "ok", False: "short"}[r.ok]) for r in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    for line in lines:
+        print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return all(row.ok is not False for row in rows)
+
+
+@contextlib.contextmanager
+def server(work: Path | None = None, *, extension: bool = True, **env: str) -> Iterator[Server]:
+    """A running Jupyter server in a home of its own, with or without our extension."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[name]  # whatever this user has set up, the server is to know nothing of it
+    with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:
+        home = work or Path(scratch)
+        root = home / "notebooks"
+        root.mkdir(exist_ok=True)
+        made = Server(
+            root,
+            home,
+            base_url="/user/bench/",
+            env=environment(home, **env),
+            options=(f"--ServerApp.jpserver_extensions={{'tuft_jupyter_server': {extension}}}",),
+        )
+        with made:
+            yield made
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """Variables with which everything of ours lies below ``home``."""
+    return {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "server_ext")]),
+        "TUFT_HOME": str(home / "tuft"),
+        "HF_HOME": str(home / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+        "JUPYTER_CONFIG_DIR": str(home / "jupyter"),
+        "IPYTHONDIR": str(home / "ipython"),
+        "TINKER_TELEMETRY": "0",
+        **more,
+    }
+
+
+def service_client(started: Server) -> Any:
+    """The unmodified SDK's client of a server."""
+    os.environ["TINKER_TELEMETRY"] = "0"
+    import tinker
+
+    key = (started.work / "tuft" / "credentials").read_text().strip()
+    return tinker.ServiceClient(base_url=f"{started.url.rstrip('/')}/tuft", api_key=key)
+
+
+def tokens_of(rows: int, length: int) -> list[list[int]]:
+    """Fixed token sequences, different from row to row."""
+    return [[(7 * row + 13 * i) % VOCAB for i in range(length + 1)] for row in range(rows)]
+
+
+def sdk_data(rows: Sequence[Sequence[int]]) -> list[Any]:
+    """The sequences as the SDK's training data: every token but the first is a target."""
+    import numpy as np
+    from tinker import types
+
+    data = []
+    for row in rows:
+        targets = types.TensorData.from_numpy(np.array(row[1:], np.int64))
+        weights = types.TensorData.from_numpy(np.ones(len(row) - 1, np.float32))
+        inputs = {"target_tokens": targets, "weights": weights}
+        data.append(
+            types.Datum(model_input=types.ModelInput.from_ints(list(row[:-1])), loss_fn_inputs=inputs)
+        )
+    return data
+
+
+class SdkLoop:
+    """forward_backward + optim_step through the SDK, sent together as its documentation advises."""
+
+    def __init__(self, client: Any, rows: Sequence[Sequence[int]]) -> None:
+        from tinker import types
+
+        self._training = client.create_lora_training_client(base_model=MODEL, rank=RANK, seed=1).result()
+        self._data = sdk_data(rows)
+        self._adam = types.AdamParams(learning_rate=LEARNING_RATE)
+
+    def step(self) -> float:
+        """The summed loss before the step."""
+        done = self._training.forward_backward(self._data, "cross_entropy")
+        stepped = self._training.optim_step(self._adam)
+        loss = float(done.result().metrics["loss:sum"])
+        stepped.result()
+        return loss
+
+
+class PlainLoop:
+    """The same step as a careful person writes it with torch and PEFT: equal lengths, so nothing is padded."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], threads: int) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        from tuft_jupyter import models
+
+        torch.set_num_threads(threads)
+        disable_progress_bar()
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        base = AutoModelForCausalLM.from_pretrained(models.resolve(MODEL).path, dtype=torch.float32)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+        config = LoraConfig(r=RANK, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+        self._model = get_peft_model(base, config)
+        adapter = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(adapter, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+        self._tokens = torch.tensor([list(row) for row in rows])
+
+    def step(self) -> float:
+        """The summed loss before the step."""
+        import torch
+
+        logits = self._model(input_ids=self._tokens[:, :-1], use_cache=False).logits
+        targets = self._tokens[:, 1:].reshape(-1)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(loss.detach())
+
+
+def trainer_threads() -> int:
+    """Threads the server's trainer computes with; the plain loop gets as many."""
+    from tuft_jupyter.engine.cluster import cpus
+
+    return max(1, cpus() - 1)
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time, user and system, of a process and its living descendants."""
+    total = 0.0
+    for process in tree(pid):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def same_start(plain: float, served: float) -> None:
+    """Both loops must begin with the same loss, or they do not do the same work."""
+    if abs(plain - served) > 1e-3 * abs(plain):
+        raise SystemExit(f"the loops differ: plain loss {plain:.4f}, served loss {served:.4f}")
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which ``share`` of the values lie."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def median_ms(seconds: Sequence[float]) -> float:
+    return statistics.median(seconds) * 1e3

@@ -1,0 +1,124 @@
+"""What the notebook server pays: memory, imports, time to the first answer, and its answers while training runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+from common import (
+    MODEL,
+    RANK,
+    Kernel,
+    Row,
+    SdkLoop,
+    Server,
+    at_most,
+    quantile,
+    server,
+    service_client,
+    show,
+    tokens_of,
+)
+
+GROWTH_MB = 150
+FIRST_ANSWER_SECONDS = 3.0
+FIRST_STEP_SECONDS = 30.0
+STATUS_P99_MS = 100
+STATUS_CALLS = 300
+FORBIDDEN = ("torch", "transformers", "vllm")
+
+FIRST_STEP = f"""
+%load_ext tuft_jupyter
+%tuft init
+import tuft_jupyter
+from tinker import types
+training = tuft_jupyter.create_training_client(base_model={MODEL!r}, rank={RANK})
+tokens = list(range(16))
+datum = types.Datum(
+    model_input=types.ModelInput.from_ints(tokens), loss_fn_inputs={{"target_tokens": tokens, "weights": [1.0] * 16}}
+)
+training.forward_backward([datum], "cross_entropy").result()
+training.optim_step(types.AdamParams(learning_rate=1e-4)).result()
+"""
+
+
+def measure() -> list[Row]:
+    with server(extension=False) as bare:
+        bare_mb = rss_mb(bare)
+    with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:
+        began = time.perf_counter()
+        # Python itself writes every import into the server's log.
+        with server(Path(scratch), PYTHONPROFILEIMPORTTIME="1") as started:
+            request(started, "tuft/api/v1/healthz")
+            first_answer = time.perf_counter() - began
+            with Kernel(started) as kernel:
+                began = time.perf_counter()
+                kernel.run(FIRST_STEP)
+                first_step = time.perf_counter() - began
+            latencies = status_while_training(started)
+            grown_mb = rss_mb(started) - bare_mb
+            imported = forbidden_imports(started.log)
+    return [
+        at_most("server start to first answer", first_answer, FIRST_ANSWER_SECONDS, " s"),
+        at_most("%tuft init to first trained step", first_step, FIRST_STEP_SECONDS, " s"),
+        at_most("notebook server grows by", grown_mb, GROWTH_MB, " MB"),
+        Row("torch, transformers, vllm in the notebook server", imported or "none", "none", not imported),
+        Row("/api/status while training, median", f"{quantile(latencies, 0.5):.1f} ms"),
+        at_most("/api/status while training, p99", quantile(latencies, 0.99), STATUS_P99_MS, " ms"),
+    ]
+
+
+def status_while_training(started: Server) -> list[float]:
+    """Milliseconds of each answer, while 8 x 256 tokens are trained without pause."""
+    client = service_client(started)
+    loop = SdkLoop(client, tokens_of(8, 256))
+    loop.step()
+    stop = threading.Event()
+
+    def train() -> None:
+        while not stop.is_set():
+            loop.step()
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    latencies = []
+    try:
+        for _ in range(STATUS_CALLS):
+            began = time.perf_counter()
+            started.request("GET", "api/status")
+            latencies.append((time.perf_counter() - began) * 1e3)
+            time.sleep(0.02)
+    finally:
+        stop.set()
+        trainer.join()
+        client.close("success")
+    return latencies
+
+
+def request(started: Server, path: str) -> None:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+        f"{started.url}{path}", timeout=30
+    ):
+        pass
+
+
+def rss_mb(started: Server) -> float:
+    return psutil.Process(started.pid).memory_info().rss / 1e6
+
+
+def forbidden_imports(log: Path) -> str:
+    """Names from :data:`FORBIDDEN` that the server's process imported, as its log tells."""
+    lines = re.findall(r"^import time:.*\| +(\S+)$", log.read_text(errors="replace"), re.MULTILINE)
+    if not lines:
+        raise SystemExit("the server's log tells nothing of imports")
+    return ", ".join(name for name in FORBIDDEN if name in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(not show(measure()))

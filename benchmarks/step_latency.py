@@ -1,0 +1,54 @@
+"""How long one small training step takes: one datum of 16 tokens, through SDK, Jupyter server and Ray.
+
+The plain loop runs between the served steps, so both see the same machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from common import (
+    PlainLoop,
+    Row,
+    SdkLoop,
+    at_most,
+    median_ms,
+    same_start,
+    server,
+    service_client,
+    show,
+    tokens_of,
+    trainer_threads,
+)
+
+CALLS = 30
+WARM = 5
+TOKENS = 16
+RATIO = 1.5
+
+
+def measure() -> list[Row]:
+    rows = tokens_of(1, TOKENS)
+    with server() as started:
+        client = service_client(started)
+        served = SdkLoop(client, rows)
+        plain = PlainLoop(rows, trainer_threads())
+        same_start(plain.step(), served.step())
+        times: dict[str, list[float]] = {"plain": [], "served": []}
+        for _ in range(WARM + CALLS):
+            for name, loop in (("plain", plain), ("served", served)):
+                began = time.perf_counter()
+                loop.step()
+                times[name].append(time.perf_counter() - began)
+        client.close("success")
+    plain_ms, served_ms = (median_ms(times[name][WARM:]) for name in ("plain", "served"))
+    return [
+        Row(f"plain PEFT step, 1 x {TOKENS} tokens, median of {CALLS}", f"{plain_ms:.1f} ms"),
+        Row(f"served step, 1 x {TOKENS} tokens, median of {CALLS}", f"{served_ms:.1f} ms"),
+        at_most("served step / plain step", served_ms / plain_ms, RATIO, " x"),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(not show(measure()))

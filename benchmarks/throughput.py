@@ -1,0 +1,62 @@
+"""Trained tokens per CPU-second of the whole server tree (Jupyter, Ray, workers) at 8 x 256 tokens.
+
+The plain loop takes turns with the served one; its CPU-seconds are those of its own process while it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from common import (
+    PlainLoop,
+    Row,
+    SdkLoop,
+    at_least,
+    cpu_seconds,
+    same_start,
+    server,
+    service_client,
+    show,
+    tokens_of,
+    trainer_threads,
+)
+
+ROWS, LENGTH = 8, 256
+ROUNDS, STEPS = 6, 5
+RATIO = 1.0
+
+
+def measure() -> list[Row]:
+    rows = tokens_of(ROWS, LENGTH)
+    with server() as started:
+        client = service_client(started)
+        served = SdkLoop(client, rows)
+        plain = PlainLoop(rows, trainer_threads())
+        same_start(plain.step(), served.step())
+        plain_cpu = served_cpu = plain_wall = served_wall = 0.0
+        for _ in range(ROUNDS):
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(STEPS):
+                plain.step()
+            plain_cpu, plain_wall = (
+                plain_cpu + time.process_time() - cpu,
+                plain_wall + time.perf_counter() - wall,
+            )
+            cpu, wall = cpu_seconds(started.pid), time.perf_counter()
+            for _ in range(STEPS):
+                served.step()
+            served_cpu += cpu_seconds(started.pid) - cpu
+            served_wall += time.perf_counter() - wall
+        client.close("success")
+    tokens = ROUNDS * STEPS * ROWS * LENGTH
+    return [
+        Row(f"plain PEFT, {ROWS} x {LENGTH} tokens", f"{tokens / plain_cpu:.0f} tokens/CPU-s"),
+        Row(f"server tree, {ROWS} x {LENGTH} tokens", f"{tokens / served_cpu:.0f} tokens/CPU-s"),
+        at_least("served / plain, per CPU-second", plain_cpu / served_cpu, RATIO, " x"),
+        Row("served / plain, per second", f"{plain_wall / served_wall:.2f} x"),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(not show(measure()))

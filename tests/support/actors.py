@@ -1,0 +1,44 @@
+"""Actors with a fake in place of the model, for what a real one does not do on demand."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tests.support.fake_engine import FakeSampler, FakeTrainer, Faults
+from tuft_jupyter.core.engine import Sampler, Trainer
+from tuft_jupyter.engine.actors import SamplingActor, TrainingActor
+
+HANG = 7
+KILL = 8
+BREAK = 9
+
+
+class FaultyTrainingActor(TrainingActor):
+    """Hangs or dies on cue, by token."""
+
+    def setup_device(self) -> None:
+        pass
+
+    def trainer(self) -> Trainer:
+        trainer = FakeTrainer(Faults(hang_on=HANG, kill_on=KILL))
+        trainer.faults.die = lambda: os._exit(1)
+        return trainer
+
+
+class DyingTrainingActor(TrainingActor):
+    """Dies while loading, as for want of memory."""
+
+    def setup_device(self) -> None:
+        print("Allocation of 1 PB failed", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+class FaultySamplingActor(SamplingActor):
+    """Its sampler breaks on cue, by token."""
+
+    def setup_device(self) -> None:
+        pass
+
+    def sampler(self) -> Sampler:
+        return FakeSampler(Faults(raise_on=BREAK))
