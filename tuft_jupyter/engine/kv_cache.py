@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tuft_jupyter.engine.packing import CausalAttention
+from tuft_jupyter.engine.attention import CausalAttention
 
 _FIRST_POSITIONS = 128
 _KEEP_BYTES = 64 << 20  # storage up to this size is not worth giving back
@@ -106,7 +106,8 @@ class PrefillAttention:
 
 
 class DecodeAttention:
-    """One token of every live sequence attends to that sequence's past; row i of the packed row is ``slots[i]``.
+    """One token of every live sequence attends to that sequence's past; row i of the packed row is
+    ``slots[i]``.
 
     Lives from one change of the live set to the next; :meth:`advance` goes from one position to the next.
     """

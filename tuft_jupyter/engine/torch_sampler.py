@@ -247,9 +247,7 @@ class TorchSampler:
         self._leave(range(len(self._live)))
 
     def _forward(self, packed: packing.Packed, ids_N: Tensor, positions_1N: Tensor) -> Tensor:
-        with packed.active():
-            out = self.base.decoder(input_ids=ids_N[None], position_ids=positions_1N, use_cache=False)
-        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+        return self.base.run(packed, ids_N, positions_1N, backward=False)[0]
 
     def _extend(self, rows: Sequence[Live], pick: Picker, logits_NV: Tensor) -> Tensor:
         """Draw a token for each row and write it down."""

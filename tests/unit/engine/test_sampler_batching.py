@@ -17,7 +17,8 @@ from tests.support.sampling import ask, drain, prompt, run, tokens_of
 from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import NotFound, TuftError, UserError
 from tuft_jupyter.core.types import SampleRequest
-from tuft_jupyter.engine import checkpoint
+from tuft_jupyter.engine import adapter_cache, checkpoint
+from tuft_jupyter.engine.packing import Packed
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 
 VOCAB = 320
@@ -78,24 +79,32 @@ def test_a_small_request_does_not_wait_for_a_large_one_in_the_queue(model: Path)
     assert order == ["small", "large"]
 
 
-def test_a_prompt_is_run_once_for_all_its_samples(sampler: TorchSampler, adapters: list[Path]) -> None:
+def rows_of(sampler: TorchSampler, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each packed row that the sampler will run."""
     rows: list[int] = []
-    hook = sampler.base.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    forward = sampler._forward
+
+    def counted(packed: Packed, *args: Any) -> torch.Tensor:
+        rows.append(packed.tokens)
+        return forward(packed, *args)
+
+    monkeypatch.setattr(sampler, "_forward", counted)
+    return rows
+
+
+def test_a_prompt_is_run_once_for_all_its_samples(
+    sampler: TorchSampler, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(sampler, monkeypatch)
     request = ask(prompt(20), 6, max_tokens=3)
     answers = run(sampler, [(adapters[0], request), (adapters[0], request), (adapters[1], request)])
-    hook.remove()
     assert rows == [40, 18, 18]
     assert all(len(answer.sequences) == 6 for answer in answers)
 
 
-def test_prompts_are_run_in_portions(model: Path) -> None:
+def test_prompts_are_run_in_portions(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = TorchSampler(model, prefill_tokens=32)
-    rows: list[int] = []
-    sampler.base.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    rows = rows_of(sampler, monkeypatch)
     answers = run(sampler, [(None, ask(prompt(20 + i, seed=i), max_tokens=2)) for i in range(3)])
     assert [len(answer.sequences) for answer in answers] == [1, 1, 1]
     assert rows == [20, 1, 21, 1, 22, 1]
@@ -159,6 +168,17 @@ def test_an_adapter_is_loaded_once(
     for adapter in (a, b, a, c, a, b):
         run(sampler, [(adapter, job), (adapter, job)])
     assert loads == [a, b, c, b]
+
+
+def test_more_geometries_than_are_remembered_are_served(
+    model: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [(adapter, ask(prompt(5), seed=1)) for adapter in [*adapters, *adapters]]
+    expected = run(TorchSampler(model), jobs)
+    monkeypatch.setattr(adapter_cache, "_MOULDS", 1)
+    assert [tokens_of(a) for a in run(TorchSampler(model, max_adapters=2), jobs)] == [
+        tokens_of(a) for a in expected
+    ]
 
 
 def test_a_directory_saved_again_is_read_again(model: Path, adapters: list[Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,24 @@ def test_greedy_tokens_equal_those_of_generate(family: str, tmp_path: Path) -> N
     prompts = [prompt(length, seed=length) for length in (1, 5, 23, 5)]
     oracle = plain_model(directory)
     oracle.generation_config.eos_token_id = None  # random weights may say so at once
+    answers = run(TorchSampler(directory), [(None, ask(p, temperature=0.0, max_tokens=30)) for p in prompts])
+    for tokens, answer in zip(prompts, answers, strict=True):
+        assert tokens_of(answer) == [generate(oracle, tokens, 30)]
+
+
+def test_a_sliding_window_is_kept_to(tmp_path: Path) -> None:
+    """A family that is run through its own modules, one layer of which sees eight tokens."""
+    directory = make_model(tmp_path / "m", seed=4)
+    file = directory / "config.json"
+    config = json.loads(file.read_text()) | {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }
+    file.write_text(json.dumps(config))
+    prompts = [prompt(length, seed=length) for length in (3, 30)]
+    oracle = plain_model(directory)
+    oracle.generation_config.eos_token_id = None
     answers = run(TorchSampler(directory), [(None, ask(p, temperature=0.0, max_tokens=30)) for p in prompts])
     for tokens, answer in zip(prompts, answers, strict=True):
         assert tokens_of(answer) == [generate(oracle, tokens, 30)]
