@@ -1,4 +1,5 @@
-"""``tuft``: the server as a daemon, and a look at it. Also ``jupyter tuft``, ``python -m tuft_jupyter_server``.
+"""``tuft``: the server as a daemon, and a look at it. Also ``jupyter tuft``, ``python -m
+tuft_jupyter_server``.
 
 Without a verb, ``--config`` means ``launch``, and anything else is the form of TuFT's README:
 ``tuft --port 8080 --checkpoint-dir d --model-config m.yaml``. Flags win over the environment and the file.
@@ -14,6 +15,7 @@ from typing import Any
 
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import DEFAULT_PORT, LOG_LEVELS, ConfigError, Settings, config_file, load_settings
+from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.kernel import doctor
 from tuft_jupyter.kernel.errors import TuftConnectionError
 from tuft_jupyter.kernel.report import Table, status_table
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(words)
-    except (ConfigError, TuftConnectionError, OSError) as error:
+    except (ConfigError, TuftConnectionError, TuftError, OSError) as error:
         print(f"tuft: {error}", file=sys.stderr)
         return 1
 

@@ -1,0 +1,63 @@
+"""What tests of real servers share: an environment alone in a home of its own, scripts in it, plain HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+OURS = ("TUFT_", "TINKER_", "HF_", "JUPYTER", "JPY_", "IPYTHON")
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """An environment in which nothing of ours is set but ``home``, and everything is written below it.
+
+    No network is assumed: a hub address that nobody answers at stands for a machine without one.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "server_ext")]),
+        "TUFT_HOME": str(home / "tuft"),
+        "HF_HOME": str(home / "huggingface"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "IPYTHONDIR": str(home / "ipython"),
+        "JUPYTER_CONFIG_DIR": str(home / "jupyter"),
+        "JUPYTER_DATA_DIR": str(home / "jupyter-data"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "TINKER_TELEMETRY": "0",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def key_of(home: Path) -> str:
+    return (home / "tuft" / "credentials").read_text().strip()
+
+
+def ask(address: str, path: str, key: str, body: Any = None) -> Any:
+    """One call of the Tinker API below ``address``; the answer's JSON. HTTPError if it is refused."""
+    request = urllib.request.Request(
+        f"{address}/api/v1/{path}",
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"X-API-Key": key, "Content-Type": "application/json"},
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def python(
+    code: str, env: Mapping[str, str], *arguments: str, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter, as a user's would."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=dict(env), capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
