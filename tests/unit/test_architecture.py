@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,13 @@ def test_imports_point_one_way(name: str, path: Path) -> None:
             assert fits or parent, f"{name} imports {module}"
         elif package == "tuft_jupyter.core":
             assert module.split(".")[0] not in FORBIDDEN_IN_CORE, f"{name} imports {module}"
+
+
+def test_the_house_has_no_room_that_architecture_does_not_name() -> None:
+    house = (ROOT / "ARCHITECTURE.md").read_text().split("```")[1]
+    rooms = {path.stem for _, path in MODULES if not path.stem.startswith("_")}
+    named = set(re.findall(r"[a-z_]+", house))
+    assert not rooms - named - {"base", "rest", "sessions"}
 
 
 def test_only_the_server_package_imports_tornado_and_jupyter_server() -> None:
