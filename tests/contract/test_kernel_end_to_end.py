@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from examples.run_on_server import CellFailed, Kernel, Server, run_notebook
-from tests.support.live import EXAMPLES, ask, key_of
+from tests.support.live import EXAMPLES, ask, key_of, until
 from tests.support.tiny_models import make_model
 
 PROMPT = [101, 42, 37, 102]
@@ -61,8 +61,10 @@ def refusal(do):
 
 @pytest.fixture(scope="module")
 def home(alice: Server) -> Path:
-    """Alice's TUFT_HOME is below; her notebooks get the examples."""
+    """Alice's TUFT_HOME is below; her notebooks get the examples; kernels are told the address from now on."""
     shutil.copytree(EXAMPLES, alice.root, dirs_exist_ok=True)
+    address = f"{alice.url.rstrip('/')}/tuft"
+    until(lambda: ask(address, "tuft/status", key_of(alice.work))["ready"], 60, "the server is not ready")
     return alice.work
 
 

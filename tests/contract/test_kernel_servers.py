@@ -11,14 +11,14 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.support.live import EXAMPLES, ROOT, ask, environment, key_of, python
+from tests.support.live import EXAMPLES, ROOT, ask, environment, key_of, python, until
 from tuft_jupyter.kernel import discovery
 from tuft_jupyter.kernel.client import Client
 
@@ -61,14 +61,6 @@ def config(home: Path) -> Path:
 def port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait for what another process does; there is no event to wait on."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def alive(address: str) -> bool:
@@ -131,6 +123,18 @@ def test_another_user_s_daemon_is_not_scanned(daemon: Daemon, monkeypatch: pytes
     """S0-23: own user's processes only."""
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
     assert daemon.address not in list(discovery.daemons())
+
+
+def test_the_command_shows_the_running_server(daemon: Daemon, env: dict[str, str]) -> None:
+    """`tuft status` finds it as `%tuft init` does; without one, it says what to do."""
+    done = subprocess.run([str(BIN / "tuft"), "status"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for part in (daemon.address, "address file", "tuft/demo: idle", "version"):
+        assert part in done.stdout
+    assert daemon.stop() == 0
+    done = subprocess.run([str(BIN / "tuft"), "status"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "`tuft launch` starts one" in done.stderr
 
 
 def test_a_port_in_use_is_said_at_once(env: dict[str, str], config: Path, port: int, home: Path) -> None:

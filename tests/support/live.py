@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,11 @@ def python(
         [sys.executable, "-c", code, *arguments],
         env=dict(env), capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Wait for what another process does; there is no event to wait on."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)

@@ -1,0 +1,60 @@
+"""What the doctor sees, and how it says that something needs a hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tuft_jupyter.kernel import doctor
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    return {"TUFT_HOME": str(tmp_path / "home")}
+
+
+def test_small_shared_memory_is_warned_about() -> None:
+    """S1-26: Ray and vLLM need more than a container's 64 MB."""
+    assert doctor.shared_memory(lambda _: (64 * 2**20, 0, 0)).startswith("! 0.1 GiB")
+    assert "--shm-size" in doctor.shared_memory(lambda _: (64 * 2**20, 0, 0))
+    assert doctor.shared_memory(lambda _: (8 * 2**30, 0, 0)) == "8.0 GiB"
+
+
+def test_another_interpreter_is_asked_for_its_versions() -> None:
+    """S1-08: the kernel's environment is not the server's."""
+    text = doctor.ask(sys.executable)
+    assert sys.executable in text
+    assert "tinker" in text
+    assert doctor.ask("/no/such/python").startswith("! /no/such/python does not run")
+
+
+def test_a_missing_backend_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("torch", "ray") else "1")
+    assert doctor.backend() == '! lacks torch, ray: pip install "tuft-jupyter[backend]"'
+    monkeypatch.setattr(doctor, "_version", lambda name: "1")
+    assert doctor.backend().startswith("torch 1")
+
+
+def test_the_journal_is_said_and_its_absence_warned_about(env: dict[str, str], tmp_path: Path) -> None:
+    rows = dict(doctor.findings(env))
+    assert rows["journal"] == f"{tmp_path / 'home' / 'journal.sqlite'} (SQLite)"
+    assert rows["models"] == "tuft/demo on demand"
+    path = tmp_path / "c.yaml"
+    path.write_text("supported_models: [{model_name: a}]")
+    rows = dict(doctor.findings(env | {"TUFT_CONFIG": str(path)}))
+    assert rows["journal"].startswith("! in memory only")
+    assert rows["models"] == "a"
+
+
+def test_a_broken_configuration_is_a_finding_not_a_failure(env: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("suported_models: []")
+    rows = dict(doctor.findings(env | {"TUFT_CONFIG": str(path)}))
+    assert "did you mean 'supported_models'" in rows["configuration"]
+
+
+def test_no_key_is_shown(env: dict[str, str]) -> None:
+    shown = str(doctor.findings(env | {"TUFT_API_KEY": "tml-secret"})) + doctor.shown_config(None, env)
+    assert "tml-" not in shown
