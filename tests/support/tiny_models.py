@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 from transformers.utils.logging import disable_progress_bar
 
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
+FAMILIES = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "cohere": (CohereConfig, CohereForCausalLM),
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -50,12 +67,13 @@ def make_model(
     tied: bool = True,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    **extra: Any,
 ) -> Path:
-    """Write a random ``qwen3`` or ``llama`` model (4 query heads, 2 key/value heads) with its tokenizer."""
-    config_class, model_class = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[family]
+    """Write a random model (4 query heads, 2 key/value heads) with its tokenizer; ``family`` as in FAMILIES.
+
+    ``extra`` goes into its configuration.
+    """
+    config_class, model_class = FAMILIES[family]
     config = config_class(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -70,10 +88,14 @@ def make_model(
         bos_token_id=None,
         eos_token_id=SPECIAL.index("<|im_end|>"),
         pad_token_id=SPECIAL.index("<|pad|>"),
+        **extra,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).to(dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers starts them at 0
+                torch.nn.init.normal_(parameter, std=0.2)
     disable_progress_bar()
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)

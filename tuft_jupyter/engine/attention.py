@@ -46,12 +46,15 @@ class CausalAttention:
     ) -> Tensor:
         if self._cu is not None and q_1HND.dtype in (torch.float16, torch.bfloat16):
             return self._varlen(q_1HND, k_1GND, v_1GND, scaling, window)
+        if len(self._runs) == 1:  # slices would cost a copy each in the backward pass
+            return _attend(q_1HND, k_1GND, v_1GND, self._runs[0][1], scaling, window)
         outputs = []
         for start, count, length in self._runs:
-            end = start + count * length
-            q, k, v = q_1HND[:, :, start:end], k_1GND[:, :, start:end], v_1GND[:, :, start:end]
-            outputs.append(_attend(q, k, v, count, scaling, window))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            at = slice(start, start + count * length)
+            outputs.append(
+                _attend(q_1HND[:, :, at], k_1GND[:, :, at], v_1GND[:, :, at], count, scaling, window)
+            )
+        return torch.cat(outputs, dim=1)
 
     def _varlen(
         self, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor, scaling: float | None, window: int | None
@@ -88,4 +91,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, count: int, scaling: float | None, 
     o_SHTD = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return o_SHTD.transpose(1, 2).flatten(0, 1)[None]
+    o_STHD = o_SHTD.transpose(1, 2)
+    return o_STHD if count == 1 else o_STHD.flatten(0, 1)[None]

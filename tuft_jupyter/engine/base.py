@@ -40,11 +40,6 @@ class BaseModel:
     fingerprint: str
 
     @property
-    def decoder(self) -> nn.Module:
-        """All before the unembedding: from ids [1, N], its ``last_hidden_state`` is [1, N, hidden]."""
-        return self.hf.base_model
-
-    @property
     def lm_head(self) -> nn.Module:
         """The unembedding as it is now (PEFT may have wrapped it)."""
         return self.hf.get_output_embeddings()

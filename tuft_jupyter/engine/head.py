@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tuft_jupyter.engine.lora import MultiLoraLinear, Part, take
+from tuft_jupyter.engine.lora import MultiLoraLinear, Part, add_updates, pull_updates, take
 from tuft_jupyter.engine.losses import Config, Inputs, Loss
 from tuft_jupyter.engine.packing import Segment
 
@@ -64,7 +64,10 @@ class SpanResult:
 
 def logits(lm_head: nn.Module, h_MD: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Logits [M, V] of hidden states, in the model's dtype; ``segments`` are of these M positions."""
-    return _logits(_base(lm_head), h_MD, _parts(lm_head, segments))
+    base = _base(lm_head)
+    z_MV = F.linear(h_MD, base.weight, base.bias)
+    add_updates(h_MD, _parts(lm_head, segments), z_MV)
+    return z_MV
 
 
 def run(
@@ -89,14 +92,6 @@ def _base(lm_head: nn.Module) -> Any:
 
 def _parts(lm_head: nn.Module, segments: Sequence[Segment]) -> list[Part]:
     return lm_head.parts(tuple(segments)) if isinstance(lm_head, MultiLoraLinear) else []
-
-
-def _logits(base: Any, h_MD: Tensor, parts: list[Part]) -> Tensor:
-    z_MV = F.linear(h_MD, base.weight, base.bias)
-    for start, end, slot in parts:
-        h_MR = torch.mm(take(h_MD, start, end), slot.a.t())
-        take(z_MV, start, end).addmm_(h_MR, slot.b.t(), alpha=slot.scale)
-    return z_MV
 
 
 class _Pass:
@@ -156,12 +151,9 @@ class _Pass:
             take(dz_MV, first, last).mul_(-slopes.sum(1, keepdim=True)).scatter_add_(1, targets, slopes)
         dz_MV = dz_MV.to(h_MD.dtype)
         torch.mm(dz_MV, self.base.weight, out=out_MD)
-        for a, b, slot in self._parts_in(start, end):
-            first, last = _inside(rows, a, b)
-            if first < last:
-                h, dz = take(h_MD, first, last), take(dz_MV, first, last)
-                dh_MR = slot.add_gradients(h, torch.mm(h, slot.a.t()), dz)
-                take(out_MD, first, last).addmm_(dh_MR, slot.a, alpha=slot.scale)
+        parts = [(*_inside(rows, a, b), slot) for a, b, slot in self._parts_in(start, end)]
+        hidden = [torch.mm(take(h_MD, a, b), slot.a.t()) for a, b, slot in parts]
+        pull_updates(dz_MV, h_MD, parts, hidden, out_MD)
         if index is not None:
             dh_MD[index] = out_MD
 
@@ -176,7 +168,9 @@ class _Pass:
             result.losses[at], result.slopes[at] = span.loss.formula(result.logprobs[at], inputs, span.config)
 
     def _logprobs(self, start: int, end: int) -> Tensor:
-        z_MV = _logits(self.base, self.h_ND[start:end], self._parts_in(start, end))
+        h_MD = self.h_ND[start:end]
+        z_MV = F.linear(h_MD, self.base.weight, self.base.bias)
+        add_updates(h_MD, self._parts_in(start, end), z_MV)
         return F.log_softmax(z_MV, dim=-1, dtype=torch.float32)
 
     def _parts_in(self, start: int, end: int) -> list[Part]:

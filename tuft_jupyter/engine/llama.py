@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuft_jupyter.engine.lora import MultiLoraLinear, Part, take
+from tuft_jupyter.engine.lora import MultiLoraLinear, Part, add_updates, pull_updates
 from tuft_jupyter.engine.packing import Packed, boundaries
 
 Pull = Callable[[Tensor], None]
@@ -94,7 +94,7 @@ class LlamaDecoder:
 class _Kept:
     """What a layer's backward pass reads: of each norm its ``unit`` and ``scale``, of each matmul its LoRA hidden."""
 
-    parts: list[list[_Column]]
+    parts: list[_Parts]
     unit1: Tensor
     scale1: Tensor
     unit_heads: Tensor | None
@@ -104,7 +104,7 @@ class _Kept:
     unit2: Tensor
     scale2: Tensor
     gate_up: Tensor
-    hidden: list[list[Tensor]]
+    hidden: list[_Hidden]
 
 
 class _Layer:
@@ -203,15 +203,15 @@ class _Norm:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``weight * unit``, ``unit`` and ``scale``, where ``unit = x * scale`` has mean square 1."""
         x32 = x.float()
-        scale = x32.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        scale = x32.square().sum(-1, keepdim=True).div_(x.shape[-1]).add_(self.eps).rsqrt_()
         unit = (x32 * scale).to(x.dtype)
         return unit * self.weight, unit, scale
 
     def pull(self, dy: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
         """The gradient in x, new memory."""
         g, unit = (dy * self.weight).float(), unit.float()
-        mean = (g * unit).mean(-1, keepdim=True)
-        return g.addcmul_(unit, mean, value=-1.0).mul_(scale).to(dy.dtype)
+        total = (g * unit).sum(-1, keepdim=True)
+        return g.addcmul_(unit, total, value=-1 / dy.shape[-1]).mul_(scale).to(dy.dtype)
 
 
 class _Rope:
@@ -230,7 +230,8 @@ class _Rope:
         return (dy_NJE * self.cos_N1E).add_((dy_NJE * self.sin_N1E).roll(self.half, -1))
 
 
-_Column = tuple[slice, Part]
+_Parts = list[list[Part]]  # of each layer
+_Hidden = list[list[Tensor]]
 
 
 class _Linears:
@@ -250,17 +251,11 @@ class _Linears:
             for module, columns in zip(modules, self.columns, strict=True):
                 module.weight = nn.Parameter(self.weight[columns], requires_grad=False)
 
-    def parts(self, packed: Packed) -> list[_Column]:
-        found = []
-        for name, columns in zip(self.names, self.columns, strict=True):
-            module = getattr(self.parent, name)
-            if isinstance(module, MultiLoraLinear):
-                found += [(columns, part) for part in module.parts(packed.segments)]
-        return found
+    def parts(self, packed: Packed) -> _Parts:
+        modules = [getattr(self.parent, name) for name in self.names]
+        return [m.parts(packed.segments) if isinstance(m, MultiLoraLinear) else [] for m in modules]
 
-    def __call__(
-        self, x: Tensor, parts: list[_Column], residual: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, x: Tensor, parts: _Parts, residual: Tensor | None = None) -> tuple[Tensor, _Hidden]:
         """``x W^T + b + residual`` with every part's update, and each part's ``x A^T``."""
         if residual is None or self.bias is not None:
             y = F.linear(x, self.weight, self.bias)
@@ -268,20 +263,11 @@ class _Linears:
                 y += residual
         else:
             y = torch.addmm(residual, x, self.weight.t())
-        hidden = []
-        for columns, (start, end, slot) in parts:
-            h = torch.mm(take(x, start, end), slot.a.t())
-            take(y[:, columns], start, end).addmm_(h, slot.b.t(), alpha=slot.scale)
-            hidden.append(h)
-        return y, hidden
+        return y, [add_updates(x, mine, y[:, at]) for at, mine in zip(self.columns, parts, strict=True)]
 
-    def pull(
-        self, dy: Tensor, x: Tensor, parts: list[_Column], hidden: list[Tensor], *, needs_dx: bool = True
-    ) -> Tensor:
+    def pull(self, dy: Tensor, x: Tensor, parts: _Parts, hidden: _Hidden, *, needs_dx: bool = True) -> Tensor:
         """Add the adapters' gradients to their slots; the gradient in x, new memory (empty if not needed)."""
         dx = torch.mm(dy, self.weight) if needs_dx else dy.new_empty(0)
-        for (columns, (start, end, slot)), h in zip(parts, hidden, strict=True):
-            dh = slot.add_gradients(take(x, start, end), h, take(dy[:, columns], start, end))
-            if needs_dx:
-                take(dx, start, end).addmm_(dh, slot.a, alpha=slot.scale)
+        for at, mine, h in zip(self.columns, parts, hidden, strict=True):
+            pull_updates(dy[:, at], x, mine, h, dx if needs_dx else None)
         return dx

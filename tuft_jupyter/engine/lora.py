@@ -77,6 +77,26 @@ def take(x: Tensor, start: int, end: int) -> Tensor:
     return x if start == 0 and end == len(x) else x[start:end]
 
 
+def add_updates(x_NI: Tensor, parts: list[Part], y_NO: Tensor) -> list[Tensor]:
+    """``y += scale * (x A^T) B^T`` for each part's rows, in place; returns each part's ``x A^T``."""
+    hidden = []
+    for start, end, slot in parts:
+        h_NR = torch.mm(take(x_NI, start, end), slot.a.t())
+        take(y_NO, start, end).addmm_(h_NR, slot.b.t(), alpha=slot.scale)
+        hidden.append(h_NR)
+    return hidden
+
+
+def pull_updates(
+    dy_NO: Tensor, x_NI: Tensor, parts: list[Part], hidden: list[Tensor], dx_NI: Tensor | None
+) -> None:
+    """The way back: gradients of A and B to the parts' slots, the rest added to ``dx_NI`` if that is wanted."""
+    for (start, end, slot), h_NR in zip(parts, hidden, strict=True):
+        dh_NR = slot.add_gradients(take(x_NI, start, end), h_NR, take(dy_NO, start, end))
+        if dx_NI is not None:
+            take(dx_NI, start, end).addmm_(dh_NR, slot.a, alpha=slot.scale)
+
+
 class _FusedLora(torch.autograd.Function):
     """``y = x W^T + b`` plus each part's low-rank update.
 
@@ -88,7 +108,8 @@ class _FusedLora(torch.autograd.Function):
         ctx: Any, x: Tensor, anchor: Tensor, weight_OI: Tensor, bias_O: Tensor | None, parts: list[Part]
     ) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        y_NO, hidden = _forward(x_NI, weight_OI, bias_O, parts)
+        y_NO = F.linear(x_NI, weight_OI, bias_O)
+        hidden = add_updates(x_NI, parts, y_NO)
         ctx.save_for_backward(x_NI, *hidden)
         ctx.weight_OI, ctx.parts, ctx.shape = weight_OI, parts, x.shape
         return y_NO.view(*x.shape[:-1], -1)
@@ -98,23 +119,8 @@ class _FusedLora(torch.autograd.Function):
         x_NI, *hidden = ctx.saved_tensors
         dy_NO = dy.reshape(-1, dy.shape[-1])
         dx_NI = torch.mm(dy_NO, ctx.weight_OI) if ctx.needs_input_grad[0] else None
-        for (start, end, slot), h in zip(ctx.parts, hidden, strict=True):
-            dh = slot.add_gradients(take(x_NI, start, end), h, take(dy_NO, start, end))
-            if dx_NI is not None:
-                take(dx_NI, start, end).addmm_(dh, slot.a, alpha=slot.scale)
+        pull_updates(dy_NO, x_NI, ctx.parts, hidden, dx_NI)
         return (None if dx_NI is None else dx_NI.view(ctx.shape)), None, None, None, None
-
-
-def _forward(
-    x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, parts: list[Part]
-) -> tuple[Tensor, list[Tensor]]:
-    y_NO = F.linear(x_NI, weight_OI, bias_O)
-    hidden = []
-    for start, end, slot in parts:
-        h_NR = torch.mm(take(x_NI, start, end), slot.a.t())
-        take(y_NO, start, end).addmm_(h_NR, slot.b.t(), alpha=slot.scale)
-        hidden.append(h_NR)
-    return y_NO, hidden
 
 
 class MultiLoraLinear(PeftLinear):
@@ -139,11 +145,9 @@ class MultiLoraLinear(PeftLinear):
         if x.shape[:-1].numel() != packed.tokens:
             raise RuntimeError(f"{x.shape[:-1].numel()} tokens in a packed row of {packed.tokens}")
         base: Any = self.base_layer
-        parts = self.parts(packed.segments)
-        if torch.is_grad_enabled():
-            return _FusedLora.apply(x, self._anchor, base.weight, base.bias, parts)
-        y_NO, _ = _forward(x.reshape(-1, x.shape[-1]), base.weight, base.bias, parts)
-        return y_NO.view(*x.shape[:-1], -1)
+        # Without gradients, apply is a plain call.
+        y: Tensor = _FusedLora.apply(x, self._anchor, base.weight, base.bias, self.parts(packed.segments))
+        return y
 
 
 @dataclass(slots=True)

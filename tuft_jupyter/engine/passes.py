@@ -76,7 +76,7 @@ class Pass:
             packed, ids.to(base.device), packing.positions(packed.cu, base.device), backward=backward
         )
         results, gradient = head.run(base.lm_head, hidden, packed.segments, spans, backward=backward)
-        if gradient is not None:
+        if gradient is not None and any(span.counts.any() for span in spans):
             pull(gradient)
         for members, span, result in zip(groups, spans, results, strict=True):
             self._collect(members, span, result)

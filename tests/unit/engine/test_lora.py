@@ -48,7 +48,7 @@ def modules(base: BaseModel) -> Decoder:
 
 
 @pytest.mark.parametrize("which", [written_out, modules])
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_hidden_states_and_gradients_of_mixed_adapters_equal_peft_alone(
     family: str, which: Callable[[BaseModel], Decoder], request: pytest.FixtureRequest
 ) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.tiny_models import make_model
+from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine import packing
 from tuft_jupyter.engine.base import BaseModel, load_base
-from tuft_jupyter.engine.decoder import ModuleDecoder
+from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.llama import LlamaDecoder
 
 CPU = torch.device("cpu")
@@ -58,30 +60,44 @@ def test_a_model_called_outside_of_a_row_fails(qwen3: Path) -> None:
 
 
 @pytest.mark.parametrize("decoder", [ModuleDecoder, LlamaDecoder])
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_packed_sequences_get_the_hidden_states_they_get_alone(
     family: str, decoder: type[ModuleDecoder | LlamaDecoder], request: pytest.FixtureRequest
 ) -> None:
     directory = request.getfixturevalue(family)
+    assert_packed_equals_alone(directory, decoder(load_base(directory).hf))
+
+
+def test_a_sliding_window_is_kept(tmp_path: Path) -> None:
+    directory = make_model(tmp_path, "mistral", sliding_window=4)
     base = load_base(directory)
+    assert isinstance(base.run, ModuleDecoder)
+    assert_packed_equals_alone(directory, base.run)
+
+
+@pytest.mark.parametrize(("family", "reason"), [("gemma2", "softcap"), ("cohere", "logits differ")])
+def test_a_family_that_packing_would_change_is_refused(tmp_path: Path, family: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"family '{family}' cannot be run over packed rows.*{reason}"):
+        load_base(make_model(tmp_path, family))
+
+
+def assert_packed_equals_alone(directory: Path, decoder: Decoder) -> None:
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     sequences = [torch.randint(320, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 4, 17)]
     packed = packing.causal([len(s) for s in sequences], [None] * 4, CPU)
     ids, positions = torch.cat(sequences), packing.positions(packed.cu, CPU)
     with torch.no_grad():
-        hidden, _ = decoder(base.hf)(packed, ids, positions, backward=False)
+        hidden, _ = decoder(packed, ids, positions, backward=False)
         alone = torch.cat([plain.model(s[None]).last_hidden_state[0] for s in sequences])
     torch.testing.assert_close(hidden, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_llama_shaped_models_get_the_written_out_decoder(qwen3: Path, llama: Path) -> None:
-    for directory in (qwen3, llama):
+def test_llama_shaped_models_get_the_written_out_decoder(qwen3: Path, qwen2: Path, llama: Path) -> None:
+    for directory in (qwen3, qwen2, llama):
         assert isinstance(load_base(directory).run, LlamaDecoder)
 
 
 def test_the_fingerprint_tells_weights_apart_and_not_dtypes(qwen3: Path, llama: Path, tmp_path: Path) -> None:
-    from tests.support.tiny_models import make_model
-
     def of(base: BaseModel) -> str:
         return base.fingerprint
 
