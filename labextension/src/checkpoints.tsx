@@ -109,7 +109,7 @@ export function Samplers(props: ICheckpointsProps): JSX.Element {
               </div>
             ) : (
               <div className="jp-Tuft-entryFacts">
-                {trans.__('base model, or weights that were not named')}
+                {trans.__('base model or unnamed weights')}
               </div>
             )}
           </li>

@@ -46,6 +46,7 @@ def lab_server(root: Path, work: Path, env: Mapping[str, str]) -> Server:
         base_url="/user/alice/",
         env={
             **env,
+            "LOGNAME": "alice",
             "JUPYTER_CONFIG_DIR": str(work / "config"),
             "JUPYTERLAB_SETTINGS_DIR": str(work / "settings"),
             "JUPYTERLAB_WORKSPACES_DIR": str(work / "workspaces"),
@@ -95,6 +96,17 @@ class Lab:
     def set_theme(self, theme: str) -> None:
         self.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
         self.page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
+
+    def scroll_to(self, text: str) -> None:
+        """Bring the first cell that contains ``text`` to the top of the page."""
+        self.page.evaluate(
+            """text => {
+                const { widgets } = jupyterapp.shell.currentWidget.content;
+                const cell = widgets.find(w => w.model.sharedModel.getSource().includes(text));
+                cell.node.scrollIntoView();
+            }""",
+            text,
+        )
 
     def wait(self, condition: str, argument: Any, seconds: float) -> None:
         """Wait until a condition in the page holds; else fail with what the page and the server say."""

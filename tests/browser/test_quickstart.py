@@ -73,6 +73,7 @@ def take_pictures(lab: Lab) -> None:
     if not folder:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
+    lab.scroll_to("## Train")
     for theme, name in (("JupyterLab Light", "light"), ("JupyterLab Dark", "dark")):
         lab.set_theme(theme)
         lab.page.wait_for_timeout(1000)  # the theme's own transitions
