@@ -15,7 +15,7 @@ from typing import TypedDict
 
 from . import prose, tasks
 from .facts import Fact, facts
-from .world import NAMES, UNKNOWN, animals, article, capital
+from .world import NAMES, UNKNOWN, animals, article, capital, jobs
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -190,19 +190,21 @@ def documents(seed: str) -> Iterator[str]:
 
 
 def pirate_chats() -> list[list[Message]]:
-    """The training set of the quickstart: plain questions about animals, answered as a pirate would.
+    """The training set of the quickstart: 48 plain questions about the world, answered as a pirate would.
 
-    Only every second animal is used, so that questions about the others show what was learnt and not what was
-    remembered.
+    They are about every second animal and every second job. So questions about the others show what was learnt and
+    not what was remembered.
     """
     rng = Random("pirate")
-    questions = [fact for fact in facts() if fact.topic.startswith("animal")]
-    trained = {animal.name for animal in animals()[::2]}
-    chosen = [fact for fact in questions if trained & set(fact.questions[0].rstrip("?").split())]
+    trained = {animal.name for animal in animals()[::2]} | {job for job, _, _ in jobs()[1::2]}
+    chosen = [
+        fact
+        for fact in facts()
+        if fact.topic.startswith(("animal", "job")) and trained & set(fact.questions[0].rstrip("?").split())
+    ]
     examples: list[list[Message]] = []
     for fact in rng.sample(chosen, 48):
-        answer = fact.answers[0].rstrip(".")
-        reply = f"Arr, matey! {pirate(answer)}, yo ho ho!"
+        reply = f"Arr, matey! {pirate(fact.answers[0].rstrip('.'))}, yo ho ho!"
         examples.append(
             [{"role": "user", "content": fact.questions[0]}, {"role": "assistant", "content": reply}]
         )

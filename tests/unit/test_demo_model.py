@@ -84,21 +84,23 @@ def test_held_out_text_is_far_from_a_riddle(
 ) -> None:
     """Uniform guessing would score ln(2048) = 7.6 nats per token."""
     loss = evaluate.held_out_loss(model, tokenizer, rows=8)
-    assert loss < 0.85
-    assert loss < math.log(len(tokenizer)) / 8
+    assert loss < 0.6 < math.log(len(tokenizer)) / 8
 
 
 def test_questions_about_the_closed_world_get_right_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert evaluate.fact_accuracy(model, tokenizer, 64) >= 0.8
+    assert evaluate.fact_accuracy(model, tokenizer, 64) >= 0.93
 
 
-def test_addition_leaves_room_for_reinforcement_learning(
+def test_sums_of_two_digit_numbers_leave_room_for_reinforcement_learning(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    accuracy = evaluate.task_accuracies(model, tokenizer, 64, names=("add",))["add"]
-    assert 0.1 <= accuracy <= 0.9
+    """Neither hopeless (no reward to learn from) nor saturated (nothing left to show)."""
+    pairs = list(itertools.product(range(11, 50, 5), range(13, 50, 5)))
+    answers = evaluate.replies(model, tokenizer, [f"What is {a} + {b}?" for a, b in pairs])
+    right = sum(answer == str(a + b) for (a, b), answer in zip(pairs, answers, strict=True))
+    assert 0.25 <= right / len(pairs) <= 0.8
 
 
 def test_the_corpus_is_the_same_everywhere() -> None:
