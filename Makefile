@@ -68,4 +68,5 @@ node_modules/.package-lock.json: package-lock.json package.json
 
 $(STAMPS)/installed: $(STAMPS)/torch pyproject.toml node_modules/.package-lock.json
 	$(BIN)/pip install --quiet --editable ".[backend,dev]"
+	$(BIN)/jupyter labextension develop --overwrite . >/dev/null  # a link, so that rebuilds are seen
 	touch $@
