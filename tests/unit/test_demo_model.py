@@ -103,6 +103,14 @@ def test_sums_of_two_digit_numbers_leave_room_for_reinforcement_learning(
     assert 0.25 <= right / len(pairs) <= 0.8
 
 
+def test_some_tasks_are_mastered_and_some_are_not(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    shares = evaluate.task_accuracies(model, tokenizer, 64, names=("spell", "count"))
+    assert shares["spell"] >= 0.9
+    assert 0.2 <= shares["count"] <= 0.7
+
+
 def test_the_corpus_is_the_same_everywhere() -> None:
     """The digest was taken once; a different Python or a change of the generator shows here."""
     digest = hashlib.sha256()
@@ -132,10 +140,10 @@ def test_the_quickstart_data_is_what_the_generator_makes() -> None:
 
 
 def test_a_stopped_training_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    quick = ["--quick", "--out", str(tmp_path / "model")]
-    train.main([*quick, "--work", str(tmp_path / "whole"), "--questions", "1"])
-    train.main([*quick, "--work", str(tmp_path / "parts"), "--questions", "0", "--stop-after", "1"])
-    train.main([*quick, "--work", str(tmp_path / "parts"), "--questions", "0"])
+    quick = ["--quick", "--questions", "0", "--out", str(tmp_path / "model")]
+    train.main([*quick, "--work", str(tmp_path / "whole")])
+    train.main([*quick, "--work", str(tmp_path / "parts"), "--stop-after", "1"])
+    train.main([*quick, "--work", str(tmp_path / "parts")])
     whole, parts = (
         torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")
     )
