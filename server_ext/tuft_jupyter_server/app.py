@@ -6,7 +6,9 @@ is shown in the panel and never keeps the notebook server from starting.
 
 from __future__ import annotations
 
+import asyncio
 import os
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -47,7 +49,7 @@ class TuftExtension(ExtensionApp):
         file = config_file(os.environ, self.config_path)
         settings = load_settings(file, os.environ, overrides)
         self.host = Host(settings)
-        self.settings["tuft_host"] = self.host
+        self._activity: asyncio.Task[None] | None = None
 
     def initialize_handlers(self) -> None:
         root = r"/tuft"
@@ -58,9 +60,21 @@ class TuftExtension(ExtensionApp):
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
         await self.host.start()
         tell_kernels(self.host, serverapp)
+        self._activity = asyncio.get_running_loop().create_task(count_as_activity(self.host, self.settings))
 
     async def stop_extension(self) -> None:
+        if self._activity is not None:
+            self._activity.cancel()
         await self.host.stop()
+
+
+async def count_as_activity(host: Host, settings: dict[str, Any]) -> None:
+    """Training keeps the server from being culled as idle; a panel that merely looks does not."""
+    subscription = host.ledger.feed.subscribe(None)
+    while True:
+        await subscription.take()
+        settings["last_activity_times"]["tuft_jupyter"] = datetime.now(UTC)
+        await asyncio.sleep(1.0)
 
 
 def tell_kernels(host: Host, serverapp: Any) -> None:
