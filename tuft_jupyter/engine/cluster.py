@@ -157,10 +157,10 @@ class _ClusterEngine:
                 f"Ray found no room for the {self.kind} worker of {self.card.name} within {PLACEMENT_SECONDS:g} s: "
                 "stop other work on the cluster or add resources"
             ) from None
-        if actor.session.place.local:
-            self._runtime.guard(actor.pid)
+        if actor.session.guard is not None:
             with contextlib.suppress(psutil.Error):
                 self._process = psutil.Process(actor.pid)
+                actor.session.guard.watch(self._process)
         loaded: Loaded = await self._answer(actor, actor.handle.load.remote())
         if loaded.category:
             raise failure(loaded.category, loaded.error)
