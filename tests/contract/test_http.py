@@ -293,3 +293,41 @@ def test_a_client_that_goes_away_while_it_waits_leaves_nothing_behind(tmp_path: 
         assert await server.post("/retrieve_future", {"request_id": "slow"}) == {"done": 1}
 
     on_server(tmp_path, body)
+
+
+def test_one_poll_tells_which_samples_ended(tmp_path: Path) -> None:
+    """retrieve_futures: a cursor that only grows, each end told once, and each answer fetched by its own id."""
+
+    async def body(server: Server) -> None:
+        session = (await server.post("/create_session", {}))["session_id"]
+        made = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tuft/demo"}
+        sampler = (await server.post("/create_sampling_session", made))["sampling_session_id"]
+        asked = []
+        for seq in (0, 1, 5 * 10**9):
+            sample = {"sampling_session_id": sampler, "seq_id": seq, "num_samples": 2}
+            promise = await server.post("/asample", sample)
+            assert len(set(promise["sample_sequence_ids"])) == 2
+            asked.append(promise["request_id"])
+        ended: set[str] = set()
+        cursor = 0
+        while len(ended) < 2:
+            poll = {
+                "target": {"type": "sampling_session", "sampling_session_id": sampler},
+                "prev_cursor": cursor,
+            }
+            told = await server.post("/retrieve_futures", poll)
+            assert told["cursor"] > cursor
+            cursor = told["cursor"]
+            new = {one["request_id"] for one in told["completions"]}
+            assert not new & ended
+            assert {one["state"] for one in told["completions"]} == {"finished"}
+            ended |= new
+        assert ended == set(asked[:2]), "the samples of a clone are another list"
+        again = {**poll, "prev_cursor": cursor, "timeout": 0}
+        assert await server.post("/retrieve_futures", again) == {"completions": [], "cursor": cursor}
+        fetched = await server.ask("POST", "/retrieve_future", {"request_id": asked[0]})
+        assert fetched.body == b"base"
+        foreign = await server.ask("POST", "/retrieve_futures", poll, BOB_KEY)
+        assert "does not exist" in refusal(foreign)
+
+    on_server(tmp_path, body)
