@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine import packing
+from tuft_jupyter.engine.attention import CausalAttention
 from tuft_jupyter.engine.base import BaseModel, load_base
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.llama import LlamaDecoder
@@ -21,7 +22,9 @@ CPU = torch.device("cpu")
 
 def random_qkv(n: int) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(n)
-    return tuple(torch.randn(1, heads, n, 8, generator=g) for heads in (4, 2, 2))
+    return tuple(
+        torch.randn(1, n, heads, 8, generator=g).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)
+    )
 
 
 def masked_attention(
@@ -38,12 +41,19 @@ def masked_attention(
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [9, 9, 4, 4, 1], [1, 1, 3]])
+@pytest.mark.parametrize(
+    "lengths", [[7], [5, 5, 5], [9, 9, 4, 4, 1], [1, 1, 3], [150], [192, 192], [130, 130, 130, 40]], ids=str
+)
 def test_attention_over_a_row_is_that_of_each_sequence_alone(lengths: list[int], window: int | None) -> None:
-    q, k, v = random_qkv(sum(lengths))
-    attention = packing.CausalAttention(packing.boundaries(lengths), CPU)
-    ours = attention(0, q, k, v, None, window)
-    torch.testing.assert_close(ours, masked_attention(lengths, q, k, v, window), rtol=1e-5, atol=1e-6)
+    """Forward and backward, short sequences and those long enough to go by blocks."""
+    qkv = random_qkv(sum(lengths))
+    attention = CausalAttention(packing.boundaries(lengths), CPU)
+    found = []
+    for output in (attention(0, *qkv, None, window), masked_attention(lengths, *qkv, window)):
+        slope = torch.linspace(-1, 1, output.numel()).view(output.shape)
+        found.append((output.detach(), *torch.autograd.grad(output, qkv, slope)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_knows_its_boundaries_positions_and_segments() -> None:
