@@ -17,6 +17,7 @@ CARD = (
     " color: var(--jp-ui-font-color1, inherit); border-left: 3px solid var(--jp-brand-color1, #1976d2);"
     " padding: 4px 12px; margin: 4px 0;"
 )
+ROWS = "margin: 4px 0; color: inherit; font-size: inherit;"
 FAINT = "color: var(--jp-ui-font-color2, #666); padding-right: 12px; text-align: left; vertical-align: top;"
 PLAIN_CELL = "text-align: left; vertical-align: top;"
 
@@ -43,7 +44,7 @@ class Table:
             for label, text in self.rows
         )
         title = f"<strong>{html.escape(self.title)}</strong>"
-        return f'<div style="{CARD}">{title}<table style="margin: 4px 0">{rows}</table></div>'
+        return f'<div style="{CARD}">{title}<table style="{ROWS}">{rows}</table></div>'
 
 
 class Progress:
