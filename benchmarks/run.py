@@ -10,6 +10,7 @@ import platform
 import sys
 from importlib.metadata import version
 
+import fairness
 import server_cost
 import step_latency
 import throughput
@@ -18,7 +19,7 @@ from common import show, trainer_threads
 
 def main() -> int:
     before = os.getloadavg()[0]
-    rows = [row for part in (step_latency, throughput, server_cost) for row in part.measure()]
+    rows = [row for part in (step_latency, throughput, server_cost, fairness) for row in part.measure()]
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "ray", "tinker")
     )

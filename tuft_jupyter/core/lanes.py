@@ -3,7 +3,8 @@
 A lane is first in, first out, in order of arrival. It remembers every accepted (seq, digest), so a repeated request
 gets the same request id and is not run again; sequence numbers have holes by nature and nothing waits for them.
 :meth:`Lanes.next_batch` shares the engine by deficit round robin over tenants (Shreedhar & Varghese 1995), counted
-in tokens: a large op is granted in parts, so a small op of another tenant waits for at most one batch.
+in tokens: a large op is granted in parts, so a small op of another tenant waits for at most one batch, and is not
+packed together with a part that would take much longer than itself.
 
 The module knows neither the journal nor the engine: it is a plain data structure for the event loop.
 """
@@ -19,6 +20,9 @@ from tuft_jupyter.core.types import Op, OpKind
 
 FLAT_COST = 16
 """Tokens that an op without tokens (optim_step, save ...) counts for."""
+
+COMPANY = 4
+"""A tenant's part of a batch may be this many times the parts of all lighter tenants together."""
 
 ADDITIVE = {OpKind.FORWARD, OpKind.FORWARD_BACKWARD}
 REMEMBERED = 4096
@@ -69,6 +73,7 @@ class Lanes:
         self.by_run: dict[str, Lane] = {}
         self._deficit: OrderedDict[str, float] = OrderedDict()
         self._next_lane: dict[str, str] = {}
+        self._passed_over: set[str] = set()
         self._work = asyncio.Event()
 
     def lane(self, run: str, tenant: str) -> Lane:
@@ -129,22 +134,30 @@ class Lanes:
         return ahead, sum(1 for lane in self.by_run.values() if lane.queue)
 
     def next_batch(self) -> list[Grant]:
-        """What to run next: at most one budget of tokens, shared by the tenants that have work.
+        """What to run next.
 
-        An op that was in a batch when the engine died runs alone the next time, so that a poisonous one is told
-        from its neighbours.
+        An op that was in a batch when the engine died runs alone, so that a poisonous one is told from its
+        neighbours. Optimizer steps that are due run before any pass: they cost next to nothing, and somebody waits
+        for each. Otherwise the tenants with work share a batch of at most one budget of tokens.
         """
         suspect = self._suspect()
         if suspect is not None:
             return [suspect]
+        heads = [(lane, lane.queue[0]) for lane in self.by_run.values() if lane.queue]
+        steps = [Grant(lane, head, FLAT_COST) for lane, head in heads if head.op.kind is OpKind.OPTIM_STEP]
+        return steps or self._in_company(self._shared([lane for lane, _ in heads]))
+
+    def _shared(self, lanes: list[Lane]) -> list[Grant]:
+        """One budget of tokens, by deficit round robin over the tenants of these lanes."""
         waiting: dict[str, list[Lane]] = {}
-        for lane in self.by_run.values():
-            if lane.queue:
-                waiting.setdefault(lane.tenant, []).append(lane)
+        for lane in lanes:
+            waiting.setdefault(lane.tenant, []).append(lane)
         for tenant in list(self._deficit):
             if tenant not in waiting:
                 del self._deficit[tenant]  # an idle tenant saves nothing up
-        budget = self.budget if len(waiting) <= 1 else self.shared_budget
+        if self._passed_over & waiting.keys():
+            waiting = {tenant: lanes for tenant, lanes in waiting.items() if tenant in self._passed_over}
+        budget = self.budget if len(self._deficit) <= 1 else self.shared_budget
         quantum = max(1, budget // max(1, len(waiting)))
         batch: list[Grant] = []
         left = budget
@@ -156,6 +169,21 @@ class Lanes:
         if self._deficit:
             self._deficit.move_to_end(next(iter(self._deficit)))
         return batch
+
+    def _in_company(self, batch: list[Grant]) -> list[Grant]:
+        """Leave out whose work is so much larger that the others would mostly wait for it; they come next."""
+        tokens: dict[str, int] = {}
+        for grant in batch:
+            tokens[grant.lane.tenant] = tokens.get(grant.lane.tenant, 0) + grant.tokens
+        kept = 0
+        self._passed_over = set()
+        for tenant in sorted(tokens, key=lambda name: tokens[name]):
+            if kept and tokens[tenant] > COMPANY * kept:
+                self._passed_over.add(tenant)
+                self._deficit[tenant] += tokens[tenant]
+            else:
+                kept += tokens[tenant]
+        return [grant for grant in batch if grant.lane.tenant not in self._passed_over]
 
     def _suspect(self) -> Grant | None:
         for lane in self.by_run.values():

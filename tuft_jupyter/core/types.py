@@ -23,6 +23,8 @@ FloatArray = NDArray[np.float32]
 
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
+SAMPLED = f'{PROTOBUF}; messageType="SampleResponse"'
+"""A sample, which says so: SDKs before 0.18 read it in JSON only (protocol section 7)."""
 
 RUN_INFIX = ":train:"
 SAMPLER_INFIX = ":sample:"

@@ -68,6 +68,36 @@ def test_a_light_tenant_is_served_in_the_next_batch_beside_a_heavy_one() -> None
     assert sum(grant.tokens for grant in batch) <= 256
 
 
+def test_a_light_tenant_is_not_packed_with_a_heavy_one_and_they_take_turns() -> None:
+    lanes = Lanes(512, 256)
+    lanes.push(op("heavy", 0, 8192), 0)
+    served = []
+    for seq in range(4):
+        if not lanes.lane("light", "light").queue:
+            lanes.push(op("light", seq, 16), seq + 1)
+        batch = lanes.next_batch()
+        served.append(*{grant.lane.tenant for grant in batch})
+        work_off(lanes, batch)
+    assert sorted(served) == ["heavy", "heavy", "light", "light"]
+    assert served[0] != served[1]
+    assert served[2] != served[3]
+
+
+def test_equals_are_packed_together() -> None:
+    lanes = Lanes(512, 256)
+    for i in range(8):
+        lanes.push(op(f"t{i}", 0, 16 + i), i)
+    assert len(lanes.next_batch()) == 8
+
+
+def test_a_step_that_is_due_runs_before_any_pass() -> None:
+    lanes = Lanes(512, 256)
+    lanes.push(op("heavy", 0, 8192), 0)
+    lanes.push(op("a", 1, kind=OpKind.OPTIM_STEP), 1)
+    lanes.push(op("b", 1, kind=OpKind.OPTIM_STEP), 2)
+    assert {grant.entry.op.run for grant in lanes.next_batch()} == {"a", "b"}
+
+
 def test_two_heavy_tenants_get_equal_shares() -> None:
     lanes = Lanes(512, 256)
     lanes.push(op("a", 0, 100_000), 1)

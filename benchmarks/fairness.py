@@ -1,0 +1,95 @@
+"""How long a light tenant waits beside a heavy one: 1 x 16 tokens beside 32 x 256 tokens, three deep.
+
+The light tenant's steps are timed alone and beside, in turn, against the same server.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import MODEL, RANK, Row, SdkLoop, at_most, median_ms, quantile, sdk_data, server, show, tokens_of
+
+ROUNDS = 3
+CALLS = 12
+DEPTH = 3
+RATIO = 3.0
+KEYS = {"tml-light": "light", "tml-heavy": "heavy"}
+CONFIG = """
+supported_models: [{model_name: tuft/demo, max_lora_rank: 64}]
+authorized_users: {tml-light: light, tml-heavy: heavy}
+persistence: {mode: file_redis, file_path: journal.sqlite}
+"""
+
+
+def client(url: str, key: str) -> Any:
+    import tinker
+
+    return tinker.ServiceClient(base_url=f"{url.rstrip('/')}/tuft", api_key=key)
+
+
+def keep_busy(heavy: Any, stop: threading.Event) -> None:
+    """Keep ``DEPTH`` large batches of the heavy tenant queued until told to stop."""
+    from tinker import types
+
+    training = heavy.create_lora_training_client(base_model=MODEL, rank=RANK, seed=2).result()
+    data, adam = sdk_data(tokens_of(32, 256)), types.AdamParams(learning_rate=1e-4)
+    queued: list[Any] = []
+    while not stop.is_set():
+        while len(queued) < DEPTH:
+            queued.append((training.forward_backward(data, "cross_entropy"), training.optim_step(adam)))
+        for future in queued.pop(0):
+            future.result()
+    for pair in queued:
+        for future in pair:
+            future.result()
+
+
+def timed(step: Callable[[], object], calls: int) -> list[float]:
+    seconds = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def measure() -> list[Row]:
+    with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:
+        config = Path(scratch) / "tuft.yaml"
+        config.write_text(CONFIG)
+        with server(TUFT_CONFIG=str(config)) as started:
+            light = SdkLoop(client(started.url, "tml-light"), tokens_of(1, 16))
+            heavy = client(started.url, "tml-heavy")
+            timed(light.step, CALLS)
+            alone: list[float] = []
+            beside: list[float] = []
+            for _ in range(ROUNDS):
+                alone += timed(light.step, CALLS)
+                stop = threading.Event()
+                load = threading.Thread(target=keep_busy, args=(heavy, stop))
+                load.start()
+                time.sleep(1.0)  # until the heavy tenant's queue is full
+                beside += timed(light.step, CALLS)
+                stop.set()
+                load.join()
+    return [
+        Row(
+            "light tenant alone, median / p95",
+            f"{median_ms(alone):.0f} / {quantile(alone, 0.95) * 1e3:.0f} ms",
+        ),
+        Row(
+            "beside a heavy one, median / p95",
+            f"{median_ms(beside):.0f} / {quantile(beside, 0.95) * 1e3:.0f} ms",
+        ),
+        at_most("light beside heavy / alone, medians", median_ms(beside) / median_ms(alone), RATIO, " x"),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(not show(measure()))
