@@ -303,7 +303,7 @@ def initialize(adapter: Adapter, seed: int) -> None:
 
     Drawn on the CPU, so that a seed means the same adapter on every device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     for name, view in adapter.split(adapter.weights).items():
         if ".lora_A." in name:
             bound = 1 / math.sqrt(view.shape[1])

@@ -121,9 +121,10 @@ def causal(lengths: Sequence[int], adapters: Sequence[str | None], device: torch
 def micro_batches(lengths: Sequence[int], adapters: Sequence[str | None], budget: int) -> list[list[int]]:
     """Cut rows into micro-batches of at most ``budget`` tokens (a longer row stands alone).
 
-    Returns indices into ``lengths``. Each adapter's rows, longest first, are cut by themselves, so how its
-    rows are grouped does not depend on who else is there; the pieces then share micro-batches where they fit.
-    Within a micro-batch each adapter is one segment and equal lengths are neighbours.
+    Returns indices into ``lengths``. Each adapter's rows, longest first, are cut by themselves, and its
+    pieces keep their order, so the sums of its gradients do not depend on who else is there; pieces of several
+    adapters then share micro-batches where they fit. Within a micro-batch each adapter is one segment and equal
+    lengths are neighbours.
     """
     order = sorted(range(len(lengths)), key=lambda i: (adapters[i] or "", -lengths[i], i))
     pieces: list[tuple[int, list[int]]] = []
@@ -135,16 +136,20 @@ def micro_batches(lengths: Sequence[int], adapters: Sequence[str | None], budget
                 size, piece = 0, []
             size, piece = size + lengths[i], [*piece, i]
         pieces.append((size, piece))
-    batches: list[tuple[int, list[int], set[str | None]]] = []
+    batches: list[list[int]] = []
+    room: list[int] = []
+    last: dict[str | None, int] = {}
     for size, piece in sorted(pieces, key=lambda p: -p[0]):
         adapter = adapters[piece[0]]
-        for b, (used, rows, present) in enumerate(batches):
-            if used + size <= budget and adapter not in present:
-                batches[b] = (used + size, rows + piece, present | {adapter})
-                break
-        else:
-            batches.append((size, piece, {adapter}))
-    return [rows for _, rows, _ in batches]
+        after = range(last.get(adapter, -1) + 1, len(batches))
+        at = next((b for b in after if size <= room[b]), len(batches))
+        if at == len(batches):
+            batches.append([])
+            room.append(budget)
+        batches[at] += piece
+        room[at] -= size
+        last[adapter] = at
+    return batches
 
 
 def _attend(

@@ -136,8 +136,11 @@ def test_a_row_over_the_budget_stands_alone() -> None:
 
 
 def test_how_an_adapters_rows_are_grouped_does_not_depend_on_the_others() -> None:
+    """Nor does the order in which its gradients add up: the sums are the same to the last bit."""
     mine = [30, 20, 20, 10, 5]
-    alone = {frozenset(rows) for rows in packing.micro_batches(mine, ["m"] * 5, 64)}
+    alone = packing.micro_batches(mine, ["m"] * 5, 64)
+    assert len(alone) == 2
     lengths, adapters = [*mine, 7, 50, 64, 3], ["m"] * 5 + ["x", "y", "z", "x"]
     together = packing.micro_batches(lengths, adapters, 64)
-    assert {frozenset(i for i in rows if i < 5) for rows in together} - {frozenset()} == alone
+    parts = [[i for i in rows if i < 5] for rows in together]
+    assert [part for part in parts if part] == alone
