@@ -17,9 +17,10 @@ is either whole or absent.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 KEY_PREFIX = "tml-"
@@ -50,26 +51,15 @@ def address_path(home: Path) -> Path:
 def ensure_key(home: Path) -> str:
     """The user's own key; made at the first call, the same ever after, whoever asks first."""
     path = credentials_path(home)
-    key = _read(path)
-    if key:
-        path.chmod(0o600)
-        return key
     home.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".credentials-{secrets.token_hex(4)}")
-    write_private(fresh, KEY_PREFIX + secrets.token_hex(16) + "\n")
-    try:
-        if path.exists():  # empty, or without a key: nothing that anybody could be using
-            fresh.replace(path)
-        else:
-            # link() fails where another process was faster, so every caller returns the same key
-            with contextlib.suppress(FileExistsError):
-                os.link(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    key = _read(path)
-    if not key:
-        raise OSError(f"{path} holds no key; remove it and try again")
-    return key
+    with _alone_in(home):
+        key = _read(path)
+        if key:
+            path.chmod(0o600)
+            return key
+        key = KEY_PREFIX + secrets.token_hex(16)
+        write_private(path, key + "\n")
+        return key
 
 
 def write_address(home: Path, address: str) -> None:
@@ -105,3 +95,14 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
         return ""
+
+
+@contextlib.contextmanager
+def _alone_in(home: Path) -> Iterator[None]:
+    """One thread of one process at a time."""
+    descriptor = os.open(home, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
