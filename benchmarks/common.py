@@ -56,12 +56,12 @@ def show(rows: Sequence[Row]) -> bool:
 
 
 @contextlib.contextmanager
-def server(work: Path | None = None, *, extension: bool = True, **env: str) -> Iterator[Server]:
+def server(*, extension: bool = True, **env: str) -> Iterator[Server]:
     """A running Jupyter server in a home of its own, with or without our extension."""
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]  # whatever this user has set up, the server is to know nothing of it
     with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:
-        home = work or Path(scratch)
+        home = Path(scratch)
         root = home / "notebooks"
         root.mkdir(exist_ok=True)
         made = Server(
@@ -69,7 +69,7 @@ def server(work: Path | None = None, *, extension: bool = True, **env: str) -> I
             home,
             base_url="/user/bench/",
             env=environment(home, **env),
-            options=(f"--ServerApp.jpserver_extensions={{'tuft_jupyter_server': {extension}}}",),
+            options=(f"--ServerApp.jpserver_extensions={{'tuft_jupyter': {extension}}}",),
         )
         with made:
             yield made

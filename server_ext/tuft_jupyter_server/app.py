@@ -58,8 +58,8 @@ class TuftExtension(ExtensionApp):
         self.handlers.extend(tinker.handlers(root + "/api/v1", self.host.api, self.host.keys, limit))
 
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
+        tell_kernels(self.host, serverapp)  # first: a kernel may be started from now on
         await self.host.start()
-        tell_kernels(self.host, serverapp)
         self._activity = asyncio.get_running_loop().create_task(count_as_activity(self.host, self.settings))
 
     async def stop_extension(self) -> None:

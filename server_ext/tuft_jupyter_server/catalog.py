@@ -1,4 +1,7 @@
-"""The base models that one server offers: those of its configuration, the demo model, and those added since."""
+"""The base models that one server offers: those of its configuration, and those added since.
+
+A server without a configuration file always offers the demo model too.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class ServerCatalog:
             )
             for model in settings.supported_models
         ]
-        if not self._configured:
+        if settings.file is None and models.DEMO not in {card.name for card in self._configured}:
             self._configured.append(models.resolve(models.DEMO))
         self._added: dict[str, ModelCard] = {}
 
