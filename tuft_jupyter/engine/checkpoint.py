@@ -3,9 +3,9 @@
 ::
 
     adapter_config.json         PEFT's own, with the base model's name and the true target modules
-    adapter_model.safetensors   PEFT's own names, fp32 optimizer.safetensors       AdamW's moments:
-    ``exp_avg.{tensor}`` and ``exp_avg_sq.{tensor}`` (if asked for) manifest.json               format, base
-    fingerprint, geometry, seed, step, size and SHA-256 of each file
+    adapter_model.safetensors   PEFT's own names, fp32
+    optimizer.safetensors       AdamW's moments, exp_avg.{tensor} and exp_avg_sq.{tensor} (if asked for)
+    manifest.json               format, base fingerprint, geometry, seed, step, SHA-256 of each file
 
 ``PeftModel.from_pretrained`` reads such a directory. A PEFT directory made elsewhere, without a manifest, is
 read as weights only. Promises: a directory appears whole or not at all; nothing that does not fit, or was

@@ -2,8 +2,7 @@
 
 Two ways with one signature. :class:`ModuleDecoder` calls the Hugging Face modules under autograd and serves
 any family whose attention goes through the packed interface; :class:`~tuft_jupyter.engine.llama.LlamaDecoder`
-serves the common shape with a third of the overhead. Which one a model gets is decided, and checked, when it
-is loaded.
+serves the common shape in less time. Which one a model gets is decided, and checked, when it is loaded.
 
 Shapes: N tokens of the row, D hidden size.
 """

@@ -6,15 +6,16 @@ came with the request, so one pass over the model serves them all: :func:`~tuft_
 computes p, asks the loss for dL/dp and carries it back. Losses are sums over positions and datums, never
 means.
 
-With q the sampler's log-probabilities (``logprobs``), A the ``advantages``, r = exp(p - q), sg the
-stop-gradient::
+With q the sampler's log-probabilities (``logprobs``), A the ``advantages``, w the ``weights`` (ones if missing, any
+sign), r = exp(p - q), sg the stop-gradient, and s = exp(mean of p - q over a datum where ``sequence_ratio_mask`` is
+not 0), whose slope at a position is taken in that position's p alone::
 
-    cross_entropy        -sum w p                        w = ``weights``, ones if missing; any sign
-    importance_sampling  -sum r A ppo                  -sum min(r A, clip(r, lo, hi) A) cispo
-    -sum sg(clip(r, lo, hi)) p A dro                  -sum (p A - beta/2 (p - q)^2) gspo                 -sum
-    min(s A, clip(s, lo, hi) A)   s = exp(mean of p - q where ``sequence_ratio_mask`` != 0),
-                                                            its slope at a position taken in that position's p
-                                                            alone
+    cross_entropy        -sum w p
+    importance_sampling  -sum r A
+    ppo                  -sum min(r A, clip(r, low, high) A)
+    cispo                -sum sg(clip(r, low, high)) p A
+    dro                  -sum (p A - beta/2 (p - q)^2)
+    gspo                 -sum min(s A, clip(s, low, high) A)
 
 Positions whose advantage is 0 are exactly 0 in importance_sampling, ppo, cispo and gspo, whatever their
 ``logprobs``. Sources: Tinker documentation; PPO arXiv 1707.06347, CISPO 2506.13585, DRO 2405.19107, GSPO
