@@ -9,7 +9,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test unit check format bench install system proto clean
+.PHONY: help demo lab test unit check format bench sdk-matrix install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ bench: $(STAMPS)/installed  ## measure speed and size against a plain PyTorch + 
 	$(BIN)/python benchmarks/run.py
 
 install: $(STAMPS)/installed  ## make the virtual environment and build the lab extension
+
+sdk-matrix: $(STAMPS)/installed  ## run one script with every SDK version, print the table of the README
+	$(BIN)/python -m tests.support.sdk_matrix
 
 system:  ## install the Debian packages that tests use, where they are missing
 	bash scripts/system_packages.sh

@@ -29,6 +29,7 @@ from tuft_jupyter.core.errors import (
 from tuft_jupyter.core.types import JSON, Principal
 from tuft_jupyter.wire.api import Api, Call, Reply, error_reply
 from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access, Route, pattern_of
+from tuft_jupyter.wire.verbs.base import ANYTHING
 
 log = logging.getLogger("tuft_jupyter.http")
 
@@ -107,7 +108,15 @@ class TinkerHandler(RequestHandler):
 
     async def _serve(self, parts: Mapping[str, str]) -> None:
         try:
-            call = Call(self.principal, parts, self._query(), self._body(), self._content_type())
+            headers = self.request.headers
+            call = Call(
+                self.principal,
+                parts,
+                self._query(),
+                self._body(),
+                headers.get("Content-Type", JSON),
+                headers.get("Accept", ANYTHING),
+            )
         except TuftError as error:
             self._send(error_reply(error))
             return
@@ -144,9 +153,6 @@ class TinkerHandler(RequestHandler):
             return {name: self.get_query_argument(name) for name in self.request.query_arguments}
         except HTTPError:
             raise UserError("the query string is not UTF-8") from None
-
-    def _content_type(self) -> str:
-        return self.request.headers.get("Content-Type", JSON)
 
     def _body(self) -> bytes:
         if self._size > self.limit:

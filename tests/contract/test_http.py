@@ -20,6 +20,8 @@ from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.state import public
+from tuft_jupyter.core.types import JSON, PROTOBUF, SAMPLED
+from tuft_jupyter.wire import tuft_wire_pb2 as pb
 from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access
 from tuft_jupyter_server.host import Host
 from tuft_jupyter_server.tinker import handlers
@@ -291,6 +293,42 @@ def test_a_client_that_goes_away_while_it_waits_leaves_nothing_behind(tmp_path: 
         assert waiting.cancelled()
         server.host.ledger.promises.settle("slow", Answer(b'{"done": 1}'))
         assert await server.post("/retrieve_future", {"request_id": "slow"}) == {"done": 1}
+
+    on_server(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        (None, SAMPLED),
+        ("*/*", SAMPLED),
+        ("application/x-protobuf", SAMPLED),
+        ("application/x-protobuf, application/json", SAMPLED),
+        ("application/json", JSON),
+    ],
+)
+def test_a_sample_comes_in_the_form_that_is_accepted(tmp_path: Path, accept: str | None, form: str) -> None:
+    """S1-02: SDKs since 0.18 read protobuf, the ones before JSON; a pass stays as it was asked."""
+    sampled = pb.SampleResponse(sequences=[pb.SampledSequence(tokens=b"\5\0\0\0", logprobs=b"\0\0\0\0")])
+
+    async def body(server: Server) -> None:
+        promises, owner = server.host.ledger.promises, server.host.owner.tenant
+        answers = {"sample": SAMPLED, "pass": PROTOBUF}
+        for request_id, content_type in answers.items():
+            promises.open(request_id, owner, "")
+            promises.settle(request_id, Answer(sampled.SerializeToString(), content_type))
+        headers = {} if accept is None else {"Accept": accept}
+        got = {
+            name: await server.ask("POST", "/retrieve_future", {"request_id": name}, headers=headers)
+            for name in answers
+        }
+        assert got["pass"].headers["Content-Type"] == PROTOBUF
+        assert got["sample"].headers["Content-Type"] == form
+        if form == JSON:
+            sequence = {"stop_reason": "stop", "tokens": [5], "logprobs": [0.0]}
+            assert json.loads(got["sample"].body) == {"type": "sample", "sequences": [sequence]}
+        else:
+            assert got["sample"].body == sampled.SerializeToString()
 
     on_server(tmp_path, body)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tuft_jupyter.core.engine import Outcome, Sampler
 from tuft_jupyter.core.errors import ServerError, TuftError, UserError
-from tuft_jupyter.core.types import PROTOBUF, SampleResult
+from tuft_jupyter.core.types import SAMPLED, SampleResult
 from tuft_jupyter.wire.sample_codec import decode_sample_request, encode_sample_response
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class SamplingWorker:
             "prompt_tokens": len(request.prompt),
             "tokens": sum(len(sequence.tokens) for sequence in result.sequences),
         }
-        return Outcome(request_id, result=encoded, content_type=PROTOBUF, facts=facts)
+        return Outcome(request_id, result=encoded, content_type=SAMPLED, facts=facts)
 
     def cancel(self, request_id: str) -> None:
         """Stop drawing for a request; it fails as cancelled. Unknown ids are ignored."""

@@ -37,7 +37,7 @@ from tuft_jupyter.wire.peek import Peek, base_type, peek_forward_backward
 from tuft_jupyter.wire.sample_codec import (
     decode_sample_request,
     encode_sample_response,
-    encode_sample_response_json,
+    sample_response_as_json,
 )
 from tuft_jupyter.wire.tensors import Room, check_shape, densify, reshape, tensor_array
 
@@ -48,8 +48,8 @@ __all__ = [
     "encode_forward_backward_output",
     "encode_forward_backward_output_json",
     "encode_sample_response",
-    "encode_sample_response_json",
     "peek_forward_backward",
+    "sample_response_as_json",
 ]
 
 OUTPUT_TYPE = "ArrayRecord"

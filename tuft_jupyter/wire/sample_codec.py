@@ -1,4 +1,4 @@
-"""Sampling on the wire: the JSON of ``asample`` in, the protobuf SampleResponse out.
+"""Sampling on the wire: the JSON of ``asample`` in, the protobuf SampleResponse out (or, for old SDKs, its JSON).
 
 Fields that this server does not know are ignored, so that the next SDK's defaults do not break it; a known
 field that asks for more than is offered, and an unknown sampling parameter that is switched on, are refused
@@ -168,6 +168,7 @@ _STOP_REASONS = {
     StopReason.STOP: pb.STOP_REASON_STOP,
     StopReason.LENGTH: pb.STOP_REASON_LENGTH,
 }
+_STOP_WORDS = {number: reason.value for reason, number in _STOP_REASONS.items()}
 
 
 def encode_sample_response(result: SampleResult) -> bytes:
@@ -197,23 +198,30 @@ def encode_sample_response(result: SampleResult) -> bytes:
     return response.SerializeToString()
 
 
-def encode_sample_response_json(result: SampleResult) -> bytes:
-    """The same answer in the JSON of SDKs before 0.18. JSON has no NaN: a missing logprob is ``null``."""
+def sample_response_as_json(encoded: bytes) -> bytes:
+    """A SampleResponse in the JSON of SDKs before 0.18. JSON has no NaN: a missing logprob is ``null``."""
+    response = pb.SampleResponse.FromString(encoded)
     answer: dict[str, Any] = {
         "type": "sample",
         "sequences": [
             {
-                "stop_reason": sequence.stop_reason.value,
-                "tokens": sequence.tokens.tolist(),
-                "logprobs": sequence.logprobs.tolist(),
+                "stop_reason": _STOP_WORDS[sequence.stop_reason],
+                "tokens": _numbers(sequence.tokens, "<i4"),
+                "logprobs": _numbers(sequence.logprobs, "<f4"),
             }
-            for sequence in result.sequences
+            for sequence in response.sequences
         ],
     }
-    if result.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = result.prompt_logprobs.tolist()
-    if result.topk_prompt_ids is not None and result.topk_prompt_logprobs is not None:
-        rows = zip(result.topk_prompt_ids.tolist(), result.topk_prompt_logprobs.tolist(), strict=True)
-        cells = [list(zip(ids, logprobs, strict=True)) for ids, logprobs in rows]
-        answer["topk_prompt_logprobs"] = [None, *cells[1:]]
+    if response.HasField("prompt_logprobs"):
+        answer["prompt_logprobs"] = _numbers(response.prompt_logprobs, "<f4")
+    if response.HasField("topk_prompt_logprobs"):
+        topk = response.topk_prompt_logprobs
+        cells = list(zip(_numbers(topk.token_ids, "<i4"), _numbers(topk.logprobs, "<f4"), strict=True))
+        rows = [cells[at : at + topk.k] for at in range(0, len(cells), topk.k)]
+        answer["topk_prompt_logprobs"] = [None, *rows[1:]]
     return msgspec.json.encode(answer)
+
+
+def _numbers(packed: bytes, dtype: str) -> list[Any]:
+    numbers: list[Any] = np.frombuffer(packed, dtype).tolist()
+    return numbers

@@ -54,17 +54,24 @@ def test_what_was_not_asked_for_is_absent() -> None:
 
 def test_samples_in_json_for_older_sdks() -> None:
     answer = json.loads(
-        codec.encode_sample_response_json(
-            sample_result(
-                prompt_logprobs=np.array([np.nan, -1.0], np.float32),
-                topk_prompt_ids=np.array([[0], [3]], np.int32),
-                topk_prompt_logprobs=np.array([[-99999.0], [-1.0]], np.float32),
+        codec.sample_response_as_json(
+            codec.encode_sample_response(
+                sample_result(
+                    prompt_logprobs=np.array([np.nan, -1.0], np.float32),
+                    topk_prompt_ids=np.array([[0, 0], [3, 4]], np.int32),
+                    topk_prompt_logprobs=np.array([[-99999.0, -99999.0], [-1.0, -2.0]], np.float32),
+                )
             )
         )
     )
     assert answer["sequences"][0] == {"stop_reason": "stop", "tokens": [5, 6], "logprobs": [-0.5, -0.25]}
     assert answer["prompt_logprobs"] == [None, -1.0]
-    assert answer["topk_prompt_logprobs"] == [None, [[3, -1.0]]]
+    assert answer["topk_prompt_logprobs"] == [None, [[3, -1.0], [4, -2.0]]]
+
+
+def test_samples_in_json_leave_out_what_was_not_asked_for() -> None:
+    answer = json.loads(codec.sample_response_as_json(codec.encode_sample_response(sample_result())))
+    assert set(answer) == {"type", "sequences"}
 
 
 # ---- sample requests

@@ -13,19 +13,27 @@ import msgspec
 from tuft_jupyter.core.errors import Overloaded, TuftError, UserError
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import JSON, ModelCard, Principal
+from tuft_jupyter.wire.peek import base_type
 
+ANYTHING = "*/*"
 MIN_TTL, MAX_TTL = 1.0, 10 * 365 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: who asks, the route's path parts and query, and the body (decompressed)."""
+    """One request: who asks, the route's path parts and query, the body (decompressed), what may be answered."""
 
     principal: Principal
     path: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
     content_type: str = JSON
+    accept: str = ANYTHING
+
+    def accepts(self, media: str) -> bool:
+        """Whether the caller reads this media type (RFC 9110, section 12.5.1; weights are not looked at)."""
+        ranges = {base_type(part) for part in self.accept.split(",")}
+        return not ranges.isdisjoint({media, media.split("/")[0] + "/*", ANYTHING})
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.types import PROTOBUF, SAMPLED
 from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.sample_codec import sample_response_as_json
 from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, reply
 
 MAX_SAMPLES = 4096
@@ -23,7 +25,7 @@ class SamplingVerbs(Verbs):
                 "queue_state_reason": self.service.queue_reason(call.principal, asked.request_id),
             }
             return reply(waiting, 408)
-        return _answer(answer)
+        return _answer(answer, call)
 
     async def retrieve_futures(self, call: Call) -> Reply:
         asked = m.decode(m.RetrieveFutures, call.body)
@@ -85,7 +87,10 @@ class SamplingVerbs(Verbs):
         return reply({"request_id": request_id, "sample_sequence_ids": sequences})
 
 
-def _answer(answer: Answer) -> Reply:
+def _answer(answer: Answer, call: Call) -> Reply:
+    """In the form the caller reads. A pass already has it: it is answered in the form in which it was asked."""
     if answer.body is None:
         return reply({"error": answer.error, "category": answer.category})
+    if answer.content_type == SAMPLED and not call.accepts(PROTOBUF):
+        return Reply(sample_response_as_json(answer.body))
     return Reply(answer.body, content_type=answer.content_type)
