@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -114,12 +113,11 @@ def forbidden_imports() -> str:
 
     Python itself writes every import into the server's log. No kernel is started: it would write there too.
     """
-    with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:
-        with server(Path(scratch), PYTHONPROFILEIMPORTTIME="1") as started:
-            client = service_client(started)
-            SdkLoop(client, tokens_of(1, 16)).step()
-            client.close("success")
-            log = started.log.read_text(errors="replace")
+    with server(PYTHONPROFILEIMPORTTIME="1") as started:
+        client = service_client(started)
+        SdkLoop(client, tokens_of(1, 16)).step()
+        client.close("success")
+        log = started.log.read_text(errors="replace")
     lines = re.findall(r"^import time:.*\| +(\S+)$", log, re.MULTILINE)
     if not lines:
         raise SystemExit("the server's log tells nothing of imports")
