@@ -6,18 +6,18 @@ from pathlib import Path
 
 import msgspec
 
-from tuft_jupyter.wire.routes import BULK, MIB, NOT_OFFERED, ROUTES, Access, Route
+from tuft_jupyter.wire.routes import BULK, MIB, NOT_OFFERED, ROUTES, Route
 
 HEAD = """# API reference
 
 <!-- Written by scripts/api_docs.py from tuft_jupyter/wire/routes.py. -->
 
-The Tinker API, as the stock SDK calls it. All paths lie below `<base url>/tuft/api/v1` in a notebook server and below
-`/api/v1` in a daemon. Send the key as `X-API-Key` (or `Authorization: Bearer`); cookies are ignored. A refusal is a JSON
-object `{"detail", "error", "category"}`: 401 without a key, 403 with one that is unknown or revoked, 404 for what is
-missing or somebody else's, 413 over the size limit, 429 with `Retry-After` where a limit is reached for now, 400 for
-everything that the caller can mend. What fails after it was accepted is answered by `retrieve_future` as
-`{"error", "category"}`.
+The Tinker API, as the stock SDK calls it. All paths lie below `<base url>/tuft/api/v1` in a notebook server and
+below `/api/v1` in a daemon. Send the key as `X-API-Key` (or `Authorization: Bearer`); cookies are ignored. A signed
+path needs no key: it holds a permission that expires. A refusal is a JSON object `{"detail", "error", "category"}`:
+401 without a key, 403 with one that is unknown or revoked, 404 for what is missing or somebody else's, 413 over the
+size limit, 429 with `Retry-After` where a limit is reached for now, 400 for everything that the caller can mend.
+What fails after it was accepted is answered by `retrieve_future` as `{"error", "category"}`.
 
 | method | path | what it does | access | body limit |
 | --- | --- | --- | --- | --- |
@@ -43,16 +43,16 @@ These parts of the protocol answer 404 with their name:
 
 
 def row(route: Route) -> str:
-    access = "open" if route.access is Access.OPEN else "key"
-    return f"| {route.method} | `{route.path}` | {route.doc} | {access} | {route.max_body // MIB} MiB |\n"
+    return f"| {route.method} | `{route.path}` | {route.doc} | {route.access.value} | {route.max_body // MIB} MiB |\n"
 
 
 def fields(route: Route) -> str:
     if route.message is None or not msgspec.structs.fields(route.message):
         return ""
-    parts = []
-    for field in msgspec.structs.fields(route.message):
-        parts.append(f"`{field.encode_name}`" + (" (required)" if field.required else ""))
+    parts = [
+        f"`{field.encode_name}`" + (" (required)" if field.required else "")
+        for field in msgspec.structs.fields(route.message)
+    ]
     return f"\n- **{route.method} `{route.path}`**: " + ", ".join(parts)
 
 

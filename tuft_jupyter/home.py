@@ -7,6 +7,7 @@ is either whole or absent.
 ::
 
     credentials            the key that servers of this user accept, ``tml-`` + 32 hex digits (0600)
+    signing_secret         what servers of this user sign download addresses and tokens with (0600)
     tuft_current_server    the address of the server that was started last (0600)
     configs/               ``tuft_config.yaml`` (yours), ``generated.yaml`` (the last one made for you, 0600)
     checkpoints/           saved adapters
@@ -48,18 +49,30 @@ def address_path(home: Path) -> Path:
     return home / "tuft_current_server"
 
 
+def secret_path(home: Path) -> Path:
+    return home / "signing_secret"
+
+
 def ensure_key(home: Path) -> str:
     """The user's own key; made at the first call, the same ever after, whoever asks first."""
-    path = credentials_path(home)
-    home.mkdir(parents=True, exist_ok=True)
-    with _alone_in(home):
-        key = _read(path)
-        if key:
+    return _ensure(credentials_path(home), KEY_PREFIX + secrets.token_hex(16))
+
+
+def ensure_secret(home: Path) -> str:
+    """What servers of this user sign with (64 hex digits), made at the first call; it never leaves the machine."""
+    return _ensure(secret_path(home), secrets.token_hex(32))
+
+
+def _ensure(path: Path, value: str) -> str:
+    """What a private file holds; ``value``, written now, where it is missing or empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(path.parent):
+        found = _read(path)
+        if found:
             path.chmod(0o600)
-            return key
-        key = KEY_PREFIX + secrets.token_hex(16)
-        write_private(path, key + "\n")
-        return key
+            return found
+        write_private(path, value + "\n")
+        return value
 
 
 def write_address(home: Path, address: str) -> None:

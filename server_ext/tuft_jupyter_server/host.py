@@ -25,8 +25,9 @@ from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.runs import Limits
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import ModelCard, Principal
-from tuft_jupyter.home import ensure_key
+from tuft_jupyter.home import ensure_key, ensure_secret
 from tuft_jupyter.wire.api import Api
+from tuft_jupyter.wire.tickets import Tickets
 from tuft_jupyter_server.catalog import ServerCatalog
 from tuft_jupyter_server.gauges import Gauges
 
@@ -94,6 +95,7 @@ class Host:
         self.keys.add(self.key, self.owner)
         for key, tenant in settings.authorized_users.items():
             self.keys.add(key, Principal(tenant))
+        self.tickets = Tickets(ensure_secret(settings.home))
         self.journal = _journal(settings)
         self.ledger = Ledger(self.journal)
         self.engines = engines or ClusterEngines(settings)

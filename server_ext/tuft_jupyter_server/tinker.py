@@ -2,7 +2,8 @@
 
 A handler authenticates by the ``X-API-Key`` header alone (also ``Authorization: Bearer``); cookies are ignored, so a
 page of another site can do nothing here and XSRF tokens are not needed. It refuses oversized bodies while they arrive,
-undoes zstd within the same limit, and gives everything else to :class:`tuft_jupyter.wire.api.Api`. It never redirects.
+undoes zstd within the same limit, and gives everything else to :class:`tuft_jupyter.wire.api.Api`. A reply that is a
+stream is sent as fast as the client takes it, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import zstandard
 from jupyter_server.auth.decorator import allow_unauthenticated
+from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from tuft_jupyter.core.access import KeyRing
@@ -28,11 +30,13 @@ from tuft_jupyter.core.errors import (
 )
 from tuft_jupyter.core.types import JSON, Principal
 from tuft_jupyter.wire.api import Api, Call, Reply, error_reply
+from tuft_jupyter.wire.archive import Stream
 from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access, Route, pattern_of
 from tuft_jupyter.wire.verbs.base import ANYTHING
 
 log = logging.getLogger("tuft_jupyter.http")
 
+API = "/api/v1/"
 METHODS = ("GET", "POST", "PUT", "DELETE")
 
 
@@ -68,7 +72,7 @@ class TinkerHandler(RequestHandler):
     def prepare(self) -> None:
         try:
             self.route = self._route()
-            if self.route.access is not Access.OPEN:
+            if self.route.access is Access.KEY:
                 self.principal = self.keys.principal(self._key())
             self.limit = min(self.route.max_body, self.max_body)
             announced = self.request.headers.get("Content-Length", "0")
@@ -116,18 +120,28 @@ class TinkerHandler(RequestHandler):
                 self._body(),
                 headers.get("Content-Type", JSON),
                 headers.get("Accept", ANYTHING),
+                self._root(),
             )
         except TuftError as error:
             self._send(error_reply(error))
             return
         self._answering = asyncio.ensure_future(self.api.answer(self.route, call))
         try:
-            self._send(await self._answering)
+            answer = await self._answering
+            if answer.stream is None:
+                self._send(answer)
+            else:
+                await self._send_stream(answer, answer.stream)
+        except StreamClosedError:
+            log.debug("%s went away during a download", self.request.remote_ip)
         except asyncio.CancelledError:
             if not self.request.connection.stream.closed():  # type: ignore[union-attr]
                 raise
         except Exception:
             log.exception("%s %s failed", self.request.method, self.route.path)
+            if self._headers_written:  # what breaks off must not look whole
+                self.detach().close()
+                return
             self._send(error_reply(ServerError("the server failed to answer; its log says why")))
 
     def _route(self) -> Route:
@@ -182,12 +196,28 @@ class TinkerHandler(RequestHandler):
             "send fewer datums per request"
         )
 
+    def _root(self) -> str:
+        """Ours, as the client spells it: a proxy may have put a prefix before it. No id holds a slash."""
+        prefix, _, _ = self.request.path.rpartition(API)
+        return f"{self.request.protocol}://{self.request.host}{prefix}{API.rstrip('/')}"
+
     def _send(self, answer: Reply) -> None:
+        self._head(answer)
+        self.finish(answer.body)
+
+    async def _send_stream(self, answer: Reply, stream: Stream) -> None:
+        self._head(answer)
+        self.set_header("Content-Length", str(stream.size))
+        async for chunk in stream.chunks:
+            self.write(chunk)
+            await self.flush()
+        self.finish()
+
+    def _head(self, answer: Reply) -> None:
         self.set_status(answer.status)
         self.set_header("Content-Type", answer.content_type)
         for name, value in answer.headers.items():
             self.set_header(name, value)
-        self.finish(answer.body)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """What Tornado itself refuses (a malformed request line, a method we do not have)."""

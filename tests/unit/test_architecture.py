@@ -19,7 +19,17 @@ SOURCES = [ROOT / "tuft_jupyter", ROOT / "server_ext" / "tuft_jupyter_server"]
 GENERATED = ("_pb2.py", "_pb2.pyi")
 LINES = 400
 
-FORBIDDEN_IN_CORE = {"tornado", "ray", "torch", "jupyter_server", "transformers", "peft", "vllm", "msgspec", "google"}
+FORBIDDEN_IN_CORE = {
+    "tornado",
+    "ray",
+    "torch",
+    "jupyter_server",
+    "transformers",
+    "peft",
+    "vllm",
+    "msgspec",
+    "google",
+}
 MAY_IMPORT = {
     # package: the packages of ours that it stands on
     "tuft_jupyter.core": {"tuft_jupyter.core"},
@@ -35,7 +45,6 @@ MAY_IMPORT = {
 }
 ROOMS_WITH_A_WIDER_VIEW = {
     "tuft_jupyter.engine.worker": {"tuft_jupyter.wire"},
-    "tuft_jupyter.engine.sampling_worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.sampling_worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.cluster": {"tuft_jupyter.config"},
     "tuft_jupyter.engine.ray_place": {"tuft_jupyter.home"},
@@ -127,6 +136,10 @@ def test_only_liveness_is_open() -> None:
     assert [route.path for route in ROUTES if route.access is Access.OPEN] == ["/healthz"]
 
 
+def test_only_downloads_need_no_key_but_a_signed_address() -> None:
+    assert [route.path for route in ROUTES if route.access is Access.SIGNED] == ["/tuft/files/{ticket}"]
+
+
 def test_nothing_is_offered_and_not_offered_at_once() -> None:
     assert not {(route.method, route.path) for route in ROUTES} & set(NOT_OFFERED)
 
@@ -138,7 +151,9 @@ def test_nothing_of_ours_unpickles_or_runs_foreign_code() -> None:
         tree = ast.parse(path.read_text())
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         keywords = {
-            ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
+            ast.unparse(node)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
         }
         assert not calls & called, path
         assert not {name for name in calls if name.endswith(".extractall")}, path

@@ -64,6 +64,10 @@ class Checkpoints:
                 f"path: {path!r} is no checkpoint path: it must look like "
                 "tinker://<run>/weights/<name> or tinker://<run>/sampler_weights/<name>"
             )
+        return self.find(principal, path)
+
+    def find(self, principal: Principal, path: str) -> Checkpoint:
+        """A checkpoint of any kind that the principal may read, also one that was exported."""
         found = self.ledger.state.checkpoints.get(path)
         if found is not None and found.public:
             return found

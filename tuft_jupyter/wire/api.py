@@ -17,12 +17,13 @@ from tuft_jupyter.wire.verbs.rest import RestVerbs
 from tuft_jupyter.wire.verbs.sampling import SamplingVerbs
 from tuft_jupyter.wire.verbs.sessions import SessionVerbs
 from tuft_jupyter.wire.verbs.training import TrainingVerbs
+from tuft_jupyter.wire.verbs.transfer import TransferVerbs
 
 HOLD_SECONDS = 20.0
 """How long a poll is held: the SDK gives up at 45 or 90 s and never sleeps between polls."""
 
 
-class Api(SessionVerbs, TrainingVerbs, SamplingVerbs, RestVerbs):
+class Api(SessionVerbs, TrainingVerbs, SamplingVerbs, RestVerbs, TransferVerbs):
     def __init__(self, service: Service, host: Host, hold_seconds: float = HOLD_SECONDS) -> None:
         self.service = service
         self.host = host

@@ -17,10 +17,15 @@ KIB, MIB = 2**10, 2**20
 
 
 class Access(StrEnum):
-    """OPEN needs nothing; KEY needs a valid key; what is fetched by id must in addition be the caller's own."""
+    """Who is answered.
+
+    OPEN needs nothing. KEY needs a valid key; what is fetched by id must in addition be the caller's own. SIGNED needs
+    no header: the path itself holds a signed permission that expires.
+    """
 
     OPEN = "open"
     KEY = "key"
+    SIGNED = "signed"
 
 
 def pattern_of(path: str) -> str:
@@ -141,7 +146,20 @@ ROUTES: tuple[Route, ...] = (
         "delete_checkpoint",
         "Delete a checkpoint.",
     ),
+    Route(
+        "GET",
+        "/training_runs/{run}/checkpoints/{kind}/{name}/archive",
+        "archive",
+        "An address, good for an hour, of the adapter as a tar archive: a plain PEFT directory.",
+    ),
     Route("POST", "/weights_info", "weights_info", "What a checkpoint was trained on.", m.TinkerPath),
+    Route(
+        "GET",
+        "/tuft/files/{ticket}",
+        "download",
+        "What such an address leads to: the bytes themselves.",
+        access=Access.SIGNED,
+    ),
     Route("GET", "/tuft/status", "status", "Readiness: what is loaded, and what the server waits for."),
     Route("POST", "/tuft/models", "add_model", "Offer one more base model and load it.", m.AddModel),
     Route("GET", "/tuft/tokenizer", "tokenizer", "A base model's tokenizer files (?model=NAME), as text."),
@@ -153,7 +171,6 @@ NOT_OFFERED: tuple[tuple[str, str], ...] = (
     ("POST", "/copy_weights"),
     ("POST", "/save_weights_external"),
     ("GET", "/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls"),
-    ("GET", "/training_runs/{run}/checkpoints/{kind}/{name}/archive"),
     ("PUT", "/sessions/{session}/project"),
     ("POST", "/sessions/search"),
     ("GET", "/sessions/{session}/trace_export"),

@@ -13,7 +13,9 @@ import msgspec
 from tuft_jupyter.core.errors import Overloaded, TuftError, UserError
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import JSON, ModelCard, Principal
+from tuft_jupyter.wire.archive import Stream
 from tuft_jupyter.wire.peek import base_type
+from tuft_jupyter.wire.tickets import Tickets
 
 ANYTHING = "*/*"
 MIN_TTL, MAX_TTL = 1.0, 10 * 365 * 86400.0
@@ -21,7 +23,10 @@ MIN_TTL, MAX_TTL = 1.0, 10 * 365 * 86400.0
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: who asks, the route's path parts and query, the body (decompressed), what may be answered."""
+    """One request: who asks, the route's path parts and query, the body (decompressed), what may be answered.
+
+    ``root`` is the API's address as the caller reached it, without a slash at the end.
+    """
 
     principal: Principal
     path: Mapping[str, str] = field(default_factory=dict)
@@ -29,6 +34,7 @@ class Call:
     body: bytes = b""
     content_type: str = JSON
     accept: str = ANYTHING
+    root: str = ""
 
     def accepts(self, media: str) -> bool:
         """Whether the caller reads this media type (RFC 9110, section 12.5.1; weights are not looked at)."""
@@ -38,10 +44,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
+    """``stream`` takes the place of ``body`` where that would be too large for memory."""
+
     body: bytes
     status: int = 200
     content_type: str = JSON
     headers: Mapping[str, str] = field(default_factory=dict)
+    stream: Stream | None = None
 
 
 def reply(value: Any, status: int = 200) -> Reply:
@@ -57,6 +66,8 @@ def error_reply(error: TuftError) -> Reply:
 
 class Host(Protocol):
     """What the api asks of the server around it."""
+
+    tickets: Tickets
 
     def status(self, principal: Principal) -> dict[str, Any]:
         """Readiness in words and numbers, as the lab and ``%tuft status`` show it."""
@@ -99,6 +110,11 @@ def page_of(items: Sequence[Any], query: Mapping[str, str], default: int) -> Seq
 def cursor_of(query: Mapping[str, str], default: int, total: int) -> dict[str, int]:
     limit = number(query, "limit", default)
     return {"offset": number(query, "offset", 0), "limit": limit, "total_count": total}
+
+
+def path_of(call: Call) -> str:
+    """The checkpoint that a route's path names."""
+    return f"tinker://{call.path['run']}/{call.path['kind']}/{call.path['name']}"
 
 
 def iso_time(seconds: float) -> str:

@@ -7,7 +7,17 @@ from typing import Any
 from tuft_jupyter.core.state import Checkpoint, Run
 from tuft_jupyter.core.types import CheckpointKind, Principal
 from tuft_jupyter.wire import messages as m
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, checked_ttl, cursor_of, iso_time, page_of, reply
+from tuft_jupyter.wire.verbs.base import (
+    Call,
+    Reply,
+    Verbs,
+    checked_ttl,
+    cursor_of,
+    iso_time,
+    page_of,
+    path_of,
+    reply,
+)
 
 
 class RestVerbs(Verbs):
@@ -34,19 +44,19 @@ class RestVerbs(Verbs):
     async def set_ttl(self, call: Call) -> Reply:
         ttl = checked_ttl(m.decode(m.SetTtl, call.body).ttl_seconds)
         expires = None if ttl is None else self.service.ledger.clock() + ttl
-        await self.service.checkpoints.change(call.principal, _path(call), {"expires": expires})
+        await self.service.checkpoints.change(call.principal, path_of(call), {"expires": expires})
         return reply({})
 
     async def publish(self, call: Call) -> Reply:
-        await self.service.checkpoints.change(call.principal, _path(call), {"public": True})
+        await self.service.checkpoints.change(call.principal, path_of(call), {"public": True})
         return reply({})
 
     async def unpublish(self, call: Call) -> Reply:
-        await self.service.checkpoints.change(call.principal, _path(call), {"public": False})
+        await self.service.checkpoints.change(call.principal, path_of(call), {"public": False})
         return reply({})
 
     async def delete_checkpoint(self, call: Call) -> Reply:
-        await self.service.checkpoints.delete(call.principal, _path(call))
+        await self.service.checkpoints.delete(call.principal, path_of(call))
         return reply({})
 
     async def weights_info(self, call: Call) -> Reply:
@@ -79,10 +89,6 @@ class RestVerbs(Verbs):
             "last_sampler_checkpoint": _checkpoint(sampler) if sampler else None,
             "user_metadata": run.user_metadata,
         }
-
-
-def _path(call: Call) -> str:
-    return f"tinker://{call.path['run']}/{call.path['kind']}/{call.path['name']}"
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""Weights that leave: archives and the files of exports, behind addresses that carry their own permission (2.13).
+
+An address names one saved checkpoint and expires. It holds for the weights as they were when it was made: if the
+checkpoint is saved again or deleted, the address leads nowhere.
+"""
+
+from __future__ import annotations
+
+from email.utils import formatdate
+from pathlib import Path
+
+from tuft_jupyter.core.errors import NotFound
+from tuft_jupyter.core.state import Checkpoint
+from tuft_jupyter.core.types import JSON
+from tuft_jupyter.wire import archive
+from tuft_jupyter.wire.tickets import Ticket
+from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, iso_time, path_of, reply
+
+
+class TransferVerbs(Verbs):
+    async def archive(self, call: Call) -> Reply:
+        """As JSON, or for SDKs before 0.18, which accept none, as a redirect."""
+        url, expires = self._address(call, self.service.checkpoints.find(call.principal, path_of(call)), "")
+        if call.accepts(JSON):
+            return reply({"url": url, "expires": iso_time(expires)})
+        return Reply(b"", 302, headers={"Location": url, "Expires": formatdate(expires, usegmt=True)})
+
+    async def download(self, call: Call) -> Reply:
+        ticket = self.host.tickets.read(call.path["ticket"])
+        found = self.service.state.checkpoints.get(ticket.path)
+        if found is None or _version(found) != ticket.version:
+            raise NotFound(f"{ticket.path} was deleted, or saved again: ask for a new address")
+        directory = Path(found.directory)
+        if ticket.file:
+            stream, name = await archive.one_file(directory / ticket.file), ticket.file
+        else:
+            stream, name = await archive.tar(directory, archive.ADAPTER, found.created), f"{found.name}.tar"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"', "Cache-Control": "no-store"}
+        return Reply(b"", content_type="application/octet-stream", headers=headers, stream=stream)
+
+    def _address(self, call: Call, checkpoint: Checkpoint, file: str) -> tuple[str, float]:
+        signed, expires = self.host.tickets.issue(Ticket(checkpoint.path, _version(checkpoint), file))
+        return f"{call.root}/tuft/files/{signed}", expires
+
+
+def _version(checkpoint: Checkpoint) -> str:
+    """The random name of its directory: another one each time that a name is saved."""
+    return Path(checkpoint.directory).name
