@@ -73,7 +73,11 @@ function Entry(
           {c.name}
         </b>
         <span className="jp-Tuft-tag">
-          {c.kind === 'weights' ? trans.__('training') : trans.__('sampler')}
+          {c.kind === 'weights'
+            ? trans.__('training')
+            : c.kind === 'external_weights'
+              ? trans.__('export')
+              : trans.__('sampler')}
         </span>
       </div>
       <div className="jp-Tuft-pathLine">

@@ -73,7 +73,7 @@ export interface ICheckpoint {
   path: string;
   run: string;
   tenant: string;
-  kind: 'weights' | 'sampler_weights';
+  kind: 'weights' | 'sampler_weights' | 'external_weights';
   name: string;
   created: number;
   size_bytes: number;

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
 import stat
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyrage
+import pytest
 from tornado.httpclient import HTTPResponse
 
 from tests.contract.test_http import BOB_KEY, ROOT, Server, on_server, refusal
@@ -93,7 +97,7 @@ def test_only_the_owner_or_anybody_once_it_is_published_gets_an_address(tmp_path
 
 
 def test_an_address_that_was_changed_expired_or_outlived_its_weights_leads_nowhere(
-    tmp_path: Path, monkeypatch: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(server: Server) -> None:
         path = await saved(server)
@@ -123,5 +127,64 @@ def test_the_signing_secret_is_private_and_never_sent(tmp_path: Path) -> None:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         url = json.loads((await server.ask("GET", of(await saved(server)) + "/archive")).body)["url"]
         assert file.read_text().strip() not in url
+
+    on_server(tmp_path, body)
+
+
+async def files_of(server: Server, path: str) -> dict[str, bytes]:
+    told = json.loads((await server.ask("GET", of(path) + "/external_weights_urls")).body)
+    assert told["expires"].endswith("+00:00")
+    return {name: (await fetch(server, url)).body for name, url in told["urls"].items()}
+
+
+def test_an_export_is_fetched_file_by_file(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        path = await saved(server, verb="/save_weights_external")
+        assert path.split("/")[-2:] == ["external_weights", "n"]
+        assert await files_of(server, path) == {
+            "adapter_config.json": CONFIG,
+            "adapter_model.safetensors": WEIGHTS,
+        }
+        (listed,) = json.loads((await server.ask("GET", "/checkpoints")).body)["checkpoints"]
+        assert listed["checkpoint_type"] == "external"
+        training = await saved(server)
+        refused = await server.ask("GET", of(training) + "/external_weights_urls")
+        assert "is no export" in refusal(refused)
+
+    on_server(tmp_path, body)
+
+
+def test_an_export_for_recipients_leaves_only_encrypted(tmp_path: Path) -> None:
+    """As the cookbook's weights.download asks for it: names end in .age, and its key alone opens them."""
+    identity = pyrage.x25519.Identity.generate()
+
+    async def body(server: Server) -> None:
+        more = {"age_encryption_recipients": [str(identity.to_public())]}
+        path = await saved(server, verb="/save_weights_external", **more)
+        both = await asyncio.gather(files_of(server, path), files_of(server, path))
+        assert both[0] == both[1]
+        assert WEIGHTS[:64] not in both[0]["adapter_model.safetensors.age"]
+        opened = {name: pyrage.decrypt(content, [identity]) for name, content in both[0].items()}
+        assert opened == {"adapter_config.json.age": CONFIG, "adapter_model.safetensors.age": WEIGHTS}
+        directory = Path(server.host.ledger.state.checkpoints[path].directory)
+        assert not (directory / "adapter_model.safetensors").exists()
+        assert "encrypted export" in refusal(await server.ask("GET", of(path) + "/archive"))
+
+    on_server(tmp_path, body)
+
+
+def test_a_recipient_that_is_none_is_refused_before_anything_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(server: Server) -> None:
+        asked = {"model_id": await server.new_run(), "path": "n", "seq_id": 1}
+        for recipient in ("nonsense", "age1nonsense", "ssh-rsa nonsense", ""):
+            sent = {**asked, "age_encryption_recipients": [recipient]}
+            refused = await server.ask("POST", "/save_weights_external", sent)
+            assert "age_encryption_recipients: " in refusal(refused)
+        monkeypatch.setitem(sys.modules, "pyrage", None)
+        refused = await server.ask("POST", "/save_weights_external", sent)
+        assert "pip install pyrage" in refusal(refused)
+        assert not server.host.ledger.state.checkpoints
 
     on_server(tmp_path, body)

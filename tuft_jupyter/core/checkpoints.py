@@ -10,7 +10,7 @@ import asyncio
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Checkpoints:
         ttl: float | None,
         overwrite: bool,
         user_metadata: Mapping[str, str] | None,
+        recipients: Sequence[str] = (),
     ) -> dict[str, Any]:
         """What a checkpoint about to be saved will be; UserError if the name is bad or taken."""
         if not NAME.match(name):
@@ -55,6 +56,7 @@ class Checkpoints:
             "directory": str(self.root / uuid.uuid4().hex),
             "expires": None if ttl is None else self.ledger.clock() + ttl,
             "user_metadata": dict(user_metadata or {}),
+            "recipients": list(recipients),
         }
 
     def readable(self, principal: Principal, path: str) -> Checkpoint:

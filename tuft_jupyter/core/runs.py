@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,11 +170,18 @@ class Runs:
         ttl: float | None = None,
         overwrite: bool = True,
         user_metadata: Mapping[str, str] | None = None,
+        recipients: Sequence[str] = (),
     ) -> str:
-        """Accept the saving of a run: with its optimizer as a training checkpoint, without as a sampler's."""
+        """Accept the saving of a run: with its optimizer as a training checkpoint, else the weights alone."""
         found = self.live(principal, run)
         saved = self.checkpoints.plan(
-            run, kind, name, ttl=ttl, overwrite=overwrite, user_metadata=user_metadata
+            run,
+            kind,
+            name,
+            ttl=ttl,
+            overwrite=overwrite,
+            user_metadata=user_metadata,
+            recipients=recipients,
         )
         training = kind is CheckpointKind.TRAINING
         args = {

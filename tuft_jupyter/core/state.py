@@ -107,6 +107,8 @@ class Checkpoint:
     expires: float | None = None
     public: bool = False
     step: int = 0
+    recipients: list[str] = field(default_factory=list)
+    """whom an export is encrypted for; empty: it leaves as it is"""
 
 
 @dataclass(slots=True)
@@ -243,6 +245,7 @@ def _saved(state: State, run: Run, record: Record, facts: Mapping[str, Any]) -> 
         user_metadata=dict(saved.get("user_metadata") or run.user_metadata),
         expires=saved.get("expires"),
         step=run.step,
+        recipients=list(saved.get("recipients") or ()),
     )
 
 

@@ -48,6 +48,7 @@ class CheckpointKind(StrEnum):
 
     TRAINING = "weights"
     SAMPLER = "sampler_weights"
+    EXTERNAL = "external_weights"
 
 
 @dataclass(frozen=True, slots=True)

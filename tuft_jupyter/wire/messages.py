@@ -125,6 +125,14 @@ class SaveWeightsForSampler(Message):
     user_metadata: dict[str, str] | None = None
 
 
+class SaveWeightsExternal(Message):
+    model_id: str
+    path: str
+    seq_id: int = 0
+    ttl_seconds: float | None = None
+    age_encryption_recipients: list[str] | None = None
+
+
 class LoadWeights(Message):
     """Into an existing model (``model_id``), or as a new one (``session_id`` and ``model_seq_id``)."""
 

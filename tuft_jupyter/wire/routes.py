@@ -94,6 +94,13 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         "POST",
+        "/save_weights_external",
+        "save_weights_external",
+        "Export a run's adapter for download, encrypted with age where recipients are given.",
+        m.SaveWeightsExternal,
+    ),
+    Route(
+        "POST",
         "/load_weights",
         "load_weights",
         "Load a checkpoint into a run, or as a new run.",
@@ -155,6 +162,12 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/weights_info", "weights_info", "What a checkpoint was trained on.", m.TinkerPath),
     Route(
         "GET",
+        "/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls",
+        "external_weights_urls",
+        "An address, good for an hour, of each file of an export.",
+    ),
+    Route(
+        "GET",
         "/tuft/files/{ticket}",
         "download",
         "What such an address leads to: the bytes themselves.",
@@ -169,8 +182,6 @@ NOT_OFFERED: tuple[tuple[str, str], ...] = (
     ("POST", "/join_sampling_session"),
     ("POST", "/create_custom_loss"),
     ("POST", "/copy_weights"),
-    ("POST", "/save_weights_external"),
-    ("GET", "/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls"),
     ("PUT", "/sessions/{session}/project"),
     ("POST", "/sessions/search"),
     ("GET", "/sessions/{session}/trace_export"),

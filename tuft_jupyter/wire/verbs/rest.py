@@ -19,6 +19,12 @@ from tuft_jupyter.wire.verbs.base import (
     reply,
 )
 
+TYPES = {
+    CheckpointKind.TRAINING: "training",
+    CheckpointKind.SAMPLER: "sampler",
+    CheckpointKind.EXTERNAL: "external",
+}
+
 
 class RestVerbs(Verbs):
     async def list_runs(self, call: Call) -> Reply:
@@ -94,7 +100,7 @@ class RestVerbs(Verbs):
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "checkpoint_id": f"{checkpoint.kind}/{checkpoint.name}",
-        "checkpoint_type": "training" if checkpoint.kind == CheckpointKind.TRAINING else "sampler",
+        "checkpoint_type": TYPES[CheckpointKind(checkpoint.kind)],
         "time": iso_time(checkpoint.created),
         "tinker_path": checkpoint.path,
         "size_bytes": checkpoint.size_bytes,

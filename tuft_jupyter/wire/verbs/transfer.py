@@ -6,21 +6,60 @@ checkpoint is saved again or deleted, the address leads nowhere.
 
 from __future__ import annotations
 
+import asyncio
 from email.utils import formatdate
 from pathlib import Path
 
-from tuft_jupyter.core.errors import NotFound
+from tuft_jupyter.core.errors import NotFound, UserError
 from tuft_jupyter.core.state import Checkpoint
-from tuft_jupyter.core.types import JSON
-from tuft_jupyter.wire import archive
+from tuft_jupyter.core.types import JSON, CheckpointKind
+from tuft_jupyter.wire import archive, sealing
+from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.tickets import Ticket
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, iso_time, path_of, reply
+from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, checked_ttl, iso_time, path_of, reply
 
 
 class TransferVerbs(Verbs):
+    async def save_weights_external(self, call: Call) -> Reply:
+        asked = m.decode(m.SaveWeightsExternal, call.body)
+        recipients = asked.age_encryption_recipients or []
+        sealing.check(recipients)
+        request_id = await self.service.runs.save_weights(
+            call.principal,
+            asked.model_id,
+            asked.seq_id,
+            asked.path,
+            CheckpointKind.EXTERNAL,
+            call.body,
+            ttl=checked_ttl(asked.ttl_seconds),
+            recipients=recipients,
+        )
+        return reply({"request_id": request_id, "model_id": asked.model_id})
+
+    async def external_weights_urls(self, call: Call) -> Reply:
+        """Encrypts at the first call, file by file; the plain files go with it."""
+        found = self.service.checkpoints.find(call.principal, path_of(call))
+        if found.kind != CheckpointKind.EXTERNAL:
+            raise UserError(
+                f"{found.path} is no export: call save_weights_external, or ask for the archive of a checkpoint"
+            )
+        names = [*archive.ADAPTER]
+        if found.recipients:
+            names = await asyncio.to_thread(sealing.seal, Path(found.directory), names, found.recipients)
+        addresses = {name: self._address(call, found, name) for name in names}
+        return reply(
+            {
+                "urls": {name: url for name, (url, _) in addresses.items()},
+                "expires": iso_time(min(expires for _, expires in addresses.values())),
+            }
+        )
+
     async def archive(self, call: Call) -> Reply:
         """As JSON, or for SDKs before 0.18, which accept none, as a redirect."""
-        url, expires = self._address(call, self.service.checkpoints.find(call.principal, path_of(call)), "")
+        found = self.service.checkpoints.find(call.principal, path_of(call))
+        if found.recipients:
+            raise UserError(f"{found.path} is an encrypted export: ask for its external_weights_urls")
+        url, expires = self._address(call, found, "")
         if call.accepts(JSON):
             return reply({"url": url, "expires": iso_time(expires)})
         return Reply(b"", 302, headers={"Location": url, "Expires": formatdate(expires, usegmt=True)})
