@@ -19,7 +19,10 @@ Fault = Callable[[Task], bool]
 
 
 class ScriptedEngine:
-    """``dies_on`` is asked for each task before it is applied; True takes the whole worker down."""
+    """``dies_on`` is asked for each task before it is applied; True takes the whole worker down.
+
+    ``calls`` are the batches asked for, ``steps`` those worked on; a closed ``gate`` keeps them apart.
+    """
 
     def __init__(self) -> None:
         self.runs: dict[str, list[str]] = {}
@@ -30,6 +33,9 @@ class ScriptedEngine:
         self.cannot_start = ""
         self.fails_to_start = 0
         self.hangs = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.calls: list[list[str]] = []
         self._left: dict[str, int] = {}
 
     async def start(self) -> None:
@@ -48,8 +54,10 @@ class ScriptedEngine:
         self.alive = False
 
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
+        self.calls.append([task.request_id for task in tasks])
         if self.hangs:
             await asyncio.Event().wait()
+        await self.gate.wait()
         outcomes = []
         self.steps.append([task.request_id for task in tasks])
         for task in tasks:

@@ -147,7 +147,7 @@ class Driver:
             while lane.queue:
                 await self._failed(Grant(lane, lane.queue[0], 0), category, error)
 
-    async def _step(self, batch: Sequence[Grant]) -> None:
+    async def _step(self, batch: list[Grant]) -> None:
         for grant in batch:
             if grant.entry.attempts >= MAX_ATTEMPTS:
                 error = "the training worker died twice while running this request, so it is not tried again"
@@ -156,14 +156,39 @@ class Driver:
         for lane in {id(grant.lane): grant.lane for grant in batch}.values():
             if not lane.resident and lane.queue and not await self._rebuild(lane):
                 return
-        tasks = [_task(grant) for grant in batch]
-        for grant in batch:
-            grant.entry.sent = True
-        outcomes = await self.engine.step(tasks)
-        await asyncio.gather(*(self._settle(g, o) for g, o in zip(batch, outcomes, strict=True)))
+        sent = list(batch)
+        first = self._send(sent)
+        riders = await self._riders(sent, first)
+        batch += riders  # whoever looks at the batch after a death sees them too
+        second = self._send(riders)
+        await self._settled(sent, await first)
+        await self._settled(riders, await second)
         for lane in {id(grant.lane): grant.lane for grant in batch}.values():
             if self._snapshot_due(lane):
                 await self._snapshot(lane)
+
+    def _send(self, batch: Sequence[Grant]) -> asyncio.Future[list[Outcome]]:
+        """Hand a batch to the engine, which works batches off in the order in which they come."""
+        tasks = [_task(grant) for grant in batch]
+        for grant in batch:
+            grant.entry.sent = True
+        answer = asyncio.ensure_future(self.engine.step(tasks) if tasks else _nothing())
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # may never be awaited
+        return answer
+
+    async def _riders(self, batch: list[Grant], running: asyncio.Future[list[Outcome]]) -> list[Grant]:
+        """While a batch runs, wait for the optimizer steps behind its passes: they need not wait for our answer."""
+        riders = self.lanes.riders(batch)
+        while not riders and not running.done():
+            arrival = asyncio.ensure_future(self.lanes.arrival())
+            either: list[asyncio.Future[Any]] = [running, arrival]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            arrival.cancel()
+            riders = self.lanes.riders(batch)
+        return [] if running.done() else riders
+
+    async def _settled(self, batch: Sequence[Grant], outcomes: Sequence[Outcome]) -> None:
+        await asyncio.gather(*(self._settle(g, o) for g, o in zip(batch, outcomes, strict=True)))
 
     async def _settle(self, grant: Grant, outcome: Outcome) -> None:
         if outcome.category:
@@ -301,6 +326,10 @@ class Driver:
                 await self._snapshot(lane)
                 await self.engine.step([Task("release", run, OpKind.UNLOAD_MODEL)])
                 lane.resident = False
+
+
+async def _nothing() -> list[Outcome]:
+    return []
 
 
 def _task(grant: Grant) -> Task:

@@ -134,7 +134,11 @@ class TrainingEngine(Protocol):
         """Bring up a (new) worker with the model loaded; TuftError says why it cannot be."""
 
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """Run one batch; one outcome per task, in order. EngineDied if the worker went away."""
+        """Run one batch; one outcome per task, in order. EngineDied if the worker went away.
+
+        A second call may be made before the first has answered: batches run in the order of the calls. A step
+        whose run still has datums left of a pass comes back unfinished.
+        """
 
     async def stop(self) -> None: ...
 

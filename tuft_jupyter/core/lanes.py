@@ -75,6 +75,7 @@ class Lanes:
         self._next_lane: dict[str, str] = {}
         self._passed_over: set[str] = set()
         self._work = asyncio.Event()
+        self._pushed = asyncio.Event()
 
     def lane(self, run: str, tenant: str) -> Lane:
         """The lane of a run, made when first asked for."""
@@ -108,6 +109,7 @@ class Lanes:
         self.lane(op.run, op.tenant).queue.append(entry)
         self._deficit.setdefault(op.tenant, 0.0)
         self._work.set()
+        self._pushed.set()
         return entry
 
     def finish(self, grant: Grant) -> None:
@@ -122,6 +124,26 @@ class Lanes:
         while not any(lane.queue for lane in self.by_run.values()):
             self._work.clear()
             await self._work.wait()
+
+    async def arrival(self) -> None:
+        """Wait for the next push."""
+        self._pushed.clear()
+        await self._pushed.wait()
+
+    def riders(self, batch: list[Grant]) -> list[Grant]:
+        """Optimizer steps that come right behind passes which this batch finishes: they may follow it at once."""
+        granted = {id(grant.entry): grant for grant in batch}
+        riders = []
+        for lane in {id(grant.lane): grant.lane for grant in batch}.values():
+            for entry in lane.queue:
+                grant = granted.get(id(entry))
+                if grant is None:
+                    if entry.op.kind is OpKind.OPTIM_STEP and not entry.attempts:
+                        riders.append(Grant(lane, entry, FLAT_COST))
+                    break
+                if entry.op.kind not in ADDITIVE or grant.tokens < entry.cost:
+                    break
+        return riders
 
     def position(self, run: str, request_id: str) -> tuple[int, int]:
         """(ops of all tenants queued before this one in its own lane, lanes with work)."""

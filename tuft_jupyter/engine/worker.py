@@ -57,11 +57,14 @@ class TrainingWorker:
         while waiting := [queue for queue in queues.values() if queue]:
             passes = [queue for queue in waiting if queue[0][1].kind in PASSES]
             steps = [queue.popleft() for queue in waiting if queue[0][1].kind is OpKind.OPTIM_STEP]
+            early = [step for step in steps if self._has_unfinished(step[1].run)]
+            outcomes |= {position: Outcome(task.request_id, finished=False) for position, task in early}
+            steps = [step for step in steps if step not in early]
             if passes:
                 outcomes |= self._passes(passes)
             if steps:
                 outcomes |= self._optim_steps(steps)
-            if not passes and not steps:
+            if not passes and not steps and not early:
                 outcomes |= {position: self._other(task) for position, task in (q.popleft() for q in waiting)}
         if any(outcome.category == "server" for outcome in outcomes.values()):
             self._check_alive()
@@ -228,6 +231,10 @@ class TrainingWorker:
     def _forget(self, run: str) -> None:
         self._drop_unfinished(run)
         self.trainer.remove(run)
+
+    def _has_unfinished(self, run: str) -> bool:
+        """Whether a pass of the run has datums left: a step must not come before them."""
+        return any(sliced.run == run for sliced in self._unfinished.values())
 
     def _drop_unfinished(self, run: str) -> None:
         for request_id in [key for key, sliced in self._unfinished.items() if sliced.run == run]:

@@ -142,6 +142,47 @@ def test_a_large_op_is_granted_in_parts_and_ends_once(tmp_path: Path) -> None:
     scenario(body)
 
 
+def test_a_step_follows_its_pass_without_waiting_for_the_answer(tmp_path: Path) -> None:
+    """The engine has the optimizer step in hand when the pass ends; the answers keep their order."""
+
+    async def body() -> None:
+        async with world(tmp_path) as w:
+            run = await w.connect()
+            w.engines.trainer.gate.clear()
+            passed = await w.forward_backward(run)
+            await until(lambda: w.engines.trainer.calls[-1] == [passed])
+            step = await w.optim_step(run)
+            await until(lambda: w.engines.trainer.calls[-1] == [step])
+            later = await w.optim_step(run)
+            assert w.engines.trainer.steps[-1] != [passed], "nothing was worked on yet"
+            w.engines.trainer.gate.set()
+            for request in (passed, step, later):
+                assert not (await w.answer(request)).category
+            assert w.trained == [passed, "step", "step"]
+
+    scenario(body)
+
+
+def test_a_step_whose_pass_dies_with_the_worker_is_run_once_after_it(tmp_path: Path) -> None:
+    """F1: both were in the worker's hands."""
+
+    async def body() -> None:
+        async with world(tmp_path) as w:
+            run = await w.connect()
+            w.engines.trainer.gate.clear()
+            passed = await w.forward_backward(run)
+            await until(lambda: w.engines.trainer.calls[-1] == [passed])
+            step = await w.optim_step(run)
+            await until(lambda: w.engines.trainer.calls[-1] == [step])
+            w.engines.trainer.kill()
+            w.engines.trainer.gate.set()
+            for request in (passed, step):
+                assert not (await w.answer(request)).category
+            assert w.trained == [passed, "step"]
+
+    scenario(body)
+
+
 def test_a_bad_datum_fails_alone_and_its_seq_is_no_gate(tmp_path: Path) -> None:
     async def body() -> None:
         async with world(tmp_path) as w:
