@@ -76,6 +76,7 @@ def start(home: Path) -> tuple[Any, Path]:
         "RAY_AUTH_TOKEN_PATH": str(ray_place.token_file(home)),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's 15 lets any other work on the machine starve training
         **PATIENT,
     }
     with environment(settings):
