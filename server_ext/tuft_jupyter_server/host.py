@@ -17,7 +17,7 @@ from typing import Any
 from tuft_jupyter import models
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import Settings
-from tuft_jupyter.core.access import KeyRing
+from tuft_jupyter.core.access import KeyRing, digest
 from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
 from tuft_jupyter.core.errors import Forbidden, ServerError, TuftError, UserError
 from tuft_jupyter.core.journal import Journal, MemoryJournal, SqliteJournal
@@ -91,11 +91,11 @@ class Host:
         self.settings = settings
         self.owner = Principal(owner_name(), admin=True)
         self.key = os.environ.get("TUFT_API_KEY") or ensure_key(settings.home)
-        self.keys = KeyRing()
+        self.tickets = Tickets(ensure_secret(settings.home))
+        self.keys = KeyRing(self.tickets.credential)
         self.keys.add(self.key, self.owner)
         for key, tenant in settings.authorized_users.items():
             self.keys.add(key, Principal(tenant))
-        self.tickets = Tickets(ensure_secret(settings.home))
         self.journal = _journal(settings)
         self.ledger = Ledger(self.journal)
         self.engines = engines or ClusterEngines(settings)
@@ -120,6 +120,8 @@ class Host:
             self.problem = error.message
             log.error("tuft-jupyter is not serving: %s", error.message)
             return
+        for known in self.ledger.state.revoked:
+            self.keys.forget(known)
         self._ready.set()
         log.info("tuft-jupyter keeps its journal %s", self.journal.description)
 
@@ -152,6 +154,14 @@ class Host:
         card = await self.service.card(principal, model)
         self.service.driver(card.name).wake()
         return card
+
+    async def revoke_key(self, principal: Principal, credential: str) -> None:
+        if credential == digest(self.key):
+            raise UserError(
+                "this is the server's own key: remove $TUFT_HOME/credentials (or change TUFT_API_KEY) and restart"
+            )
+        await self.ledger.record("key_revoked", principal.tenant, {"digest": credential})
+        self.keys.forget(credential)
 
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in models.tokenizer_files(card)}

@@ -16,8 +16,8 @@ from jupyter_server.base.websocket import WebSocketMixin
 from tornado import web
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
-from tuft_jupyter.core import state as fold
 from tuft_jupyter.core.feed import Subscription
+from tuft_jupyter.core.shown import public, public_record
 from tuft_jupyter_server.host import Host
 
 COALESCE = 0.12
@@ -37,7 +37,7 @@ class LabState(APIHandler):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        state = fold.public(self.host.ledger.state)
+        state = public(self.host.ledger.state)
         body = {"state": state, "status": self.host.status(self.host.owner)}
         self.set_header("Content-Type", "application/json")
         self.finish(msgspec.json.encode(body))
@@ -89,7 +89,7 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
                 subscription.overflowed = False
                 self._post({"type": "resync"})
             else:
-                shown = [fold.public_record(record) for record in records]
+                shown = [public_record(record) for record in records]
                 await self._write({"type": "records", "records": shown})
 
     async def _send_gauges(self) -> None:

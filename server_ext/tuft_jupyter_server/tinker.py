@@ -18,7 +18,7 @@ from jupyter_server.auth.decorator import allow_unauthenticated
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
-from tuft_jupyter.core.access import KeyRing
+from tuft_jupyter.core.access import TOKEN_PREFIX, KeyRing, digest
 from tuft_jupyter.core.errors import (
     NotFound,
     NotOffered,
@@ -58,6 +58,7 @@ class TinkerHandler(RequestHandler):
         self.not_offered = not_offered
         self.max_body = max_body
         self.principal = Principal("")
+        self.credential = ""
         self._chunks: list[bytes] = []
         self._size = 0
         self._answering: asyncio.Task[Reply] | None = None
@@ -73,7 +74,9 @@ class TinkerHandler(RequestHandler):
         try:
             self.route = self._route()
             if self.route.access is Access.KEY:
-                self.principal = self.keys.principal(self._key())
+                key = self._key()
+                self.principal = self.keys.principal(key)
+                self.credential = "" if not key or key.startswith(TOKEN_PREFIX) else digest(key)
             self.limit = min(self.route.max_body, self.max_body)
             announced = self.request.headers.get("Content-Length", "0")
             if announced.isdecimal() and int(announced) > self.limit:
@@ -121,6 +124,7 @@ class TinkerHandler(RequestHandler):
                 headers.get("Content-Type", JSON),
                 headers.get("Accept", ANYTHING),
                 self._root(),
+                self.credential,
             )
         except TuftError as error:
             self._send(error_reply(error))

@@ -19,7 +19,7 @@ from tornado.web import Application
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
 from tuft_jupyter.core.promises import Answer
-from tuft_jupyter.core.state import public
+from tuft_jupyter.core.shown import public
 from tuft_jupyter.core.types import JSON, PROTOBUF, SAMPLED
 from tuft_jupyter.wire import tuft_wire_pb2 as pb
 from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access
@@ -158,6 +158,8 @@ def test_foreign_and_missing_objects_answer_the_same_on_every_route_and_nothing_
                     continue
                 others = {"model_seq_id": 7, "sampling_session_seq_id": 7, "seq_id": 9, "path": "n"}
                 others |= {
+                    "project_id": "p",
+                    "source_path": "tinker://x:train:0/weights/y",
                     "base_model": "tuft/demo",
                     "lora_config": {"rank": 8},
                     "reason": {"type": "success"},
@@ -166,6 +168,9 @@ def test_foreign_and_missing_objects_answer_the_same_on_every_route_and_nothing_
                 for path, value in zip(paths, (mine, missing), strict=True):
                     sent = {**others, field: value} if route.method in ("POST", "PUT") else None
                     answers.append(await server.ask(route.method, path, sent, BOB_KEY))
+                if route.verb == "search_sessions":  # an id is a filter there, of what is one's own
+                    assert [json.loads(answer.body)["sessions"] for answer in answers] == [[], []]
+                    continue
                 said = [refusal(answer) for answer in answers]
                 assert answers[0].code == answers[1].code, (route.path, said)
                 assert said[0].replace(mine, "X") == said[1].replace(missing, "X"), route.path

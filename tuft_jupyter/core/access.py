@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 from tuft_jupyter.core.errors import Forbidden, NotFound, Unauthenticated
 from tuft_jupyter.core.types import Principal
+
+TOKEN_PREFIX = "eyJ"
+"""How every signed token begins, and no key of ours."""
 
 
 class Owned(Protocol):
@@ -29,16 +32,24 @@ def digest(key: str) -> str:
 
 
 class KeyRing:
-    """Maps API keys to principals without holding the keys."""
+    """Maps API keys to principals without holding the keys.
 
-    def __init__(self) -> None:
+    ``token`` tells which of some digests a signed token stands for; a token is as good as its key, and no longer.
+    """
+
+    def __init__(self, token: Callable[[str, Iterable[str]], str | None] | None = None) -> None:
         self._principals: dict[str, Principal] = {}
+        self._token = token
 
     def add(self, key: str, principal: Principal) -> None:
         self._principals[digest(key)] = principal
 
     def revoke(self, key: str) -> None:
-        self._principals.pop(digest(key), None)
+        self.forget(digest(key))
+
+    def forget(self, known: str) -> None:
+        """Revoke the key with this digest."""
+        self._principals.pop(known, None)
 
     def principal(self, key: str | None) -> Principal:
         """Unauthenticated without a key, Forbidden with one that is not known (any more)."""
@@ -52,6 +63,8 @@ class KeyRing:
         for known, principal in self._principals.items():
             if hmac.compare_digest(known, presented):
                 found = principal
+        if found is None and self._token is not None and key.startswith(TOKEN_PREFIX):
+            found = self._principals.get(self._token(key, tuple(self._principals)) or "")
         if found is None:
             raise Forbidden("Invalid API key: it is unknown to this server, revoked or expired")
         return found

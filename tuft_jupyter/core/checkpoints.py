@@ -7,6 +7,7 @@ a path on disk. A checkpoint is readable by its owner, or by everybody while it 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import uuid
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tuft_jupyter.core.access import owned
-from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.errors import NotFound, UserError
 from tuft_jupyter.core.ledger import Ledger
-from tuft_jupyter.core.state import Checkpoint
+from tuft_jupyter.core.state import Checkpoint, Session
 from tuft_jupyter.core.types import CheckpointKind, Principal, checkpoint_path
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
@@ -84,6 +85,40 @@ class Checkpoints:
         ]
         return sorted(found, key=lambda c: c.created, reverse=True)
 
+    async def copy(self, source: Checkpoint, session: Session, run: str, ttl: float | None) -> str:
+        """Give ``session`` a copy under ``run``, a closed run of its own; returns its path. Asking again is harmless.
+
+        The files are linked, not written again, and each copy is deleted by itself.
+        """
+        path = checkpoint_path(run, CheckpointKind(source.kind), source.name)
+        if run in self.ledger.state.runs:
+            if path in self.ledger.state.checkpoints:
+                return path
+            raise UserError(f"model_seq_id: {run} is a model already: choose another number")
+        saved = self.plan(
+            run,
+            CheckpointKind(source.kind),
+            source.name,
+            ttl=ttl,
+            overwrite=False,
+            user_metadata=source.user_metadata,
+        )
+        data = {
+            "run": run,
+            "step": source.step,
+            "args": {"session": session.id, "base_model": source.base_model, "lora": source.lora},
+            "facts": {"checkpoint": saved, "size_bytes": source.size_bytes},
+            "source": source.path,
+        }
+        directory = Path(saved["directory"])
+        try:
+            await asyncio.to_thread(_link, Path(source.directory), directory)
+            await self.ledger.record("weights_copied", session.tenant, data)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return path
+
     async def change(self, principal: Principal, path: str, change: Mapping[str, Any]) -> None:
         """Set ``expires`` (seconds since the epoch, or None) or ``public``."""
         found = owned(principal, self.ledger.state.checkpoints, path, "checkpoint")
@@ -105,3 +140,18 @@ class Checkpoints:
         used = {sampler.directory for sampler in self.ledger.state.samplers.values()}
         if checkpoint.directory not in used:
             await asyncio.to_thread(shutil.rmtree, checkpoint.directory, True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same files under another directory; written again where the file system cannot link."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copyfile(one, other)
+
+    try:
+        shutil.copytree(source, target, copy_function=link)
+    except FileNotFoundError:
+        raise NotFound(f"the files of the checkpoint in {source.name} were deleted") from None

@@ -84,6 +84,7 @@ class Sampling:
         self.completions = Completions()
         self._make_engine = make_engine
         self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._joined: dict[str, int] = {}
         self._running: set[asyncio.Task[None]] = set()
 
     async def stop(self) -> None:
@@ -124,6 +125,14 @@ class Sampling:
 
     def get(self, principal: Principal, sampler: str) -> Sampler:
         return owned(principal, self.ledger.state.samplers, sampler, "sampler")
+
+    async def join(self, principal: Principal, sampler: str) -> int:
+        """Number one more client of a sampler; nobody else is given that number, also after a restart."""
+        found = self.get(principal, sampler)
+        client = max(found.clients, self._joined.get(sampler, 0))
+        self._joined[sampler] = client + 1  # before the record is durable: two may ask at once
+        await self.ledger.record("sampler_joined", found.tenant, {"sampler": sampler, "client": client})
+        return client
 
     def submit(self, principal: Principal, sampler: str, seq: int, body: bytes) -> str:
         """Send a request on its way; the same (sampler, seq) gives the same request id and is drawn once."""

@@ -43,6 +43,14 @@ class Sessions:
         found = [s for s in self.ledger.state.sessions.values() if s.tenant == principal.tenant]
         return sorted(found, key=lambda s: s.created, reverse=True)
 
+    async def assign(self, principal: Principal, session: str, project: str) -> None:
+        """Put a session under a project's name, which is kept and shown, and gives no rights."""
+        found = self.get(principal, session)
+        if found.project_id != project:
+            await self.ledger.record(
+                "session_changed", found.tenant, {"session": session, "project_id": project}
+            )
+
     def heartbeat(self, principal: Principal, session: str) -> None:
         self._seen[self.get(principal, session).id] = self.ledger.clock()
 

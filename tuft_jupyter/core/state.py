@@ -16,6 +16,10 @@ Record kinds and their ``data``:
 ``checkpoint_changed``    ``path`` and any of ``expires``, ``public``, ``deleted``
 ``run_snapshot``          ``run``, ``directory``, ``covers`` (the highest record whose op the snapshot contains)
 ``run_closed``            ``run``, ``reason``
+``session_changed``       ``session``, ``project_id``
+``sampler_joined``        ``sampler``, ``client`` (the number of the client that joined; the first one is 0)
+``weights_copied``        ``run`` (a closed one that holds the copy), ``args``, ``step``, ``facts``
+``key_revoked``           ``digest`` of the key
 ``model_offered``         ``name``, ``path``: a base model added while the server ran
 ========================  =====================================================================================
 """
@@ -89,6 +93,7 @@ class Sampler:
     created: float
     model_path: str | None = None
     directory: str | None = None
+    clients: int = 1
 
 
 @dataclass(slots=True)
@@ -123,6 +128,8 @@ class State:
     models: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     """request id -> record that accepted it, while the op has no outcome"""
+    revoked: set[str] = field(default_factory=set)
+    """digests of keys that their holders gave up"""
 
 
 def fold(records: Iterable[Record]) -> State:
@@ -300,7 +307,44 @@ def _model_offered(state: State, record: Record, data: Mapping[str, Any]) -> Non
     state.models[data["name"]] = data["path"]
 
 
+def _session_changed(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    session = state.sessions.get(data["session"])
+    if session is not None:
+        session.project_id = data["project_id"]
+
+
+def _sampler_joined(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    sampler = state.samplers.get(data["sampler"])
+    if sampler is not None:
+        sampler.clients = max(sampler.clients, data["client"] + 1)
+
+
+def _weights_copied(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    args = data["args"]
+    run = Run(
+        id=data["run"],
+        session=args["session"],
+        tenant=record.tenant,
+        base_model=args["base_model"],
+        created=record.time,
+        lora=dict(args["lora"]),
+        status="closed",
+        last_request=record.time,
+        step=data["step"],
+    )
+    state.runs[run.id] = run
+    _saved(state, run, record, data["facts"])
+
+
+def _key_revoked(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    state.revoked.add(data["digest"])
+
+
 _HANDLERS = {
+    "session_changed": _session_changed,
+    "sampler_joined": _sampler_joined,
+    "weights_copied": _weights_copied,
+    "key_revoked": _key_revoked,
     "model_offered": _model_offered,
     "session_opened": _session_opened,
     "session_finished": _session_finished,
@@ -312,88 +356,3 @@ _HANDLERS = {
     "run_snapshot": _run_snapshot,
     "run_closed": _run_closed,
 }
-
-
-def public(state: State, tenant: str | None = None) -> dict[str, Any]:
-    """What the lab may show: plain JSON, of one tenant or (None) of everybody, without directories."""
-
-    def mine(items: Iterable[Any]) -> list[Any]:
-        return [item for item in items if tenant is None or item.tenant == tenant]
-
-    return {
-        "n": state.n,
-        "sessions": [
-            {
-                "id": s.id,
-                "tenant": s.tenant,
-                "created": s.created,
-                "display_name": s.display_name,
-                "sdk_version": s.sdk_version,
-                "finished": s.finished,
-            }
-            for s in mine(state.sessions.values())
-        ],
-        "runs": [_public_run(r) for r in mine(state.runs.values())],
-        "samplers": [
-            {
-                "id": s.id,
-                "session": s.session,
-                "tenant": s.tenant,
-                "base_model": s.base_model,
-                "created": s.created,
-                "model_path": s.model_path,
-            }
-            for s in mine(state.samplers.values())
-        ],
-        "checkpoints": [
-            {
-                "path": c.path,
-                "run": c.run,
-                "tenant": c.tenant,
-                "kind": c.kind,
-                "name": c.name,
-                "created": c.created,
-                "size_bytes": c.size_bytes,
-                "expires": c.expires,
-                "public": c.public,
-                "step": c.step,
-            }
-            for c in mine(state.checkpoints.values())
-        ],
-    }
-
-
-def _public_run(run: Run) -> dict[str, Any]:
-    return {
-        "id": run.id,
-        "session": run.session,
-        "tenant": run.tenant,
-        "base_model": run.base_model,
-        "rank": run.lora.get("rank"),
-        "created": run.created,
-        "status": run.status,
-        "error": run.error,
-        "step": run.step,
-        "tokens": run.tokens,
-        "pending": run.pending,
-        "last_request": run.last_request,
-        "loss_sum": run.loss_sum,
-        "weight_sum": run.weight_sum,
-        "step_tokens": run.step_tokens,
-        "passes": run.passes,
-        "curve": run.curve,
-    }
-
-
-def public_record(record: Record) -> dict[str, Any]:
-    """A record as a live event: what the browser needs to fold it, without bodies and directories."""
-    data = {k: v for k, v in record.data.items() if k not in ("directory", "digest", "content_type")}
-    if "args" in data:
-        shown = ("session", "base_model", "lora")
-        data["args"] = {k: v for k, v in data["args"].items() if k in shown}
-    facts = data.get("facts") or {}
-    for part in ("checkpoint", "sampler"):
-        if part in facts:
-            part_shown = {k: v for k, v in facts[part].items() if k != "directory"}
-            facts = data["facts"] = {**facts, part: part_shown}
-    return {"n": record.n, "kind": record.kind, "tenant": record.tenant, "time": record.time, "data": data}

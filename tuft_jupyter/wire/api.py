@@ -12,9 +12,11 @@ from collections.abc import Awaitable, Callable
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.wire.routes import Route
+from tuft_jupyter.wire.verbs.account import AccountVerbs
 from tuft_jupyter.wire.verbs.base import Call, Host, Reply, error_reply
 from tuft_jupyter.wire.verbs.rest import RestVerbs
 from tuft_jupyter.wire.verbs.sampling import SamplingVerbs
+from tuft_jupyter.wire.verbs.search import SearchVerbs
 from tuft_jupyter.wire.verbs.sessions import SessionVerbs
 from tuft_jupyter.wire.verbs.training import TrainingVerbs
 from tuft_jupyter.wire.verbs.transfer import TransferVerbs
@@ -23,7 +25,7 @@ HOLD_SECONDS = 20.0
 """How long a poll is held: the SDK gives up at 45 or 90 s and never sleeps between polls."""
 
 
-class Api(SessionVerbs, TrainingVerbs, SamplingVerbs, RestVerbs, TransferVerbs):
+class Api(SessionVerbs, TrainingVerbs, SamplingVerbs, RestVerbs, TransferVerbs, AccountVerbs, SearchVerbs):
     def __init__(self, service: Service, host: Host, hold_seconds: float = HOLD_SECONDS) -> None:
         self.service = service
         self.host = host

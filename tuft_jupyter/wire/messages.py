@@ -8,7 +8,8 @@ knows (DESIGN, decision 1). What would change numbers if it were ignored is name
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -45,6 +46,36 @@ class FinishReason(Message):
 class FinishSession(Message):
     reason: FinishReason
     detail: str | None = None
+
+
+class Project(Message):
+    project_id: str
+
+
+class SearchOwner(Message):
+    type: str = "own"
+    owner_urns: list[str] = []
+
+
+class SearchStatus(Message):
+    type: str
+    reasons: list[str] | None = None
+
+
+class SearchCursor(Message):
+    last_created_at: datetime
+    last_session_id: str
+
+
+class SearchSessions(Message):
+    session_id: str | None = None
+    display_name: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    owner: SearchOwner | None = None
+    statuses: list[SearchStatus] | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=200)] = 50
+    cursor: SearchCursor | None = None
 
 
 class LoraConfig(Message):
@@ -155,6 +186,10 @@ class CreateSamplingSession(Message):
     model_path: str | None = None
 
 
+class SamplingSessionOnly(Message):
+    sampling_session_id: str
+
+
 class SampleEnvelope(Message):
     """The few fields of a sample request that are needed to route it; the worker decodes the rest."""
 
@@ -188,6 +223,16 @@ class RetrieveFutures(Message):
 
 class TinkerPath(Message):
     tinker_path: str
+
+
+class CopyWeights(Message):
+    """Into a session of the caller's (with a number for the run), or into a new one."""
+
+    source_path: str
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    destination_project_id: str | None = None
+    ttl_seconds: float | None = None
 
 
 class SetTtl(Message):

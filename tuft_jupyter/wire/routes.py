@@ -67,8 +67,21 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/create_session", "create_session", "Open a session.", m.CreateSession),
     Route("POST", "/session_heartbeat", "heartbeat", "Keep a session alive.", m.SessionOnly),
     Route("GET", "/sessions", "list_sessions", "Ids of the caller's sessions, newest first."),
+    Route(
+        "POST",
+        "/sessions/search",
+        "search_sessions",
+        "The caller's sessions by what is known of them.",
+        m.SearchSessions,
+    ),
     Route("GET", "/sessions/{session}", "get_session", "A session with its runs and samplers."),
     Route("POST", "/sessions/{session}/finish", "finish_session", "End a session.", m.FinishSession),
+    Route(
+        "PUT", "/sessions/{session}/project", "assign_project", "Name the project of a session.", m.Project
+    ),
+    Route(
+        "GET", "/sessions/{session}/trace_export", "trace_export", "Says that this server keeps no traces."
+    ),
     Route("POST", "/telemetry", "telemetry", "Accepted and not kept.", m.Nothing, max_body=8 * MIB),
     Route("POST", "/create_model", "create_model", "Start a run with a fresh LoRA adapter.", m.CreateModel),
     Route("POST", "/get_info", "get_info", "What a run is: base model, rank, tokenizer.", m.ModelOnly),
@@ -112,6 +125,13 @@ ROUTES: tuple[Route, ...] = (
         "create_sampling_session",
         "Pin a base model or a checkpoint for sampling.",
         m.CreateSamplingSession,
+    ),
+    Route(
+        "POST",
+        "/join_sampling_session",
+        "join_sampling_session",
+        "Number one more client of a sampler.",
+        m.SamplingSessionOnly,
     ),
     Route("GET", "/samplers/{sampler}", "get_sampler", "What a sampler samples from."),
     Route("POST", "/asample", "asample", "Draw tokens.", m.SampleEnvelope, max_body=8 * MIB),
@@ -159,6 +179,13 @@ ROUTES: tuple[Route, ...] = (
         "archive",
         "An address, good for an hour, of the adapter as a tar archive: a plain PEFT directory.",
     ),
+    Route(
+        "POST",
+        "/copy_weights",
+        "copy_weights",
+        "Copy an own or published checkpoint; a run that cannot be trained on holds the copy.",
+        m.CopyWeights,
+    ),
     Route("POST", "/weights_info", "weights_info", "What a checkpoint was trained on.", m.TinkerPath),
     Route(
         "GET",
@@ -173,23 +200,32 @@ ROUTES: tuple[Route, ...] = (
         "What such an address leads to: the bytes themselves.",
         access=Access.SIGNED,
     ),
+    Route(
+        "POST",
+        "/auth/token",
+        "auth_token",
+        "A token that stands for the caller's key for an hour.",
+        m.Nothing,
+    ),
+    Route("GET", "/auth/apikey/me", "key_info", "What the caller's key is called."),
+    Route("DELETE", "/auth/apikey/me", "revoke_key", "Give the caller's key up, for good."),
+    Route("GET", "/audit", "audit", "What the caller created on one UTC day (?day=, ?event_type=)."),
+    Route(
+        "GET",
+        "/billing/usage/events",
+        "usage_events",
+        "Tokens trained and checkpoints saved per hour (?starting_on=, ?ending_before=).",
+    ),
+    Route(
+        "GET",
+        "/billing/usage/checkpoints/current",
+        "usage_checkpoints",
+        "Number and size of the checkpoints kept (?project_id=).",
+    ),
     Route("GET", "/tuft/status", "status", "Readiness: what is loaded, and what the server waits for."),
     Route("POST", "/tuft/models", "add_model", "Offer one more base model and load it.", m.AddModel),
     Route("GET", "/tuft/tokenizer", "tokenizer", "A base model's tokenizer files (?model=NAME), as text."),
 )
 
-NOT_OFFERED: tuple[tuple[str, str], ...] = (
-    ("POST", "/join_sampling_session"),
-    ("POST", "/create_custom_loss"),
-    ("POST", "/copy_weights"),
-    ("PUT", "/sessions/{session}/project"),
-    ("POST", "/sessions/search"),
-    ("GET", "/sessions/{session}/trace_export"),
-    ("POST", "/auth/token"),
-    ("GET", "/auth/apikey/me"),
-    ("DELETE", "/auth/apikey/me"),
-    ("GET", "/audit"),
-    ("GET", "/billing/usage/events"),
-    ("GET", "/billing/usage/checkpoints/current"),
-)
+NOT_OFFERED: tuple[tuple[str, str], ...] = (("POST", "/create_custom_loss"),)
 """Parts of the protocol that newer SDKs may call and this version does not offer: answered 404 by name."""

@@ -8,8 +8,9 @@ for the other purpose is refused.
 
 from __future__ import annotations
 
+import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,10 @@ import jwt
 from tuft_jupyter.core.errors import Forbidden
 
 ALGORITHM = "HS256"
+ISSUER = "passport-tuft"
+"""The SDK reads its identity from tokens whose issuer begins so."""
+
+TOKEN_SECONDS = 3600
 TICKET_SECONDS = 3600
 """How long an address to download from is good for: the SDK asks for a new one in its last five minutes."""
 
@@ -44,6 +49,20 @@ class Tickets:
         """Forbidden unless it was issued here and is still good."""
         claims = self._claims("download", signed, "this address")
         return Ticket(claims["path"], claims["version"], claims["file"])
+
+    def token(self, credential: str, subject: str, organization: str) -> str:
+        """A token for the key with that digest; the claims are those that the SDK shows as its identity."""
+        claims = {"sub": subject, "org_id": organization, "email": "", "iss": ISSUER}
+        return self._sign("api", {**claims, "key": self._name(credential)}, TOKEN_SECONDS)[0]
+
+    def credential(self, token: str, known: Iterable[str]) -> str | None:
+        """Which of the known digests a token stands for; Forbidden if it is none of ours or has expired."""
+        claims = self._claims("api", token, "this token")
+        return next((one for one in known if hmac.compare_digest(self._name(one), str(claims["key"]))), None)
+
+    def _name(self, credential: str) -> str:
+        """A name for a digest that says nothing about it to anybody without the secret."""
+        return hmac.new(self._secret.encode(), credential.encode(), "sha256").hexdigest()[:32]
 
     def _sign(self, purpose: str, claims: Mapping[str, Any], seconds: float) -> tuple[str, float]:
         now = int(time.time())

@@ -16,7 +16,7 @@ from tuft_jupyter.core.journal import Journal, MemoryJournal, SqliteJournal
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.service import Service
-from tuft_jupyter.core.state import public
+from tuft_jupyter.core.shown import public
 from tuft_jupyter.core.types import AdamParams, CheckpointKind, Principal
 
 ALICE, BOB = Principal("alice"), Principal("bob")

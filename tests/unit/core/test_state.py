@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tuft_jupyter.core import state as fold
+from tuft_jupyter.core.shown import public, public_record
 from tuft_jupyter.core.types import Record
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -17,19 +18,19 @@ def records() -> list[Record]:
 
 
 def test_folding_the_golden_journal_gives_the_golden_state() -> None:
-    shown = fold.public(fold.fold(records()))
+    shown = public(fold.fold(records()))
     assert shown == json.loads((GOLDEN / "state.json").read_text())
 
 
 def test_the_feed_shows_no_directory_and_no_digest() -> None:
-    shown = [fold.public_record(record) for record in records()]
+    shown = [public_record(record) for record in records()]
     assert shown == [json.loads(line) for line in (GOLDEN / "feed.jsonl").read_text().splitlines()]
     assert "directory" not in json.dumps(shown)
     assert "digest" not in json.dumps(shown)
 
 
 def test_a_tenant_sees_only_its_own() -> None:
-    shown = fold.public(fold.fold(records()), "bob")
+    shown = public(fold.fold(records()), "bob")
     owners = {
         item["tenant"] for kind in ("sessions", "runs", "samplers", "checkpoints") for item in shown[kind]
     }
@@ -39,7 +40,7 @@ def test_a_tenant_sees_only_its_own() -> None:
 def test_a_record_of_a_later_version_changes_nothing_but_n() -> None:
     state = fold.State()
     fold.apply(state, Record("a_kind_of_a_later_version", "alice", {"x": 1}, n=7))
-    assert fold.public(state) == {**fold.public(fold.State()), "n": 7}
+    assert public(state) == {**public(fold.State()), "n": 7}
 
 
 def test_replay_starts_at_the_snapshot_and_holds_what_was_done_since() -> None:

@@ -25,7 +25,8 @@ MIN_TTL, MAX_TTL = 1.0, 10 * 365 * 86400.0
 class Call:
     """One request: who asks, the route's path parts and query, the body (decompressed), what may be answered.
 
-    ``root`` is the API's address as the caller reached it, without a slash at the end.
+    ``root`` is the API's address as the caller reached it, without a slash at the end; ``credential`` the digest of
+    the caller's key, empty where a token stood for it.
     """
 
     principal: Principal
@@ -35,6 +36,7 @@ class Call:
     content_type: str = JSON
     accept: str = ANYTHING
     root: str = ""
+    credential: str = field(default="", repr=False)
 
     def accepts(self, media: str) -> bool:
         """Whether the caller reads this media type (RFC 9110, section 12.5.1; weights are not looked at)."""
@@ -74,6 +76,9 @@ class Host(Protocol):
 
     async def add_model(self, principal: Principal, model: str) -> ModelCard:
         """Offer one more base model and begin to load it."""
+
+    async def revoke_key(self, principal: Principal, credential: str) -> None:
+        """Accept the key with this digest no more, also after a restart."""
 
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         """The model's tokenizer files by name, as text."""
@@ -115,6 +120,10 @@ def cursor_of(query: Mapping[str, str], default: int, total: int) -> dict[str, i
 def path_of(call: Call) -> str:
     """The checkpoint that a route's path names."""
     return f"tinker://{call.path['run']}/{call.path['kind']}/{call.path['name']}"
+
+
+def urn_of(tenant: str) -> str:
+    return f"tuft:tenant:{tenant}"
 
 
 def iso_time(seconds: float) -> str:

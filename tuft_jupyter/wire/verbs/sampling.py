@@ -69,6 +69,11 @@ class SamplingVerbs(Verbs):
         )
         return reply({"sampling_session_id": sampler.id, "type": "create_sampling_session"})
 
+    async def join_sampling_session(self, call: Call) -> Reply:
+        asked = m.decode(m.SamplingSessionOnly, call.body)
+        client = await self.service.sampling.join(call.principal, asked.sampling_session_id)
+        return reply({"type": "join_sampling_session", "client_counter": client})
+
     async def get_sampler(self, call: Call) -> Reply:
         sampler = self.service.sampling.get(call.principal, call.path["sampler"])
         return reply(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tuft_jupyter.core.errors import NotFound, UserError
 from tuft_jupyter.core.state import Checkpoint
-from tuft_jupyter.core.types import JSON, CheckpointKind
+from tuft_jupyter.core.types import JSON, CheckpointKind, run_id
 from tuft_jupyter.wire import archive, sealing
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.tickets import Ticket
@@ -63,6 +63,24 @@ class TransferVerbs(Verbs):
         if call.accepts(JSON):
             return reply({"url": url, "expires": iso_time(expires)})
         return Reply(b"", 302, headers={"Location": url, "Expires": formatdate(expires, usegmt=True)})
+
+    async def copy_weights(self, call: Call) -> Reply:
+        asked = m.decode(m.CopyWeights, call.body)
+        ttl = checked_ttl(asked.ttl_seconds)
+        source = self.service.checkpoints.readable(call.principal, asked.source_path)
+        if asked.session_id is not None and asked.model_seq_id is not None:
+            session, number = asked.session_id, asked.model_seq_id
+        elif asked.destination_project_id is not None:
+            details = {"tags": ["copy_weights"], "project_id": asked.destination_project_id}
+            session, number = await self.service.sessions.open(call.principal, details), 0
+        else:
+            raise UserError(
+                "copy_weights: give destination_project_id, or session_id together with model_seq_id"
+            )
+        path = await self.service.checkpoints.copy(
+            source, self.service.sessions.get(call.principal, session), run_id(session, number), ttl
+        )
+        return reply({"tinker_path": path})
 
     async def download(self, call: Call) -> Reply:
         ticket = self.host.tickets.read(call.path["ticket"])

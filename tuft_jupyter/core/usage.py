@@ -1,0 +1,46 @@
+"""What a tenant used, folded from the state: tokens trained per hour, checkpoints saved and kept.
+
+Tokens are counted with the optimizer step that they led to, at the time of that step. The module knows no prices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from tuft_jupyter.core.state import Checkpoint, State
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """One hour (``start`` in seconds since the epoch) of one session on one base model."""
+
+    start: float
+    session: str
+    base_model: str
+    kind: str
+
+
+def hourly(state: State, tenant: str, start: float, end: float) -> list[tuple[Bucket, int]]:
+    """("training", tokens) and ("checkpoint", saved) per hour that began in ``start`` up to ``end``, in order."""
+    found: Counter[Bucket] = Counter()
+    for run in state.runs.values():
+        if run.tenant != tenant:
+            continue
+        for time, tokens in zip(run.curve["time"], run.curve["tokens"], strict=True):
+            found[Bucket(_hour(time or 0.0), run.session, run.base_model, "training")] += int(tokens or 0)
+    for checkpoint in kept(state, tenant):
+        session = state.runs[checkpoint.run].session
+        found[Bucket(_hour(checkpoint.created), session, checkpoint.base_model, "checkpoint")] += 1
+    return sorted((bucket, n) for bucket, n in found.items() if n and start <= bucket.start < end)
+
+
+def kept(state: State, tenant: str) -> list[Checkpoint]:
+    """The tenant's checkpoints that were not deleted."""
+    return [c for c in state.checkpoints.values() if c.tenant == tenant]
+
+
+def _hour(time: float) -> float:
+    return time // HOUR * HOUR
