@@ -46,7 +46,7 @@ class Guard:
     def __init__(self) -> None:
         # A session of its own: a Ctrl-C in the terminal must not end it before us
         self._process = subprocess.Popen(
-            [sys.executable, reaper.__file__],
+            [sys.executable, "-P", reaper.__file__],  # -P: modules beside it are not to be found
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

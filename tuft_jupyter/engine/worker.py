@@ -4,8 +4,8 @@ The worker groups the tasks of one step into the fewest trainer calls that keep 
 over their grant, and turns every failure into an outcome of its own task. It is plain Python: it runs without Ray,
 and knows neither lanes nor tenants.
 
-Promises: tasks of one run take effect in the order given; a task that fails leaves the others alone; when a failure
-may have left a run's state half changed, the outcome says so (``facts["dirty"]``).
+Promises: tasks of one run take effect in the order given, also over several steps; a task that fails leaves the
+others alone; when a failure may have left a run's state half changed, the outcome says so (``facts["dirty"]``).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 PASSES = frozenset({OpKind.FORWARD, OpKind.FORWARD_BACKWARD})
 HARMLESS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_WEIGHTS_FOR_SAMPLER})
 """Kinds that change nothing in the trainer, however they fail."""
+AFRESH = frozenset({OpKind.CREATE_MODEL, OpKind.LOAD_WEIGHTS, OpKind.UNLOAD_MODEL})
+"""Kinds that replace a run, and end whatever was unfinished."""
 
 Queue = deque[tuple[int, Task]]
 
@@ -54,21 +56,28 @@ class TrainingWorker:
         queues: dict[str, Queue] = {}
         for position, task in enumerate(tasks):
             queues.setdefault(task.run, deque()).append((position, task))
+        for run, queue in queues.items():
+            if self._is_early(run, queue[0][1]):
+                outcomes |= self._hold(queue)
         while waiting := [queue for queue in queues.values() if queue]:
             passes = [queue for queue in waiting if queue[0][1].kind in PASSES]
             steps = [queue.popleft() for queue in waiting if queue[0][1].kind is OpKind.OPTIM_STEP]
-            early = [step for step in steps if self._has_unfinished(step[1].run)]
-            outcomes |= {position: Outcome(task.request_id, finished=False) for position, task in early}
-            steps = [step for step in steps if step not in early]
             if passes:
                 outcomes |= self._passes(passes)
             if steps:
                 outcomes |= self._optim_steps(steps)
-            if not passes and not steps and not early:
+            if not passes and not steps:
                 outcomes |= {position: self._other(task) for position, task in (q.popleft() for q in waiting)}
         if any(outcome.category == "server" for outcome in outcomes.values()):
             self._check_alive()
         return [outcomes[position] for position in range(len(tasks))]
+
+    def _is_early(self, run: str, task: Task) -> bool:
+        """Whether an unfinished op of the run, from an earlier step, must come first."""
+        if task.kind in AFRESH:
+            return False
+        oldest = next((key for key, sliced in self._unfinished.items() if sliced.run == run), task.request_id)
+        return oldest != task.request_id
 
     def _check_alive(self) -> None:
         try:
@@ -231,10 +240,6 @@ class TrainingWorker:
     def _forget(self, run: str) -> None:
         self._drop_unfinished(run)
         self.trainer.remove(run)
-
-    def _has_unfinished(self, run: str) -> bool:
-        """Whether a pass of the run has datums left: a step must not come before them."""
-        return any(sliced.run == run for sliced in self._unfinished.values())
 
     def _drop_unfinished(self, run: str) -> None:
         for request_id in [key for key, sliced in self._unfinished.items() if sliced.run == run]:

@@ -134,6 +134,19 @@ def test_what_follows_an_unfinished_op_waits_for_it() -> None:
     assert trainer.runs["a"].weight == -0.5 * (2 + 3 + 4) / 64
 
 
+def test_a_later_step_does_not_overtake_an_unfinished_op() -> None:
+    """A driver may send the optimizer step before it has heard that the pass is not finished."""
+    worker, trainer = worker_with("a", "b")
+    task = forward_backward("a", datum(1), datum(2), grant=1)
+    (first,) = worker.step([task])
+    early, other = worker.step([optim_step("a"), optim_step("b")])
+    assert [outcome.finished for outcome in (first, early, other)] == [False, False, True]
+    assert trainer.runs["a"].steps == 0
+    outcomes = worker.step([again(task), optim_step("a")])
+    assert all(outcome.finished for outcome in outcomes)
+    assert trainer.runs["a"].weight == -0.5 * 5 / 64
+
+
 def test_forward_leaves_no_gradient() -> None:
     worker, trainer = worker_with("a")
     worker.step([forward_backward("a", datum(5), forward_only=True)])
