@@ -171,6 +171,7 @@ const HANDLERS = new Map<string, Handler>([
   ['op_failed', opFailed],
   ['sampler_opened', samplerOpened],
   ['checkpoint_changed', checkpointChanged],
+  ['weights_copied', weightsCopied],
   ['run_closed', runClosed]
 ]);
 
@@ -284,6 +285,16 @@ function optimizerStep(run: IRun, time: number, facts: Data): void {
   run.curve.grad_norm.push(facts.grad_norm ?? null);
   run.curve.learning_rate.push(facts.learning_rate ?? null);
   forgetGradients(run);
+}
+
+/** A copy belongs to a closed run of its own. */
+function weightsCopied(state: IState, record: IRecord, data: Data): void {
+  const run = newRun(record, data);
+  run.status = 'closed';
+  run.last_request = record.time;
+  run.step = data.step;
+  state.runs.set(run.id, run);
+  saved(state, run, record, data.facts);
 }
 
 function saved(state: IState, run: IRun, record: IRecord, facts: Data): void {

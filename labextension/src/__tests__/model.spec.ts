@@ -1,5 +1,5 @@
 import { apply, emptyState, fromSnapshot, IState, toSnapshot } from '../model';
-import { goldenFeed, goldenState } from './support';
+import { goldenCopy, goldenFeed, goldenState } from './support';
 
 function fold(from: IState, records = goldenFeed()): IState {
   records.forEach(record => apply(from, record));
@@ -9,6 +9,11 @@ function fold(from: IState, records = goldenFeed()): IState {
 describe('the fold', () => {
   it('gives the state that Python gives', () => {
     expect(toSnapshot(fold(emptyState()))).toEqual(goldenState());
+  });
+
+  it('shows a copy of weights as Python does', () => {
+    const { feed, state } = goldenCopy();
+    expect(toSnapshot(fold(emptyState(), [feed]))).toEqual(state);
   });
 
   it('goes on from a snapshot taken after any record', () => {

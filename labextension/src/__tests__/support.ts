@@ -17,6 +17,11 @@ export function goldenState(): ISnapshot {
   return JSON.parse(readFileSync(resolve(GOLDEN, 'state.json'), 'utf-8'));
 }
 
+/** A record of a copy, and the state that it alone gives. */
+export function goldenCopy(): { feed: IRecord; state: ISnapshot } {
+  return JSON.parse(readFileSync(resolve(GOLDEN, 'copied.json'), 'utf-8'));
+}
+
 export const READY: IStatus = {
   version: '0.1.0',
   tenant: 'alice',

@@ -29,6 +29,14 @@ def test_the_feed_shows_no_directory_and_no_digest() -> None:
     assert "digest" not in json.dumps(shown)
 
 
+def test_a_copy_of_weights_is_folded_as_the_browser_does() -> None:
+    golden = json.loads((GOLDEN / "copied.json").read_text())
+    record = Record(**golden["record"])
+    assert public(fold.fold([record])) == golden["state"]
+    assert public_record(record) == golden["feed"]
+    assert "directory" not in json.dumps(golden["feed"])
+
+
 def test_a_tenant_sees_only_its_own() -> None:
     shown = public(fold.fold(records()), "bob")
     owners = {
