@@ -47,6 +47,7 @@ class Limits:
     batch_tokens: int = 512
     shared_batch_tokens: int = 256
     idle_timeout: float = 1800.0
+    ephemeral_per_session: int = 32
 
 
 class Runs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ from tuft_jupyter.core.state import State
 from tuft_jupyter.core.types import ModelCard, Principal
 
 log = logging.getLogger("tuft_jupyter.service")
+
+EPHEMERAL = "ephemeral"
+"""Below ``home``: weights that were saved for one sampler, without a name."""
 
 
 class Catalog(Protocol):
@@ -77,7 +81,7 @@ class Service:
             self.checkpoints,
             self.driver,
             self.card,
-            home / "ephemeral",
+            home / EPHEMERAL,
             self.limits,
         )
         self.sampling = Sampling(ledger, catalog, engines.sampling)
@@ -148,6 +152,7 @@ class Service:
 
     async def sweep(self, now: float) -> None:
         await self.checkpoints.expire(now)
+        await asyncio.to_thread(_remove, self.home / EPHEMERAL, self._spent_samplers(now))
         for driver in self.drivers.values():
             for lane in list(driver.lanes.by_run.values()):
                 run = self.ledger.state.runs.get(lane.run)
@@ -156,6 +161,21 @@ class Service:
                 seen = max(run.last_request, self.sessions.last_seen(run.session))
                 if now - seen > self.limits.idle_timeout:
                     driver.release(run.id)
+
+    def _spent_samplers(self, now: float) -> set[str]:
+        """Directories of ephemeral weights that nobody will sample from any more: of sessions that ended or fell
+        silent, and all but the newest few of each session (a reinforcement-learning loop makes one every step).
+        """
+        held: dict[str, list[str]] = {}
+        for sampler in self.ledger.state.samplers.values():
+            if sampler.model_path is None and sampler.directory is not None:
+                held.setdefault(sampler.session, []).append(sampler.directory)
+        spent: set[str] = set()
+        for session, directories in held.items():
+            silent = now - self.sessions.last_seen(session) > self.limits.idle_timeout
+            ended = silent or self.ledger.state.sessions[session].finished is not None
+            spent |= set(directories if ended else directories[: -self.limits.ephemeral_per_session])
+        return spent
 
     # ---- models -----------------------------------------------------------------------------------------------
 
@@ -208,3 +228,9 @@ class Service:
             return driver.detail or "the training worker is starting"
         ahead, busy = driver.lanes.position(run.id, request_id)
         return f"{ahead} requests of this run come first; {busy} runs share the engine"
+
+
+def _remove(root: Path, spent: set[str]) -> None:
+    for directory in root.iterdir() if root.is_dir() else ():
+        if str(directory) in spent:
+            shutil.rmtree(directory, ignore_errors=True)

@@ -428,6 +428,31 @@ def test_an_ephemeral_save_opens_its_sampler_and_a_lost_sample_worker_is_tried_a
     scenario(body)
 
 
+def test_spent_ephemeral_weights_leave_the_disk_and_the_newest_stay(tmp_path: Path) -> None:
+    """An RL loop saves weights every step: the disk holds a bounded number of them, and none after the session."""
+
+    async def body() -> None:
+        async with world(tmp_path) as w:
+            run = await w.connect()
+            session = w.service.state.runs[run].session
+            for number in range(40):
+                saved = await w.service.runs.save_for_sampling_session(
+                    ALICE, run, 100 + number, number, b"%d" % number
+                )
+                await w.answer(saved)
+            await w.service.sweep(w.service.ledger.clock())
+            assert len(list((tmp_path / "ephemeral").iterdir())) == w.service.limits.ephemeral_per_session
+            newest = w.service.sampling.submit(ALICE, f"{session}:sample:39", 0, b"{}")
+            assert not (await w.answer(newest)).category
+            with pytest.raises(NotFound, match="save them again"):
+                w.service.sampling.submit(ALICE, f"{session}:sample:0", 0, b"{}")
+            await w.service.finish_session(ALICE, session, "success", None)
+            await w.service.sweep(w.service.ledger.clock())
+            assert not list((tmp_path / "ephemeral").iterdir())
+
+    scenario(body)
+
+
 def test_a_finished_session_frees_its_adapters_and_takes_no_more_work(tmp_path: Path) -> None:
     async def body() -> None:
         async with world(tmp_path) as w:
