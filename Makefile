@@ -22,7 +22,7 @@ lab: $(STAMPS)/installed  ## open JupyterLab with the quickstart notebook
 
 test: $(STAMPS)/installed system  ## run every test: Python, TypeScript, real servers, a real browser
 	npm test -- --silent
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=15
 
 unit: $(STAMPS)/installed  ## run the fast tests only (less than a minute)
 	$(BIN)/python -m pytest -q -n 2 tests/unit
