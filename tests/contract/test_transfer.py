@@ -68,13 +68,13 @@ def test_an_archive_is_a_plain_peft_directory_behind_an_address_that_needs_no_ke
     on_server(tmp_path, body)
 
 
-def test_an_sdk_that_takes_no_json_is_redirected_to_the_archive(tmp_path: Path) -> None:
-    """SDK 0.16 asks for application/gzip and reads Location and Expires of a 302."""
+def test_an_sdk_that_asks_for_gzip_is_redirected_to_the_archive(tmp_path: Path) -> None:
+    """SDK 0.16 sends two Accept headers, and reads Location and Expires of a 302."""
 
     async def body(server: Server) -> None:
         path = await saved(server)
         url = f"http://127.0.0.1:{server.port}{ROOT}{of(path)}/archive"
-        headers = {"X-API-Key": server.host.key, "Accept": "application/gzip"}
+        headers = {"X-API-Key": server.host.key, "Accept": "application/json,application/gzip"}
         response = await server.client.fetch(url, headers=headers, follow_redirects=False, raise_error=False)
         assert response.code == 302
         assert response.headers["Expires"].endswith("GMT")

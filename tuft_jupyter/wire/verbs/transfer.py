@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tuft_jupyter.core.errors import NotFound, UserError
 from tuft_jupyter.core.state import Checkpoint
-from tuft_jupyter.core.types import JSON, CheckpointKind, run_id
+from tuft_jupyter.core.types import CheckpointKind, run_id
 from tuft_jupyter.wire import archive, sealing
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.tickets import Ticket
@@ -55,14 +55,14 @@ class TransferVerbs(Verbs):
         )
 
     async def archive(self, call: Call) -> Reply:
-        """As JSON, or for SDKs before 0.18, which accept none, as a redirect."""
+        """As JSON, or as a redirect for the early SDKs: they ask for gzip beside JSON, and read a redirect only."""
         found = self.service.checkpoints.find(call.principal, path_of(call))
         if found.recipients:
             raise UserError(f"{found.path} is an encrypted export: ask for its external_weights_urls")
         url, expires = self._address(call, found, "")
-        if call.accepts(JSON):
-            return reply({"url": url, "expires": iso_time(expires)})
-        return Reply(b"", 302, headers={"Location": url, "Expires": formatdate(expires, usegmt=True)})
+        if "application/gzip" in call.accept:
+            return Reply(b"", 302, headers={"Location": url, "Expires": formatdate(expires, usegmt=True)})
+        return reply({"url": url, "expires": iso_time(expires)})
 
     async def copy_weights(self, call: Call) -> Reply:
         asked = m.decode(m.CopyWeights, call.body)
