@@ -56,7 +56,7 @@ class Faults:
     raise_in: str = ""
     """name of a method that raises: create, load, save, optim_step"""
     corpse: bool = False
-    """every call raises, and the device is beyond use"""
+    """every call raises, and the device is beyond use, until a new worker is started"""
     starts: list[Exception] = field(default_factory=list)
     """one failure per start, from the first"""
     die: Callable[[], Any] | None = None
@@ -266,6 +266,7 @@ class FakeTrainingEngine:
         self.starts += 1
         if self.faults.starts:
             raise self.faults.starts.pop(0)
+        self.faults.corpse = False
         self.trainer = FakeTrainer(self.faults)
         self._worker = TrainingWorker(self.trainer, self.trainer.alive)
         self._died = asyncio.get_running_loop().create_future()
@@ -316,6 +317,7 @@ class FakeSamplingEngine:
         self.starts += 1
         if self.faults.starts:
             raise self.faults.starts.pop(0)
+        self.faults.corpse = False
         self.sampler = FakeSampler(self.faults)
         self._worker = SamplingWorker(self.sampler, context=CONTEXT, on_death=self.kill)
 
@@ -338,16 +340,15 @@ class FakeSamplingEngine:
 
 
 class FakeEngines:
-    """Makes fake engines for the service; the same faults for all."""
+    """The fake engines of one model for the service, with the same faults."""
 
     def __init__(self, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()
-        self.made: list[FakeTrainingEngine | FakeSamplingEngine] = []
+        self.trainer = FakeTrainingEngine(self.faults)
+        self.sampler = FakeSamplingEngine(self.faults)
 
     def training(self, card: ModelCard) -> FakeTrainingEngine:
-        self.made.append(engine := FakeTrainingEngine(self.faults))
-        return engine
+        return self.trainer
 
     def sampling(self, card: ModelCard) -> FakeSamplingEngine:
-        self.made.append(engine := FakeSamplingEngine(self.faults))
-        return engine
+        return self.sampler

@@ -30,10 +30,10 @@ from tuft_jupyter.wire.peek import base_type
 log = logging.getLogger(__name__)
 
 PASSES = frozenset({OpKind.FORWARD, OpKind.FORWARD_BACKWARD})
-HARMLESS = frozenset({OpKind.SAVE_WEIGHTS, OpKind.SAVE_WEIGHTS_FOR_SAMPLER})
-"""Kinds that change nothing in the trainer, however they fail."""
+HARMLESS = frozenset({OpKind.CREATE_MODEL, OpKind.SAVE_WEIGHTS, OpKind.SAVE_WEIGHTS_FOR_SAMPLER})
+"""Kinds that change no run that was there, however they fail."""
 AFRESH = frozenset({OpKind.CREATE_MODEL, OpKind.LOAD_WEIGHTS, OpKind.UNLOAD_MODEL})
-"""Kinds that replace a run, and end whatever was unfinished."""
+"""Kinds that do not ask what the run was like before."""
 
 Queue = deque[tuple[int, Task]]
 
@@ -49,17 +49,23 @@ class TrainingWorker:
         self.trainer = trainer
         self._alive = alive
         self._unfinished: dict[str, Sliced] = {}
+        self._dirty: set[str] = set()
 
     def step(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """Run the tasks; one outcome each, in order."""
+        """Run the tasks; one outcome each, in order.
+
+        After a failure that left a run half changed, its other tasks come back unfinished until the run is made or
+        loaded again.
+        """
         outcomes: dict[int, Outcome] = {}
         queues: dict[str, Queue] = {}
         for position, task in enumerate(tasks):
             queues.setdefault(task.run, deque()).append((position, task))
-        for run, queue in queues.items():
-            if self._is_early(run, queue[0][1]):
-                outcomes |= self._hold(queue)
         while waiting := [queue for queue in queues.values() if queue]:
+            for queue in waiting:
+                if self._must_wait(queue[0][1]):
+                    outcomes |= self._hold(queue)
+            waiting = [queue for queue in waiting if queue]
             passes = [queue for queue in waiting if queue[0][1].kind in PASSES]
             steps = [queue.popleft() for queue in waiting if queue[0][1].kind is OpKind.OPTIM_STEP]
             if passes:
@@ -72,12 +78,12 @@ class TrainingWorker:
             self._check_alive()
         return [outcomes[position] for position in range(len(tasks))]
 
-    def _is_early(self, run: str, task: Task) -> bool:
-        """Whether an unfinished op of the run, from an earlier step, must come first."""
+    def _must_wait(self, task: Task) -> bool:
+        """Whether the run must be rebuilt first, or an op of it that is unfinished from an earlier step."""
         if task.kind in AFRESH:
             return False
-        oldest = next((key for key, sliced in self._unfinished.items() if sliced.run == run), task.request_id)
-        return oldest != task.request_id
+        first = (key for key, sliced in self._unfinished.items() if sliced.run == task.run)
+        return task.run in self._dirty or next(first, task.request_id) != task.request_id
 
     def _check_alive(self) -> None:
         try:
@@ -98,7 +104,7 @@ class TrainingWorker:
                 try:
                     sliced = self._sliced(task)
                 except TuftError as error:
-                    outcomes[position] = _failed(task, error)
+                    outcomes[position] = self._failed(task, error)
                     continue
                 part = sliced.next(task.grant)
                 batch.append((position, task, sliced, part))
@@ -113,14 +119,15 @@ class TrainingWorker:
             log.exception("forward_backward failed for %s", sorted({task.run for _, task, _, _ in batch}))
             for position, task, sliced, _ in batch:
                 self._unfinished.pop(task.request_id, None)
-                facts = {"dirty": True} if sliced.request.backward else {}
-                outcomes[position] = _failed(task, _unexpected(task, error), facts)
+                outcomes[position] = self._failed(
+                    task, _unexpected(task, error), dirty=sliced.request.backward
+                )
             return outcomes
         engine_ms = (time.perf_counter() - began) * 1e3
         for (position, task, sliced, part), result in zip(batch, results, strict=True):
             if isinstance(result, TuftError):
                 self._unfinished.pop(task.request_id, None)
-                outcomes[position] = _failed(task, result, {"dirty": True} if sliced.dirty else {})
+                outcomes[position] = self._failed(task, result, dirty=sliced.dirty)
                 continue
             sliced.add(part, result, engine_ms)
             outcomes[position] = self._progress(task, sliced)
@@ -156,7 +163,7 @@ class TrainingWorker:
                 try:
                     self._sliced(task)
                 except TuftError as error:
-                    outcomes[position] = _failed(task, error)
+                    outcomes[position] = self._failed(task, error)
         return outcomes
 
     def _progress(self, task: Task, sliced: Sliced) -> Outcome:
@@ -173,7 +180,7 @@ class TrainingWorker:
                 result, content_type = codec.encode_forward_backward_output_json(answer), JSON
         except Exception as error:
             log.exception("the answer to %s of %s could not be written", task.kind.value, task.run)
-            return _failed(task, _unexpected(task, error), {"dirty": True} if sliced.request.backward else {})
+            return self._failed(task, _unexpected(task, error), dirty=sliced.request.backward)
         return Outcome(task.request_id, result=result, content_type=content_type, facts=facts)
 
     # ---- everything else
@@ -186,13 +193,13 @@ class TrainingWorker:
         except Exception as error:
             log.exception("optim_step failed for %s", [task.run for _, task in batch])
             return {
-                position: _failed(task, _unexpected(task, error), {"dirty": True}) for position, task in batch
+                position: self._failed(task, _unexpected(task, error), dirty=True) for position, task in batch
             }
         engine_ms = (time.perf_counter() - began) * 1e3
         outcomes = {}
         for (position, task), (_, adam), result in zip(batch, params, results, strict=True):
             if isinstance(result, TuftError):
-                outcomes[position] = _failed(task, result)
+                outcomes[position] = self._failed(task, result)
                 continue
             metrics = _finite(result)
             facts = {"engine_ms": round(engine_ms, 3), "learning_rate": adam.learning_rate}
@@ -206,11 +213,10 @@ class TrainingWorker:
         try:
             value, facts = self._run(task)
         except TuftError as error:
-            return _failed(task, error)
+            return self._failed(task, error)
         except Exception as error:
             log.exception("%s of %s failed", task.kind.value, task.run)
-            dirty = {} if task.kind in HARMLESS else {"dirty": True}
-            return _failed(task, _unexpected(task, error), dirty)
+            return self._failed(task, _unexpected(task, error), dirty=task.kind not in HARMLESS)
         return _done(task, value, {"engine_ms": round((time.perf_counter() - began) * 1e3, 3), **facts})
 
     def _run(self, task: Task) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -218,12 +224,13 @@ class TrainingWorker:
         run, args = task.run, task.args
         match task.kind:
             case OpKind.CREATE_MODEL:
-                self._forget(run)  # a run that is rebuilt may still be here
+                self.trainer.remove(run)  # a run that is rebuilt may still be here
                 self.trainer.create(run, LoraSpec(**args["lora"]))
+                self._rebuilt(run)
                 return {"model_id": run, "type": "create_model"}, {}
             case OpKind.LOAD_WEIGHTS:
-                self._drop_unfinished(run)
                 self.trainer.load(run, Path(args["directory"]), optimizer=args["optimizer"])
+                self._rebuilt(run)
                 return {"path": args.get("path"), "model_id": run, "type": "load_weights"}, {}
             case OpKind.SAVE_WEIGHTS:
                 size = self.trainer.save(run, Path(args["directory"]), optimizer=args["optimizer"])
@@ -233,26 +240,34 @@ class TrainingWorker:
                 named = "sampling_session_id" if "sampling_session_id" in args else "path"
                 return {named: args[named]}, {"size_bytes": size}
             case OpKind.UNLOAD_MODEL:
+                self.trainer.remove(run)
                 self._forget(run)
                 return {"model_id": run, "type": "unload_model"}, {}
         raise ServerError(f"the training worker does not know {task.kind.value}")
 
-    def _forget(self, run: str) -> None:
-        self._drop_unfinished(run)
-        self.trainer.remove(run)
+    def _rebuilt(self, run: str) -> None:
+        """What is unfinished begins anew: the gradients of its first parts are gone."""
+        self._dirty.discard(run)
+        for sliced in self._unfinished.values():
+            if sliced.run == run:
+                sliced.restart()
 
-    def _drop_unfinished(self, run: str) -> None:
+    def _forget(self, run: str) -> None:
+        self._dirty.discard(run)
         for request_id in [key for key, sliced in self._unfinished.items() if sliced.run == run]:
             del self._unfinished[request_id]
+
+    def _failed(self, task: Task, error: TuftError, *, dirty: bool = False) -> Outcome:
+        """``dirty``: the run may be half changed, and nothing more happens to it before it is rebuilt."""
+        if dirty:
+            self._dirty.add(task.run)
+        facts = {"dirty": True} if dirty else {}
+        return Outcome(task.request_id, facts=facts, category=error.category, error=error.message)
 
 
 def _done(task: Task, value: Mapping[str, Any], facts: Mapping[str, Any]) -> Outcome:
     result = json.dumps(value, allow_nan=False).encode()
     return Outcome(task.request_id, result=result, content_type=JSON, facts=facts)
-
-
-def _failed(task: Task, error: TuftError, facts: Mapping[str, Any] | None = None) -> Outcome:
-    return Outcome(task.request_id, facts=facts or {}, category=error.category, error=error.message)
 
 
 def _unexpected(task: Task, error: Exception) -> ServerError:
