@@ -10,6 +10,7 @@ Promises: an op's outcome is recorded before anybody hears it; an op that took t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import uuid
@@ -85,6 +86,7 @@ class Driver:
             batch: list[Grant] = []
             try:
                 await self._let_go()
+                await self._wait_for_company()
                 batch = self.lanes.next_batch()
                 if batch:
                     await self._step(batch)
@@ -113,6 +115,14 @@ class Driver:
             for wait in waits:
                 wait.cancel()
         self._wanted.clear()
+
+    async def _wait_for_company(self) -> None:
+        """Give a light tenant that works step by step the moment it needs, before a heavy part is begun."""
+        pause = self.lanes.pause()
+        if pause > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self.lanes.arrival()
 
     async def _start(self) -> None:
         self.status = "loading"

@@ -4,7 +4,9 @@ A lane is first in, first out, in order of arrival. It remembers every accepted 
 gets the same request id and is not run again; sequence numbers have holes by nature and nothing waits for them.
 :meth:`Lanes.next_batch` shares the engine by deficit round robin over tenants (Shreedhar & Varghese 1995), counted
 in tokens: a large op is granted in parts, so a small op of another tenant waits for at most one batch, and is not
-packed together with a part that would take much longer than itself.
+packed together with a part that would take much longer than itself. Before a heavy part is begun, a light tenant that
+just got an answer and is known to ask again at once is waited for, for a moment (anticipatory scheduling, Iyer &
+Druschel 2001); :data:`PATIENCE` bounds how often a heavy tenant yields.
 
 The module knows neither the journal nor the engine: it is a plain data structure for the event loop.
 """
@@ -12,7 +14,9 @@ The module knows neither the journal nor the engine: it is a plain data structur
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tuft_jupyter.core.errors import UserError
@@ -23,6 +27,12 @@ FLAT_COST = 16
 
 COMPANY = 4
 """A tenant's part of a batch may be this many times the parts of all lighter tenants together."""
+
+PATIENCE = 8
+"""How often in a row a heavy tenant yields to lighter ones before it is served."""
+
+GRACE = 0.025
+"""Seconds within which a client that works step by step asks again after an answer."""
 
 ADDITIVE = {OpKind.FORWARD, OpKind.FORWARD_BACKWARD}
 REMEMBERED = 4096
@@ -55,6 +65,16 @@ class Lane:
     resident: bool = False
 
 
+@dataclass(slots=True)
+class Habit:
+    """When a tenant last got an answer, the size of its last pass, and whether it then asked again at once."""
+
+    asked: float = -1e9
+    answered: float = -1e9
+    tokens: int = 0
+    prompt: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class Grant:
     """Permission to work on up to ``tokens`` tokens of an entry in the coming step."""
@@ -67,13 +87,20 @@ class Grant:
 class Lanes:
     """All lanes of one base model. ``weights`` gives a tenant a larger share than 1."""
 
-    def __init__(self, budget: int, shared_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        budget: int,
+        shared_budget: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.budget = budget
         self.shared_budget = shared_budget or budget
         self.by_run: dict[str, Lane] = {}
         self._deficit: OrderedDict[str, float] = OrderedDict()
         self._next_lane: dict[str, str] = {}
-        self._passed_over: set[str] = set()
+        self._clock = clock
+        self._yielded: dict[str, int] = {}
+        self._habits: dict[str, Habit] = {}
         self._work = asyncio.Event()
         self._pushed = asyncio.Event()
 
@@ -106,6 +133,12 @@ class Lanes:
 
     def push(self, op: Op, record: int) -> Entry:
         entry = Entry(op, record)
+        habit = self._habits.setdefault(op.tenant, Habit())
+        now = self._clock()
+        if (
+            habit.asked <= habit.answered
+        ):  # the first request after an answer, not the second of a pipelined pair
+            habit.asked, habit.prompt = now, now - habit.answered < GRACE
         self.lane(op.run, op.tenant).queue.append(entry)
         self._deficit.setdefault(op.tenant, 0.0)
         self._work.set()
@@ -115,6 +148,10 @@ class Lanes:
     def finish(self, grant: Grant) -> None:
         """The entry at the head of its lane is over."""
         grant.lane.queue.remove(grant.entry)
+        habit = self._habits.setdefault(grant.lane.tenant, Habit())
+        habit.answered = self._clock()
+        if grant.entry.op.kind in ADDITIVE:
+            habit.tokens = grant.entry.op.tokens
 
     def drop(self, run: str) -> None:
         self.by_run.pop(run, None)
@@ -177,8 +214,9 @@ class Lanes:
         for tenant in list(self._deficit):
             if tenant not in waiting:
                 del self._deficit[tenant]  # an idle tenant saves nothing up
-        if self._passed_over & waiting.keys():
-            waiting = {tenant: lanes for tenant, lanes in waiting.items() if tenant in self._passed_over}
+        due = {tenant for tenant in waiting if self._yielded.get(tenant, 0) >= PATIENCE}
+        if due:
+            waiting = {tenant: waiting[tenant] for tenant in due}
         budget = self.budget if len(self._deficit) <= 1 else self.shared_budget
         quantum = max(1, budget // max(1, len(waiting)))
         batch: list[Grant] = []
@@ -198,14 +236,36 @@ class Lanes:
         for grant in batch:
             tokens[grant.lane.tenant] = tokens.get(grant.lane.tenant, 0) + grant.tokens
         kept = 0
-        self._passed_over = set()
+        out: set[str] = set()
         for tenant in sorted(tokens, key=lambda name: tokens[name]):
             if kept and tokens[tenant] > COMPANY * kept:
-                self._passed_over.add(tenant)
+                out.add(tenant)
+                self._yielded[tenant] = self._yielded.get(tenant, 0) + 1
                 self._deficit[tenant] += tokens[tenant]
             else:
+                self._yielded.pop(tenant, None)
                 kept += tokens[tenant]
-        return [grant for grant in batch if grant.lane.tenant not in self._passed_over]
+        return [grant for grant in batch if grant.lane.tenant not in out]
+
+    def pause(self) -> float:
+        """Seconds to wait for an :meth:`arrival` before the next batch, because a light tenant is about to ask."""
+        heads: dict[str, int] = {}
+        for lane in self.by_run.values():
+            if lane.queue:
+                if lane.queue[0].op.kind not in ADDITIVE or lane.queue[0].attempts:
+                    return 0.0
+                cost = min(lane.queue[0].cost, self.shared_budget)
+                heads[lane.tenant] = min(cost, heads.get(lane.tenant, cost))
+        if not heads or any(self._yielded.get(tenant, 0) >= PATIENCE for tenant in heads):
+            return 0.0
+        now, lightest = self._clock(), min(heads.values())
+        for tenant, habit in self._habits.items():
+            left = habit.answered + GRACE - now
+            if tenant not in heads and habit.prompt and left > 0 and lightest > COMPANY * habit.tokens:
+                for heavy in heads:
+                    self._yielded[heavy] = self._yielded.get(heavy, 0) + 1
+                return left
+        return 0.0
 
     def _suspect(self) -> Grant | None:
         for lane in self.by_run.values():
