@@ -37,7 +37,6 @@ from tuft_jupyter.wire.verbs.base import ANYTHING
 log = logging.getLogger("tuft_jupyter.http")
 
 API = "/api/v1/"
-METHODS = ("GET", "POST", "PUT", "DELETE")
 
 
 @stream_request_body
