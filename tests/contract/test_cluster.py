@@ -8,8 +8,6 @@ import json
 import os
 import signal
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -349,60 +347,3 @@ def test_a_named_cluster_that_is_not_there_is_an_error_within_seconds(
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:1.*cannot be reached"):
         asyncio.run(engine.start())
     assert time.perf_counter() - began < 5
-
-
-DRIVER = """
-import asyncio, os, sys
-from pathlib import Path
-from tests.support.actors import FaultyTrainingActor
-from tuft_jupyter import models
-from tuft_jupyter.config import Settings
-from tuft_jupyter.core.engine import Task
-from tuft_jupyter.core.types import OpKind
-from tuft_jupyter.engine.cluster import Engines
-
-async def main():
-    home = Path(sys.argv[2])
-    engine = Engines(Settings(home=home, checkpoint_dir=home)).training(models.resolve(sys.argv[1]))
-    engine.actor_class = FaultyTrainingActor
-    await engine.start()
-    await engine.step([Task("c", "r", OpKind.CREATE_MODEL, {"lora": {"rank": 2, "alpha": 2.0, "seed": 1}})])
-    heavy = sorted({"torch", "transformers", "peft", "vllm"} & set(sys.modules))
-    print("ready", engine.pid, ",".join(heavy), flush=True)
-    if sys.argv[3] == "wait":
-        await asyncio.sleep(600)
-    elif sys.argv[3] == "stop":
-        await engine.stop()
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize("end", ["kill", "return", "stop"])
-def test_no_process_outlives_the_driver_however_it_ends(end: str, card: ModelCard, tmp_path: Path) -> None:
-    """S3-01: the driver never imports torch; killed, returning or stopping, it leaves nothing within 10 s."""
-    how = "wait" if end == "kill" else end
-    command = [sys.executable, "-c", DRIVER, card.path, str(tmp_path), how]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
-    try:
-        assert driver.stdout is not None
-        children: list[psutil.Process] = []
-        ready = ""
-        for line in driver.stdout:
-            children = psutil.Process(driver.pid).children(recursive=True)
-            if line.startswith("ready"):
-                ready = line
-                break
-        assert ready.split()[2:] == []  # nothing heavy in the driver
-        if how == "wait":
-            assert int(ready.split()[1]) in {process.pid for process in children}
-            driver.kill()
-        began = time.perf_counter()
-        driver.wait(30)
-        _, alive = psutil.wait_procs(children, timeout=10)
-        assert not [process for process in alive if _runs(process)]
-        assert time.perf_counter() - began < 10
-    finally:
-        driver.kill()
-        driver.wait()

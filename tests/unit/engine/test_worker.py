@@ -1,24 +1,20 @@
-"""What a training worker and a sampling worker promise, on fakes that compute exactly."""
+"""What a training worker promises, on fakes that compute exactly."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tinker import types as sdk
-from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
+from tinker.proto.response_conv import deserialize_forward_backward_output
 
-from tests.support.fake_engine import VOCAB, FakeSampler, FakeTrainer, Faults
-from tests.support.loops import on_a_loop
+from tests.support.fake_engine import VOCAB, FakeTrainer, Faults
 from tests.support.sdk_bodies import sdk_body
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.types import JSON, PROTOBUF, OpKind
-from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.worker import TrainingWorker
 
 LORA = {"rank": 8, "alpha": 8.0, "seed": 1, "train_attn": True, "train_mlp": True, "train_unembed": False}
@@ -325,99 +321,6 @@ def test_optimizer_state_is_saved_for_training_and_not_for_sampling(tmp_path: Pa
         [Task("3", "a", OpKind.SAVE_WEIGHTS_FOR_SAMPLER, args), Task("4", "b", OpKind.LOAD_WEIGHTS, args)]
     )
     assert trainer.runs["b"].steps == 0
-
-
-# ---- sampling
-
-
-def sample_body(*prompt: int, **fields: Any) -> bytes:
-    request = {
-        "prompt": {"chunks": [{"tokens": list(prompt), "type": "encoded_text"}]},
-        "num_samples": 1,
-        "sampling_params": {"max_tokens": 3},
-        **fields,
-    }
-    return json.dumps(request).encode()
-
-
-@on_a_loop
-async def test_many_samples_at_once_each_get_their_own() -> None:
-    worker = SamplingWorker(FakeSampler(), context=64)
-    try:
-        outcomes = await asyncio.gather(*(worker.sample(f"r{i}", None, sample_body(i)) for i in range(50)))
-    finally:
-        worker.close()
-    for i, outcome in enumerate(outcomes):
-        assert outcome.request_id == f"r{i}"
-        assert deserialize_sample_response(outcome.result).sequences[0].tokens == [i] * 3
-        assert (outcome.facts["tokens"], outcome.facts["prompt_tokens"]) == (3, 1)
-
-
-@on_a_loop
-async def test_a_sample_without_max_tokens_goes_as_far_as_the_context() -> None:
-    worker = SamplingWorker(FakeSampler(), context=17)
-    try:
-        outcome = await worker.sample("r", None, sample_body(1, sampling_params={}))
-    finally:
-        worker.close()
-    assert outcome.facts["tokens"] == 17
-
-
-@pytest.mark.parametrize("body", [b"{", sample_body(VOCAB), sample_body(1, num_samples=0)])
-@on_a_loop
-async def test_a_bad_sample_request_is_the_users(body: bytes) -> None:
-    worker = SamplingWorker(FakeSampler(), context=64)
-    try:
-        assert (await worker.sample("r", None, body)).category == "user"
-    finally:
-        worker.close()
-
-
-@on_a_loop
-async def test_an_unreadable_adapter_fails_its_own_request(tmp_path: Path) -> None:
-    worker = SamplingWorker(FakeSampler(), context=64)
-    try:
-        outcome = await worker.sample("r", str(tmp_path), sample_body(1))
-        assert outcome.category == "server"
-        assert str(tmp_path) not in outcome.error
-        assert not (await worker.sample("s", None, sample_body(1))).category
-    finally:
-        worker.close()
-
-
-@on_a_loop
-async def test_a_cancelled_sample_ends_at_once_and_alone() -> None:
-    faults = Faults(hang_on=7)
-    worker = SamplingWorker(FakeSampler(faults), context=64)
-    try:
-        hanging = asyncio.create_task(worker.sample("r", None, sample_body(7)))
-        other = asyncio.create_task(worker.sample("s", None, sample_body(1)))
-        await asyncio.to_thread(faults.hanging.wait)
-        worker.cancel("r")
-        worker.cancel("unknown")
-        assert (await hanging).category == "user"
-        faults.release.set()
-        assert not (await other).category
-    finally:
-        worker.close()
-
-
-@on_a_loop
-async def test_a_broken_sampler_tells_everybody_and_then_dies() -> None:
-    """F9: a dead engine does not look alive."""
-    died = threading.Event()
-    faults = Faults(hang_on=7)
-    worker = SamplingWorker(FakeSampler(faults), context=64, on_death=died.set)
-    waiting = [asyncio.create_task(worker.sample(f"r{i}", None, sample_body(7))) for i in range(3)]
-    await asyncio.to_thread(faults.hanging.wait)
-    faults.corpse = True
-    faults.release.set()
-    outcomes = await asyncio.gather(*waiting)
-    assert {outcome.category for outcome in outcomes} == {"server"}
-    assert "illegal memory access" in outcomes[0].error
-    assert await asyncio.to_thread(died.wait, 5)
-    late = await worker.sample("late", None, sample_body(1))
-    assert late.category == "server"
 
 
 def test_the_fakes_numbers_are_exact() -> None:
