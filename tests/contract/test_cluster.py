@@ -117,6 +117,7 @@ def good(outcome: Outcome) -> Outcome:
 async def until_dead(engine: ClusterTrainingEngine | ClusterSamplingEngine, call: Any) -> float:
     """Kill the engine's process during a call; seconds until the call says so."""
     assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGSTOP)  # so that it cannot answer before it dies
     waiting = asyncio.ensure_future(call)
     await asyncio.sleep(0)
     os.kill(engine.pid, signal.SIGKILL)
