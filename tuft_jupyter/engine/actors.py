@@ -23,7 +23,7 @@ from tuft_jupyter.engine.worker import TrainingWorker
 
 log = logging.getLogger(__name__)
 
-LAST_WORDS_SECONDS = 0.2
+LAST_WORDS_SECONDS = 1.0
 """Time for the answers of a broken sampler to leave the process before it ends."""
 
 
