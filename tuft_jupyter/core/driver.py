@@ -4,7 +4,8 @@ It takes what :class:`Lanes` chooses, runs it as one step, and records each outc
 be made again: after its death each run is rebuilt, when its next op comes up, from its last snapshot by replaying the
 ops done since, in order; the client only waits a little longer. The driver knows no HTTP and no torch.
 
-Promises: an op's outcome is recorded before anybody hears it; an op that took the worker down twice fails alone.
+Promises: an op's outcome is recorded before anybody hears it; an op that took the worker down twice fails alone; a
+death is held against those ops only that the worker had begun.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import logging
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,9 @@ log = logging.getLogger("tuft_jupyter.driver")
 
 MAX_ATTEMPTS = 2
 """Times an op may be in a batch whose worker dies before it is failed itself."""
+
+MAX_REBUILDS = 3
+"""Workers in a row that may die while they bring one run back, before the ops that wait for it are failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ class Driver:
         self._snapshot_at: dict[str, float] = {}
         self._steps: dict[str, int] = {}
         self._leaving: set[str] = set()
+        self._working: deque[Sequence[Grant]] = deque()
+        """Batches that the worker has not answered yet, in the order in which it works on them."""
 
     def wake(self) -> None:
         """Bring the worker up now, before there is work for it."""
@@ -83,7 +90,6 @@ class Driver:
             if self.status != "ready":
                 await self._start()
                 continue
-            batch: list[Grant] = []
             try:
                 await self._let_go()
                 await self._wait_for_company()
@@ -91,10 +97,10 @@ class Driver:
                 if batch:
                     await self._step(batch)
             except EngineDied as death:
-                self._lost(batch, str(death))
+                self._lost(str(death))
             except Exception as bug:  # a driver that dies would park every client for ever
                 log.exception("the driver of %s failed", self.card.name)
-                self._lost(batch, f"{type(bug).__name__}: {bug}")
+                self._lost(f"{type(bug).__name__}: {bug}")
 
     async def stop(self) -> None:
         """Write down what is not yet in a snapshot, then stop the worker."""
@@ -137,10 +143,11 @@ class Driver:
     def _say(self, detail: str) -> None:
         self.detail = detail
 
-    def _lost(self, batch: Sequence[Grant], reason: str) -> None:
-        """The worker is gone: everything it held is to be rebuilt, and whatever was in the batch is suspect."""
-        for grant in batch:
+    def _lost(self, reason: str) -> None:
+        """The worker is gone: everything it held is to be rebuilt, and the batch it was working on is suspect."""
+        for grant in self._working[0] if self._working else ():
             grant.entry.attempts += 1
+        self._working.clear()
         log.warning(
             "the training worker of %s died (%s); its runs are rebuilt as they are used",
             self.card.name,
@@ -154,8 +161,11 @@ class Driver:
 
     async def _fail_all(self, category: str, error: str) -> None:
         for lane in list(self.lanes.by_run.values()):
-            while lane.queue:
-                await self._failed(Grant(lane, lane.queue[0], 0), category, error)
+            await self._fail_lane(lane, category, error)
+
+    async def _fail_lane(self, lane: Lane, category: str, error: str) -> None:
+        while lane.queue:
+            await self._failed(Grant(lane, lane.queue[0], 0), category, error)
 
     async def _step(self, batch: list[Grant]) -> None:
         for grant in batch:
@@ -166,12 +176,10 @@ class Driver:
         for lane in {id(grant.lane): grant.lane for grant in batch}.values():
             if not lane.resident and lane.queue and not await self._rebuild(lane):
                 return
-        sent = list(batch)
-        first = self._send(sent)
-        riders = await self._riders(sent, first)
-        batch += riders  # whoever looks at the batch after a death sees them too
+        first = self._send(batch)
+        riders = await self._riders(batch, first)
         second = self._send(riders)
-        await self._settled(sent, await first)
+        await self._settled(batch, await first)
         await self._settled(riders, await second)
         for lane in {id(grant.lane): grant.lane for grant in batch}.values():
             if self._snapshot_due(lane):
@@ -182,6 +190,8 @@ class Driver:
         tasks = [_task(grant) for grant in batch]
         for grant in batch:
             grant.entry.sent = True
+        if batch:
+            self._working.append(batch)
         answer = asyncio.ensure_future(self.engine.step(tasks) if tasks else _nothing())
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # may never be awaited
         return answer
@@ -198,6 +208,8 @@ class Driver:
         return [] if running.done() else riders
 
     async def _settled(self, batch: Sequence[Grant], outcomes: Sequence[Outcome]) -> None:
+        if batch:
+            self._working.popleft()
         await asyncio.gather(*(self._settle(g, o) for g, o in zip(batch, outcomes, strict=True)))
 
     async def _settle(self, grant: Grant, outcome: Outcome) -> None:
@@ -271,11 +283,19 @@ class Driver:
                 await self._replay(self._replayed(await self.ledger.op(accepted)))
         except (TuftError, LookupError) as error:
             log.error("run %s cannot be rebuilt: %s", run.id, error)
-            text = f"the state of this run could not be brought back after a restart of its worker: {error}"
-            while lane.queue:
-                await self._failed(Grant(lane, lane.queue[0], 0), "server", text)
+            await self._fail_lane(lane, "server", f"{_NOT_BACK}: {error}")
             return False
-        lane.resident = True
+        except EngineDied as death:
+            lane.deaths += 1
+            if lane.deaths == MAX_REBUILDS:
+                lane.deaths = 0
+                log.error("run %s takes its worker down while it is rebuilt: %s", run.id, death)
+                text = (
+                    f"{_NOT_BACK}: {MAX_REBUILDS} workers in a row died of it. The last: {death}. Try again"
+                )
+                await self._fail_lane(lane, "server", text)
+            raise
+        lane.resident, lane.deaths = True, 0
         self._steps[run.id] = sum(1 for _ in run.replay) // 2
         return True
 
@@ -336,6 +356,9 @@ class Driver:
                 await self._snapshot(lane)
                 await self.engine.step([Task("release", run, OpKind.UNLOAD_MODEL)])
                 lane.resident = False
+
+
+_NOT_BACK = "the state of this run could not be brought back after a restart of its worker"
 
 
 async def _nothing() -> list[Outcome]:

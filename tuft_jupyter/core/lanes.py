@@ -56,13 +56,15 @@ class Entry:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One run's queue. ``resident`` is True while the engine holds the adapter as the journal tells it."""
+    """One run's queue. ``resident`` is True while the engine holds the adapter as the journal tells it; ``deaths``
+    counts the workers in a row that died while they brought it back."""
 
     run: str
     tenant: str
     queue: deque[Entry] = field(default_factory=deque)
     seen: OrderedDict[int, tuple[str, str]] = field(default_factory=OrderedDict)
     resident: bool = False
+    deaths: int = 0
 
 
 @dataclass(slots=True)

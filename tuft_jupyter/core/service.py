@@ -25,6 +25,7 @@ from tuft_jupyter.core.sampling import Sampling
 from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.state import State
 from tuft_jupyter.core.types import ModelCard, Principal
+from tuft_jupyter.core.watchdog import Watchdog
 
 log = logging.getLogger("tuft_jupyter.service")
 
@@ -122,7 +123,7 @@ class Service:
         driver = self.drivers.get(card.name)
         if driver is None:
             lanes = Lanes(self.limits.batch_tokens, self.limits.shared_batch_tokens)
-            engine = self.engines.training(card)
+            engine = Watchdog(self.engines.training(card), card.max_context_length)
             driver = Driver(card, engine, lanes, self.ledger, self.home / "snapshots", self.rule)
             self.drivers[card.name] = driver
             self._spawn(driver.run(), f"driver {card.name}")
