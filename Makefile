@@ -9,7 +9,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test unit check format bench sdk-matrix install system proto clean
+.PHONY: help demo lab test unit check format bench sdk-matrix recipes install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ install: $(STAMPS)/installed  ## make the virtual environment and build the lab 
 
 sdk-matrix: $(STAMPS)/installed  ## run one script with every SDK version, print the table of the README
 	$(BIN)/python -m tests.support.sdk_matrix
+
+recipes: $(STAMPS)/installed  ## run tinker-cookbook's recipes against the demo model, print the table of docs/recipes.md
+	$(BIN)/python -m tests.support.cookbook
 
 system:  ## install the Debian packages that tests use, where they are missing
 	bash scripts/system_packages.sh
