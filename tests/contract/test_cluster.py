@@ -28,7 +28,7 @@ from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.types import PROTOBUF, ModelCard, OpKind
 from tuft_jupyter.engine import ray_place
-from tuft_jupyter.engine.cluster import ClusterSamplingEngine, ClusterTrainingEngine, Engines
+from tuft_jupyter.engine.cluster import SECRETS, ClusterSamplingEngine, ClusterTrainingEngine, Engines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -37,6 +37,10 @@ RUN = "s:train:0"
 LORA = {"rank": 4, "alpha": 8.0, "seed": 1}
 ADAM = {"learning_rate": 1e-2}
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+CANARY = "tml-canary"
+"""The value of every secret in the environment that Ray is started from."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,10 @@ def engines(settings: Settings, runner: asyncio.Runner) -> Iterator[Engines]:
     """Engines whose Ray stays up between the tests, and is gone without a trace after them."""
     made = Engines(settings)
     keeper = object()
-    runner.run(made._runtime.acquire(keeper))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SECRETS:
+            patch.setenv(name, CANARY)
+        runner.run(made._runtime.acquire(keeper))
     processes = psutil.Process().children(recursive=True)
     yield made
     runner.run(made._runtime.release(keeper))
@@ -198,7 +205,7 @@ def test_sampling_cancelling_and_dying_through_an_actor(
 def test_only_loopback_listens_and_secrets_are_ours_alone(
     training: ClusterTrainingEngine, settings: Settings, runner: asyncio.Runner
 ) -> None:
-    """M6, S3-23, S3-31, S3-32: no port is open to the network, the token is ours, kernels inherit nothing of it."""
+    """M6, P5, S3-23, S3-31, S3-32: no port is open, the token is ours, kernels and workers get no secrets of others."""
     training.actor_class = actors.FaultyTrainingActor
     runner.run(training.start())
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
@@ -232,6 +239,7 @@ def test_only_loopback_listens_and_secrets_are_ours_alone(
     assert shown["pid"] in {process.pid for process in processes}
     assert shown["rss_bytes"] > 1 << 20
     assert (shown["device"], shown["threads"]) == ("cpu", 1)
+    assert CANARY not in psutil.Process(training.pid).environ().values()
 
 
 def test_many_starts_at_once_are_one_ray_and_the_loop_stays_free(

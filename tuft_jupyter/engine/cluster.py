@@ -39,6 +39,9 @@ CPU_MALLOC = {
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
 
+SECRETS = ("TUFT_API_KEY", "TINKER_API_KEY", "JUPYTER_TOKEN", "JUPYTERHUB_API_TOKEN", "JPY_API_TOKEN", "HF_TOKEN")
+"""Variables of the notebook server that a worker has no use for."""
+
 
 def cpus() -> int:
     """CPUs this process may use."""
@@ -136,7 +139,9 @@ class _ClusterEngine:
         import ray
 
         on_gpu = session.gpus > 0
-        environment = {"OMP_NUM_THREADS": str(self.threads), **({} if on_gpu else CPU_MALLOC)}
+        environment = dict.fromkeys(SECRETS, "") | {"OMP_NUM_THREADS": str(self.threads)}
+        if not on_gpu:
+            environment |= CPU_MALLOC
         options: dict[str, Any] = {
             "num_cpus": 0 if session.place.local else self.threads,
             "num_gpus": GPU_SHARE if on_gpu else 0,
