@@ -39,7 +39,14 @@ CPU_MALLOC = {
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
 
-SECRETS = ("TUFT_API_KEY", "TINKER_API_KEY", "JUPYTER_TOKEN", "JUPYTERHUB_API_TOKEN", "JPY_API_TOKEN", "HF_TOKEN")
+SECRETS = (
+    "TUFT_API_KEY",
+    "TINKER_API_KEY",
+    "JUPYTER_TOKEN",
+    "JUPYTERHUB_API_TOKEN",
+    "JPY_API_TOKEN",
+    "HF_TOKEN",
+)
 """Variables of the notebook server that a worker has no use for."""
 
 
