@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from tuft_jupyter import cli_keys
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import DEFAULT_PORT, LOG_LEVELS, ConfigError, Settings, config_file, load_settings
 from tuft_jupyter.core.errors import TuftError
@@ -20,7 +21,7 @@ from tuft_jupyter.kernel import doctor
 from tuft_jupyter.kernel.errors import TuftConnectionError
 from tuft_jupyter.kernel.report import Table, status_table
 
-VERBS = ("launch", "status", "doctor", "config")
+VERBS = ("launch", "status", "keys", "doctor", "config")
 NO_MODEL_CONFIG = "Model configuration file must be provided via --model-config"
 OVERRIDES = ("host", "port", "checkpoint_dir", "log_level")
 
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--address", metavar="URL", help="of this server (default: the one that %%tuft init finds)"
     )
+    cli_keys.add_parser(verbs)
     verbs.add_parser("doctor", help="versions, interpreters and what is missing")
     config = verbs.add_parser("config", help="print the configuration that is generated for a model")
     config.add_argument("--show", action="store_true", help="print it (the default)")
@@ -92,6 +94,8 @@ def _run(words: list[str]) -> int:
             return _serve(_settings(options, options.config or options.model_config))
         case "status":
             return _status(options.address)
+        case "keys":
+            return cli_keys.run(options)
         case "doctor":
             print(Table("TuFT doctor", doctor.findings()))
         case "config":

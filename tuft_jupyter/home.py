@@ -65,7 +65,7 @@ def ensure_secret(home: Path) -> str:
 
 def _ensure(path: Path, value: str) -> str:
     """What a private file holds; ``value``, written now, where it is missing or empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_directory(path.parent)
     with _alone_in(path.parent):
         found = _read(path)
         if found:
@@ -75,9 +75,24 @@ def _ensure(path: Path, value: str) -> str:
         return value
 
 
+def private_directory(path: Path) -> Path:
+    """The directory, made for its owner alone where it is missing; one that is there stays as it is."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.chmod(0o700)
+    return path
+
+
+def private_file(path: Path) -> Path:
+    """The file, made empty where it is missing, readable by its owner alone."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+    path.chmod(0o600)
+    return path
+
+
 def write_address(home: Path, address: str) -> None:
     """Say where the server that just started listens."""
-    home.mkdir(parents=True, exist_ok=True)
+    private_directory(home)
     write_private(address_path(home), address + "\n")
 
 

@@ -17,15 +17,16 @@ from typing import Any
 from tuft_jupyter import models
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import Settings
-from tuft_jupyter.core.access import KeyRing, digest
+from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
 from tuft_jupyter.core.errors import Forbidden, ServerError, TuftError, UserError
 from tuft_jupyter.core.journal import Journal, MemoryJournal, SqliteJournal
+from tuft_jupyter.core.keys import KeyBook
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.runs import Limits
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import ModelCard, Principal
-from tuft_jupyter.home import ensure_key, ensure_secret
+from tuft_jupyter.home import ensure_key, ensure_secret, private_directory, private_file
 from tuft_jupyter.wire.api import Api
 from tuft_jupyter.wire.tickets import Tickets
 from tuft_jupyter_server.catalog import ServerCatalog
@@ -38,6 +39,10 @@ NO_BACKEND = (
     "no training backend is installed in the server's environment (missing: {missing}): run "
     'pip install "tuft-jupyter[backend]" there and restart the server'
 )
+
+
+EXPIRY_SECONDS = 0.5
+"""How late a key's end may be noticed by a request that is parked."""
 
 
 def missing_backend() -> list[str]:
@@ -92,12 +97,12 @@ class Host:
         self.owner = Principal(owner_name(), admin=True)
         self.key = os.environ.get("TUFT_API_KEY") or ensure_key(settings.home)
         self.tickets = Tickets(ensure_secret(settings.home))
-        self.keys = KeyRing(self.tickets.credential)
-        self.keys.add(self.key, self.owner)
-        for key, tenant in settings.authorized_users.items():
-            self.keys.add(key, Principal(tenant))
-        self.journal = _journal(settings)
+        private_directory(settings.checkpoint_dir)
+        self.journal = open_journal(settings)
         self.ledger = Ledger(self.journal)
+        self.keys = KeyRing(self.tickets.credential)
+        given = {key: Principal(tenant) for key, tenant in settings.authorized_users.items()}
+        self.keybook = KeyBook(self.ledger, self.keys, (self.key, self.owner), given)
         self.engines = engines or ClusterEngines(settings)
         self.service = Service(
             self.ledger,
@@ -111,6 +116,7 @@ class Host:
         self.gauges = Gauges(self.engines.workers)
         self.problem = ""
         self._ready = asyncio.Event()
+        self._expiring: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Recover from the journal. A failure is kept in ``problem`` and shown; the notebook server goes on."""
@@ -120,13 +126,20 @@ class Host:
             self.problem = error.message
             log.error("tuft-jupyter is not serving: %s", error.message)
             return
-        for known in self.ledger.state.revoked:
-            self.keys.forget(known)
+        self.keybook.recovered()
+        self._expiring = asyncio.get_running_loop().create_task(self._expire_keys())
         self._ready.set()
         log.info("tuft-jupyter keeps its journal %s", self.journal.description)
 
     async def stop(self) -> None:
+        if self._expiring is not None:
+            self._expiring.cancel()
         await self.service.stop()
+
+    async def _expire_keys(self) -> None:
+        while True:
+            self.keys.expire()
+            await asyncio.sleep(EXPIRY_SECONDS)
 
     def status(self, principal: Principal) -> dict[str, Any]:
         missing = missing_backend()
@@ -155,14 +168,6 @@ class Host:
         self.service.driver(card.name).wake()
         return card
 
-    async def revoke_key(self, principal: Principal, credential: str) -> None:
-        if credential == digest(self.key):
-            raise UserError(
-                "this is the server's own key: remove $TUFT_HOME/credentials (or change TUFT_API_KEY) and restart"
-            )
-        await self.ledger.record("key_revoked", principal.tenant, {"digest": credential})
-        self.keys.forget(credential)
-
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in models.tokenizer_files(card)}
 
@@ -177,12 +182,15 @@ class Host:
         return {"name": card.name, "state": "idle", "detail": ""}
 
 
-def _journal(settings: Settings) -> Journal:
+def open_journal(settings: Settings) -> Journal:
+    """The journal that the settings name, not yet taken over."""
     mode = settings.persistence.mode
     if mode == "disabled":
         return MemoryJournal()
     if mode == "file_redis":
-        return SqliteJournal(settings.persistence.file_path)
+        path = settings.persistence.file_path
+        private_directory(path.parent)
+        return SqliteJournal(private_file(path))
     raise ServerError(
         f"persistence.mode {mode!r} is not offered by this version: use file_redis (a file) or disabled"
     )

@@ -18,6 +18,8 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from tuft_jupyter.core.feed import Subscription
 from tuft_jupyter.core.shown import public, public_record
+from tuft_jupyter.wire.api import Call
+from tuft_jupyter.wire.routes import ROUTES
 from tuft_jupyter_server.host import Host
 
 COALESCE = 0.12
@@ -41,6 +43,43 @@ class LabState(APIHandler):
         body = {"state": state, "status": self.host.status(self.host.owner)}
         self.set_header("Content-Type", "application/json")
         self.finish(msgspec.json.encode(body))
+
+
+class LabKeys(APIHandler):
+    """GET, POST, PUT, DELETE: the keys of the server, for whoever its lab belongs to; the verbs are the API's."""
+
+    auth_resource = "tuft"
+
+    def initialize(self, host: Host) -> None:
+        self.host = host
+
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        await self._answer("GET", "/tuft/keys")
+
+    @web.authenticated
+    @authorized
+    async def post(self) -> None:
+        await self._answer("POST", "/tuft/keys")
+
+    @web.authenticated
+    @authorized
+    async def put(self, key: str) -> None:
+        await self._answer("PUT", "/tuft/keys/{key}", key)
+
+    @web.authenticated
+    @authorized
+    async def delete(self, key: str) -> None:
+        await self._answer("DELETE", "/tuft/keys/{key}", key)
+
+    async def _answer(self, method: str, path: str, key: str = "") -> None:
+        route = next(each for each in ROUTES if (each.method, each.path) == (method, path))
+        call = Call(self.host.owner, {"key": key}, body=self.request.body)
+        answer = await self.host.api.answer(route, call)
+        self.set_status(answer.status)
+        self.set_header("Content-Type", answer.content_type)
+        self.finish(answer.body)
 
 
 class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
@@ -119,5 +158,7 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
 def handlers(root: str, host: Host) -> list[tuple[str, type[web.RequestHandler], dict[str, Any]]]:
     return [
         (root + "/lab/state", LabState, {"host": host}),
+        (root + "/lab/keys", LabKeys, {"host": host}),
+        (root + "/lab/keys/([^/]+)", LabKeys, {"host": host}),
         (root + "/lab/feed", LabFeed, {"host": host}),
     ]

@@ -18,8 +18,9 @@ from jupyter_server.auth.decorator import allow_unauthenticated
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
-from tuft_jupyter.core.access import TOKEN_PREFIX, KeyRing, digest
+from tuft_jupyter.core.access import TOKEN_PREFIX, Grant, KeyRing
 from tuft_jupyter.core.errors import (
+    Forbidden,
     NotFound,
     NotOffered,
     ServerError,
@@ -58,6 +59,8 @@ class TinkerHandler(RequestHandler):
         self.max_body = max_body
         self.principal = Principal("")
         self.credential = ""
+        self.grant: Grant | None = None
+        self._revoked = False
         self._chunks: list[bytes] = []
         self._size = 0
         self._answering: asyncio.Task[Reply] | None = None
@@ -74,8 +77,9 @@ class TinkerHandler(RequestHandler):
             self.route = self._route()
             if self.route.access is Access.KEY:
                 key = self._key()
-                self.principal = self.keys.principal(key)
-                self.credential = "" if not key or key.startswith(TOKEN_PREFIX) else digest(key)
+                self.grant = self.keys.grant(key)
+                self.principal = self.grant.principal
+                self.credential = "" if not key or key.startswith(TOKEN_PREFIX) else self.grant.digest
             self.limit = min(self.route.max_body, self.max_body)
             announced = self.request.headers.get("Content-Length", "0")
             if announced.isdecimal() and int(announced) > self.limit:
@@ -93,23 +97,40 @@ class TinkerHandler(RequestHandler):
 
     @allow_unauthenticated
     async def get(self, **parts: str) -> None:
-        await self._serve(parts)
+        await self._serve_while_good(parts)
 
     @allow_unauthenticated
     async def post(self, **parts: str) -> None:
-        await self._serve(parts)
+        await self._serve_while_good(parts)
 
     @allow_unauthenticated
     async def put(self, **parts: str) -> None:
-        await self._serve(parts)
+        await self._serve_while_good(parts)
 
     @allow_unauthenticated
     async def delete(self, **parts: str) -> None:
-        await self._serve(parts)
+        await self._serve_while_good(parts)
 
     def on_connection_close(self) -> None:
         """A client that went away is not waited for; the op it asked about goes on."""
         if self._answering is not None:
+            self._answering.cancel()
+
+    async def _serve_while_good(self, parts: Mapping[str, str]) -> None:
+        """Serve, and break off when the caller's key ends, also where a poll is parked or bytes are on their way."""
+        if self.grant is None:
+            await self._serve(parts)
+        else:
+            with self.grant.held(self._key_ended):
+                await self._serve(parts)
+
+    def _key_ended(self) -> None:
+        if self._answering is asyncio.current_task():
+            return  # the request that gives up its own key is told so
+        self._revoked = True
+        if self._headers_written:
+            self.request.connection.stream.close()  # type: ignore[union-attr]
+        elif self._answering is not None:
             self._answering.cancel()
 
     async def _serve(self, parts: Mapping[str, str]) -> None:
@@ -138,6 +159,9 @@ class TinkerHandler(RequestHandler):
         except StreamClosedError:
             log.debug("%s went away during a download", self.request.remote_ip)
         except asyncio.CancelledError:
+            if self._revoked:
+                self._send(error_reply(Forbidden("Invalid API key: it was revoked or expired")))
+                return
             if not self.request.connection.stream.closed():  # type: ignore[union-attr]
                 raise
         except Exception:

@@ -19,7 +19,9 @@ Record kinds and their ``data``:
 ``session_changed``       ``session``, ``project_id``
 ``sampler_joined``        ``sampler``, ``client`` (the number of the client that joined; the first one is 0)
 ``weights_copied``        ``run`` (a closed one that holds the copy), ``args``, ``step``, ``facts``
-``key_revoked``           ``digest`` of the key
+``key_created``           ``id``, ``digest``, ``name``, ``admin``, ``expires``: a key of the record's tenant
+``key_changed``           ``id``, ``digest``, ``expires``
+``key_revoked``           ``id``, ``digest``
 ``model_offered``         ``name``, ``path``: a base model added while the server ran
 ========================  =====================================================================================
 """
@@ -117,6 +119,17 @@ class Checkpoint:
 
 
 @dataclass(slots=True)
+class IssuedKey:
+    """What is kept of a key, by its digest; ``expires`` in seconds since the epoch, None: never."""
+
+    tenant: str
+    created: float
+    name: str = ""
+    admin: bool = False
+    expires: float | None = None
+
+
+@dataclass(slots=True)
 class State:
     """Everything the journal tells, keyed by id. ``n`` is the last record applied."""
 
@@ -128,8 +141,9 @@ class State:
     models: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     """request id -> record that accepted it, while the op has no outcome"""
+    keys: dict[str, IssuedKey] = field(default_factory=dict)
     revoked: set[str] = field(default_factory=set)
-    """digests of keys that their holders gave up"""
+    """digests of keys that are not accepted any more"""
 
 
 def fold(records: Iterable[Record]) -> State:
@@ -336,6 +350,16 @@ def _weights_copied(state: State, record: Record, data: Mapping[str, Any]) -> No
     _saved(state, run, record, data["facts"])
 
 
+def _key_created(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    state.keys[data["digest"]] = IssuedKey(
+        record.tenant, record.time, data["name"], data["admin"], data["expires"]
+    )
+
+
+def _key_changed(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    state.keys[data["digest"]].expires = data["expires"]
+
+
 def _key_revoked(state: State, record: Record, data: Mapping[str, Any]) -> None:
     state.revoked.add(data["digest"])
 
@@ -344,6 +368,8 @@ _HANDLERS = {
     "session_changed": _session_changed,
     "sampler_joined": _sampler_joined,
     "weights_copied": _weights_copied,
+    "key_created": _key_created,
+    "key_changed": _key_changed,
     "key_revoked": _key_revoked,
     "model_offered": _model_offered,
     "session_opened": _session_opened,

@@ -14,6 +14,7 @@ from tuft_jupyter.core.service import Service
 from tuft_jupyter.wire.routes import Route
 from tuft_jupyter.wire.verbs.account import AccountVerbs
 from tuft_jupyter.wire.verbs.base import Call, Host, Reply, error_reply
+from tuft_jupyter.wire.verbs.keys import KeyVerbs
 from tuft_jupyter.wire.verbs.rest import RestVerbs
 from tuft_jupyter.wire.verbs.sampling import SamplingVerbs
 from tuft_jupyter.wire.verbs.search import SearchVerbs
@@ -25,7 +26,16 @@ HOLD_SECONDS = 20.0
 """How long a poll is held: the SDK gives up at 45 or 90 s and never sleeps between polls."""
 
 
-class Api(SessionVerbs, TrainingVerbs, SamplingVerbs, RestVerbs, TransferVerbs, AccountVerbs, SearchVerbs):
+class Api(
+    SessionVerbs,
+    TrainingVerbs,
+    SamplingVerbs,
+    RestVerbs,
+    TransferVerbs,
+    AccountVerbs,
+    KeyVerbs,
+    SearchVerbs,
+):
     def __init__(self, service: Service, host: Host, hold_seconds: float = HOLD_SECONDS) -> None:
         self.service = service
         self.host = host

@@ -243,6 +243,13 @@ class AddModel(Message):
     model: str
 
 
+class CreateKey(Message):
+    tenant: str
+    name: str = ""
+    ttl_seconds: float | None = None
+    admin: bool = False
+
+
 class Nothing(Message):
     """A body that is read over."""
 

@@ -224,6 +224,10 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("GET", "/tuft/status", "status", "Readiness: what is loaded, and what the server waits for."),
     Route("POST", "/tuft/models", "add_model", "Offer one more base model and load it.", m.AddModel),
+    Route("GET", "/tuft/keys", "list_keys", "The caller's keys without the keys; for an admin, everybody's."),
+    Route("POST", "/tuft/keys", "create_key", "Make a key for a tenant (admins only).", m.CreateKey),
+    Route("PUT", "/tuft/keys/{key}", "expire_key", "Give a key an end, or none (admins only).", m.SetTtl),
+    Route("DELETE", "/tuft/keys/{key}", "drop_key", "Revoke a key, at once and for good."),
     Route("GET", "/tuft/tokenizer", "tokenizer", "A base model's tokenizer files (?model=NAME), as text."),
 )
 

@@ -35,7 +35,7 @@ class AccountVerbs(Verbs):
         return reply({"key_id": number, "name": name, "note": "", "details": details})
 
     async def revoke_key(self, call: Call) -> Reply:
-        await self.host.revoke_key(call.principal, _credential(call))
+        await self.host.keybook.revoke_digest(call.principal, _credential(call))
         return reply({})
 
     async def usage_events(self, call: Call) -> Reply:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from tuft_jupyter.core.errors import Overloaded, TuftError, UserError
+from tuft_jupyter.core.keys import KeyBook
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import JSON, ModelCard, Principal
 from tuft_jupyter.wire.archive import Stream
@@ -70,15 +71,13 @@ class Host(Protocol):
     """What the api asks of the server around it."""
 
     tickets: Tickets
+    keybook: KeyBook
 
     def status(self, principal: Principal) -> dict[str, Any]:
         """Readiness in words and numbers, as the lab and ``%tuft status`` show it."""
 
     async def add_model(self, principal: Principal, model: str) -> ModelCard:
         """Offer one more base model and begin to load it."""
-
-    async def revoke_key(self, principal: Principal, credential: str) -> None:
-        """Accept the key with this digest no more, also after a restart."""
 
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         """The model's tokenizer files by name, as text."""

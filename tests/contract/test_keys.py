@@ -1,0 +1,169 @@
+"""Keys over real HTTP: made and revoked by admins, gone within a second wherever they are in use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from examples.run_on_server import Server as JupyterServer
+from tests.contract.test_http import BOB_KEY, Server, on_server, refusal
+from tests.support.live import environment, python
+from tuft_jupyter.core.journal import SqliteJournal
+
+PARKED = 100
+
+
+async def parked(server: Server, key: str) -> list[asyncio.Task[object]]:
+    """As many polls as PARKED for an answer that does not come."""
+    run = await server.new_run(key)
+    server.host.engines.trainer.gate.clear()
+    step = {"model_id": run, "seq_id": 2, "adam_params": {"learning_rate": 1e-4}}
+    promise = await server.post("/optim_step", step, key)
+    server.client.close()
+    server.client = type(server.client)(force_instance=True, max_clients=PARKED + 10)
+    asking = [
+        asyncio.ensure_future(
+            server.ask("POST", "/retrieve_future", {"request_id": promise["request_id"]}, key)
+        )
+        for _ in range(PARKED)
+    ]
+    waiting = server.host.ledger.promises._promises[promise["request_id"]]
+    while waiting.waiters is None or len(waiting.waiters._waiters) < PARKED:  # noqa: ASYNC110 - they park one by one
+        await asyncio.sleep(0.01)
+    return asking
+
+
+def test_a_revoked_key_stops_within_a_second_also_where_a_hundred_polls_are_parked(tmp_path: Path) -> None:
+    """T7."""
+
+    async def body(server: Server) -> None:
+        made = await server.post("/tuft/keys", {"tenant": "carol", "name": "laptop"})
+        asking = await parked(server, made["key"])
+        began = time.monotonic()
+        assert (await server.ask("DELETE", f"/tuft/keys/{made['id']}")).code == 200
+        answers = await asyncio.gather(*asking)
+        assert time.monotonic() - began < 1.0
+        assert {answer.code for answer in answers} == {403}
+        assert "revoked" in refusal(answers[0])
+        assert (await server.ask("GET", "/sessions", key=made["key"])).code == 403
+        server.host.engines.trainer.gate.set()
+
+    on_server(tmp_path, body)
+
+
+def test_a_key_that_expires_ends_parked_polls_too(tmp_path: Path) -> None:
+    """T7."""
+
+    async def body(server: Server) -> None:
+        made = await server.post("/tuft/keys", {"tenant": "carol"})
+        asking = await parked(server, made["key"])
+        changed = await server.ask("PUT", f"/tuft/keys/{made['id']}", {"ttl_seconds": 0.2})
+        assert changed.code == 200
+        began = time.monotonic()
+        answers = await asyncio.gather(*asking)
+        assert time.monotonic() - began < 1.2
+        assert {answer.code for answer in answers} == {403}
+        server.host.engines.trainer.gate.set()
+
+    on_server(tmp_path, body)
+
+
+def test_tenants_see_their_own_keys_and_only_admins_make_them(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        made = await server.post("/tuft/keys", {"tenant": "bob", "ttl_seconds": 3600})
+        own = json.loads((await server.ask("GET", "/tuft/keys", key=BOB_KEY)).body)["keys"]
+        assert {key["tenant"] for key in own} == {"bob"}
+        assert len(own) == 2
+        assert "tml-" not in json.dumps(own)
+        assert "admins" in refusal(await server.ask("POST", "/tuft/keys", {"tenant": "bob"}, BOB_KEY))
+        server_key = next(
+            key["id"]
+            for key in json.loads((await server.ask("GET", "/tuft/keys")).body)["keys"]
+            if key["source"] == "server"
+        )
+        foreign = await server.ask("DELETE", f"/tuft/keys/{server_key}", key=BOB_KEY)
+        missing = await server.ask("DELETE", "/tuft/keys/0123456789ab", key=BOB_KEY)
+        assert (foreign.code, missing.code) == (404, 404)
+        assert refusal(foreign).replace(server_key, "0123456789ab") == refusal(missing)
+        assert (await server.ask("DELETE", f"/tuft/keys/{made['id']}", key=BOB_KEY)).code == 200
+
+    on_server(tmp_path, body)
+
+
+def test_keys_are_made_at_the_command_line_with_and_without_a_running_server(tmp_path: Path) -> None:
+    """T7; `tuft keys` writes the journal of a server that is down, and asks one that runs."""
+    env = environment(tmp_path)
+    cli = "import sys; from tuft_jupyter.cli import main; sys.exit(main(sys.argv[1:]))"
+    made = python(cli, env, "keys", "create", "bob", "--expires", "30d", "--offline")
+    assert made.returncode == 0, made.stderr
+    key = made.stdout.splitlines()[0]
+    assert key.startswith("tml-")
+    assert "refuses" not in made.stderr
+    named = python(cli, env, "keys", "list", "--offline").stdout
+    assert "bob" in named
+    assert key not in named
+
+    async def body(server: Server) -> None:
+        assert (await server.ask("GET", "/sessions", key=key)).code == 200
+        number = next(line.split()[0] for line in named.splitlines() if "bob" in line)
+        root = f"http://127.0.0.1:{server.port}/user/alice/tuft"
+        address = ("--address", root)
+        with_key = {**env, "TUFT_API_KEY": server.host.key}
+        done = await asyncio.to_thread(python, cli, with_key, "keys", "revoke", number, *address)
+        assert done.returncode == 0, done.stderr
+        assert (await server.ask("GET", "/sessions", key=key)).code == 403
+        again = await asyncio.to_thread(python, cli, with_key, "keys", "revoke", "nobody", *address)
+        assert again.returncode == 1
+        assert "does not exist" in again.stderr
+        locked = await asyncio.to_thread(python, cli, env, "keys", "list", "--offline")
+        assert locked.returncode == 1
+        assert "Traceback" not in locked.stderr
+
+    on_server(tmp_path / "tuft", body)
+
+
+def test_what_a_server_writes_is_its_owner_s_alone(tmp_path: Path) -> None:
+    """P5: whatever the umask says; bodies of requests stand in the journal."""
+    old = os.umask(0o000)
+    try:
+
+        async def body(server: Server) -> None:
+            await server.new_run()
+            assert isinstance(server.host.journal, SqliteJournal)
+
+        on_server(tmp_path / "tuft", body)
+    finally:
+        os.umask(old)
+    home = tmp_path / "tuft"
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    found = [path for path in home.iterdir() if path.is_file() and path.suffix != ".lock"]
+    assert {path.name for path in found} >= {"credentials", "signing_secret", "journal.sqlite"}
+    for path in found:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    assert stat.S_IMODE((home / "checkpoints").stat().st_mode) == 0o700
+
+
+def test_the_lab_makes_and_revokes_keys_under_jupyter_s_own_protection(alice: JupyterServer) -> None:
+    """T5: the lab's routes check Jupyter's identity and its XSRF token."""
+    made = alice.request("POST", "tuft/lab/keys", {"tenant": "dave", "name": "from the lab"})
+    assert made["key"].startswith("tml-")
+    listed = alice.request("GET", "tuft/lab/keys")["keys"]
+    assert "from the lab" in {key["name"] for key in listed}
+    assert alice.request("PUT", f"tuft/lab/keys/{made['id']}", {"ttl_seconds": 60})["expires"] > time.time()
+    assert alice.request("DELETE", f"tuft/lab/keys/{made['id']}") == {}
+    for headers in ({}, {"X-API-Key": made["key"]}, {"Origin": "http://trusted.example.com.evil.com"}):
+        request = urllib.request.Request(
+            f"{alice.url}tuft/lab/keys", data=b'{"tenant": "eve"}', headers=headers, method="POST"
+        )
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
+        assert refused.value.code in (403, 404), headers  # a foreign origin is told of no such page
+    assert "eve" not in {key["tenant"] for key in alice.request("GET", "tuft/lab/keys")["keys"]}
