@@ -1,15 +1,18 @@
 """How long a light tenant waits beside a heavy one: 1 x 16 tokens beside 32 x 256 tokens, three deep.
 
-The light tenant's steps are timed alone and beside, in turn, against the same server.
+The light tenant's steps are timed alone and beside, in turn, against the same server. The heavy tenant is a process of
+its own, as people are: in one process the two clients would wait for each other's interpreter.
 """
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,11 @@ ROUNDS = 3
 CALLS = 12
 DEPTH = 3
 RATIO = 3.0
-KEYS = {"tml-light": "light", "tml-heavy": "heavy"}
-CONFIG = """
-supported_models: [{model_name: tuft/demo, max_lora_rank: 64}]
-authorized_users: {tml-light: light, tml-heavy: heavy}
-persistence: {mode: file_redis, file_path: journal.sqlite}
+LIGHT, HEAVY = "tml-light", "tml-heavy"
+CONFIG = f"""
+supported_models: [{{model_name: tuft/demo, max_lora_rank: 64}}]
+authorized_users: {{{LIGHT}: light, {HEAVY}: heavy}}
+persistence: {{mode: file_redis, file_path: journal.sqlite}}
 """
 
 
@@ -33,21 +36,37 @@ def client(url: str, key: str) -> Any:
     return tinker.ServiceClient(base_url=f"{url.rstrip('/')}/tuft", api_key=key)
 
 
-def keep_busy(heavy: Any, stop: threading.Event) -> None:
-    """Keep ``DEPTH`` large batches of the heavy tenant queued until told to stop."""
+def be_heavy(url: str) -> None:
+    """Keep ``DEPTH`` large batches queued until the standard input ends; say so once they are."""
     from tinker import types
 
-    training = heavy.create_lora_training_client(base_model=MODEL, rank=RANK, seed=2).result()
+    training = client(url, HEAVY).create_lora_training_client(base_model=MODEL, rank=RANK, seed=2).result()
     data, adam = sdk_data(tokens_of(32, 256)), types.AdamParams(learning_rate=1e-4)
     queued: list[Any] = []
+    stop = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
     while not stop.is_set():
         while len(queued) < DEPTH:
             queued.append((training.forward_backward(data, "cross_entropy"), training.optim_step(adam)))
         for future in queued.pop(0):
             future.result()
+        print("busy", flush=True)
     for pair in queued:
         for future in pair:
             future.result()
+
+
+@contextlib.contextmanager
+def heavy_tenant(url: str) -> Iterator[None]:
+    """Another user's process, with its queue full."""
+    command = [sys.executable, __file__, url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "busy\n"
+        yield
+        process.stdin.close()
+        process.stdout.read()
 
 
 def timed(step: Callable[[], object], calls: int) -> list[float]:
@@ -64,20 +83,14 @@ def measure() -> list[Row]:
         config = Path(scratch) / "tuft.yaml"
         config.write_text(CONFIG)
         with server(TUFT_CONFIG=str(config)) as started:
-            light = SdkLoop(client(started.url, "tml-light"), tokens_of(1, 16))
-            heavy = client(started.url, "tml-heavy")
+            light = SdkLoop(client(started.url, LIGHT), tokens_of(1, 16))
             timed(light.step, CALLS)
             alone: list[float] = []
             beside: list[float] = []
             for _ in range(ROUNDS):
                 alone += timed(light.step, CALLS)
-                stop = threading.Event()
-                load = threading.Thread(target=keep_busy, args=(heavy, stop))
-                load.start()
-                time.sleep(1.0)  # until the heavy tenant's queue is full
-                beside += timed(light.step, CALLS)
-                stop.set()
-                load.join()
+                with heavy_tenant(started.url):
+                    beside += timed(light.step, CALLS)
     return [
         Row(
             "light tenant alone, median / p95",
@@ -92,4 +105,7 @@ def measure() -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(not show(measure()))
+    if len(sys.argv) > 1:
+        be_heavy(sys.argv[1])
+    else:
+        sys.exit(not show(measure()))

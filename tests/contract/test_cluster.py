@@ -28,7 +28,13 @@ from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.types import PROTOBUF, ModelCard, OpKind
 from tuft_jupyter.engine import ray_place
-from tuft_jupyter.engine.cluster import SECRETS, ClusterSamplingEngine, ClusterTrainingEngine, Engines
+from tuft_jupyter.engine.cluster import (
+    SECRETS,
+    ClusterSamplingEngine,
+    ClusterTrainingEngine,
+    Engines,
+    log_tail,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -322,6 +328,27 @@ def test_a_broken_sampler_ends_its_process(sampling: ClusterSamplingEngine, runn
         await asyncio.to_thread(process.wait, 5)
         with pytest.raises(EngineDied):
             await sampling.sample("s", None, sample_body(1))
+
+    runner.run(scenario())
+
+
+def test_a_sampler_that_hangs_ends_its_process_and_says_where(
+    sampling: ClusterSamplingEngine, runner: asyncio.Runner
+) -> None:
+    """F10: whoever waits hears of a death, which a new worker mends."""
+    sampling.actor_class = actors.FaultySamplingActor
+
+    async def scenario() -> None:
+        await sampling.start()
+        actor = sampling._actor
+        assert actor is not None
+        with pytest.raises(EngineDied):
+            await sampling.sample("r", None, sample_body(actors.HANG))
+        said = "".join(log_tail(actor.session.logs, actor.pid, 200))
+        assert "Timeout" in said
+        assert "fake_engine.py" in said
+        await sampling.start()
+        good(await sampling.sample("s", None, sample_body(1)))
 
     runner.run(scenario())
 

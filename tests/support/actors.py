@@ -7,6 +7,7 @@ import sys
 
 from tests.support.fake_engine import FakeSampler, FakeTrainer, Faults
 from tuft_jupyter.core.engine import Sampler, Trainer
+from tuft_jupyter.engine import sampling_worker
 from tuft_jupyter.engine.actors import SamplingActor, TrainingActor
 
 HANG = 7
@@ -35,10 +36,10 @@ class DyingTrainingActor(TrainingActor):
 
 
 class FaultySamplingActor(SamplingActor):
-    """Its sampler breaks on cue, by token."""
+    """Its sampler breaks or hangs on cue, by token."""
 
     def setup_device(self) -> None:
-        pass
+        sampling_worker.HUNG_SECONDS = 0.5
 
     def sampler(self) -> Sampler:
-        return FakeSampler(Faults(raise_on=BREAK))
+        return FakeSampler(Faults(raise_on=BREAK, hang_on=HANG))

@@ -100,6 +100,11 @@ class ForwardBackward:
     loss_config: Mapping[str, float | str] = field(default_factory=dict)
     backward: bool = True
 
+    @property
+    def tokens(self) -> int:
+        """Input tokens of all datums together."""
+        return sum(len(datum.tokens) for datum in self.data)
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:

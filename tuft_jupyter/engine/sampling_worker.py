@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import threading
 import time
@@ -21,6 +22,11 @@ from tuft_jupyter.core.types import SAMPLED, SampleResult
 from tuft_jupyter.wire.sample_codec import decode_sample_request, encode_sample_response
 
 log = logging.getLogger(__name__)
+
+HUNG_SECONDS = 900.0
+"""A step that takes longer hangs: the process writes where, and ends, so that a new one can take over."""
+REARM_SECONDS = 60.0
+"""How often that is put off while all is well; setting the timer costs a quarter of a millisecond."""
 
 Waiting = tuple[asyncio.AbstractEventLoop, asyncio.Future[SampleResult | TuftError]]
 
@@ -108,11 +114,25 @@ class SamplingWorker:
         return True
 
     def _serve(self) -> None:
+        try:
+            self._step_while_busy()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _step_while_busy(self) -> None:
+        watched_since = 0.0
         while True:
             with self._changed:
+                if not self.sampler.busy():
+                    faulthandler.cancel_dump_traceback_later()
+                    watched_since = 0.0
                 self._changed.wait_for(lambda: self._closed or self.sampler.busy())
                 if self._closed:
                     return
+            if time.monotonic() - watched_since > REARM_SECONDS:
+                # A timer of its own that needs no interpreter: a step may hang with the lock in its hands
+                faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
+                watched_since = time.monotonic()
             try:
                 ended = self.sampler.step()
             except Exception as error:

@@ -15,7 +15,8 @@ from tuft_jupyter.core.types import ForwardBackward, ForwardBackwardResult
 
 @dataclass(slots=True)
 class Sliced:
-    """``cursor`` is the next datum; ``tokens`` and ``engine_ms`` count what was worked on so far."""
+    """``cursor`` is the next datum; ``tokens`` and ``engine_ms`` count what was worked on so far, ``engine_ms`` as this
+    run's share, by tokens, of passes that it had in common with others."""
 
     run: str
     request: ForwardBackward
@@ -49,7 +50,7 @@ class Sliced:
 
     def add(self, part: ForwardBackward, result: ForwardBackwardResult, engine_ms: float) -> None:
         self.cursor += len(part.data)
-        self.tokens += sum(len(datum.tokens) for datum in part.data)
+        self.tokens += part.tokens
         self.engine_ms += engine_ms
         self.parts.append(result)
 

@@ -123,13 +123,13 @@ class TrainingWorker:
                     task, _unexpected(task, error), dirty=sliced.request.backward
                 )
             return outcomes
-        engine_ms = (time.perf_counter() - began) * 1e3
+        ms_per_token = (time.perf_counter() - began) * 1e3 / sum(part.tokens for _, _, _, part in batch)
         for (position, task, sliced, part), result in zip(batch, results, strict=True):
             if isinstance(result, TuftError):
                 self._unfinished.pop(task.request_id, None)
                 outcomes[position] = self._failed(task, result, dirty=sliced.dirty)
                 continue
-            sliced.add(part, result, engine_ms)
+            sliced.add(part, result, ms_per_token * part.tokens)
             outcomes[position] = self._progress(task, sliced)
         return outcomes
 
@@ -195,7 +195,7 @@ class TrainingWorker:
             return {
                 position: self._failed(task, _unexpected(task, error), dirty=True) for position, task in batch
             }
-        engine_ms = (time.perf_counter() - began) * 1e3
+        engine_ms = (time.perf_counter() - began) * 1e3 / len(batch)
         outcomes = {}
         for (position, task), (_, adam), result in zip(batch, params, results, strict=True):
             if isinstance(result, TuftError):
