@@ -23,6 +23,7 @@ from tuft_jupyter.kernel.connect import (
     is_initialized,
     shutdown,
 )
+from tuft_jupyter.kernel.continuity import resume, runs
 
 __all__ = [
     "PersistenceConfig",
@@ -31,6 +32,8 @@ __all__ = [
     "get_service_client",
     "init",
     "is_initialized",
+    "resume",
+    "runs",
     "shutdown",
 ]
 

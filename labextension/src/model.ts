@@ -46,6 +46,8 @@ export interface IRun {
   created: number;
   status: 'creating' | 'ready' | 'failed' | 'closed';
   error: string | null;
+  /** Why the last operation failed, or null if it did not. */
+  last_error: string | null;
   step: number;
   tokens: number;
   /** Accepted operations without an outcome. */
@@ -172,7 +174,8 @@ const HANDLERS = new Map<string, Handler>([
   ['sampler_opened', samplerOpened],
   ['checkpoint_changed', checkpointChanged],
   ['weights_copied', weightsCopied],
-  ['run_closed', runClosed]
+  ['run_closed', runClosed],
+  ['run_resumed', runResumed]
 ]);
 
 function createsRun(op: string): boolean {
@@ -218,6 +221,7 @@ function newRun(record: IRecord, data: Data): IRun {
     created: record.time,
     status: 'creating',
     error: null,
+    last_error: null,
     step: 0,
     tokens: 0,
     pending: 0,
@@ -243,6 +247,7 @@ function opDone(state: IState, record: IRecord, data: Data): void {
     return;
   }
   run.pending -= 1;
+  run.last_error = null;
   const facts: Data = data.facts ?? {};
   if (createsRun(data.op)) {
     run.status = 'ready';
@@ -319,6 +324,7 @@ function opFailed(state: IState, _: IRecord, data: Data): void {
     return;
   }
   run.pending -= 1;
+  run.last_error = data.error;
   if (createsRun(data.op) && run.status === 'creating') {
     run.status = 'failed';
     run.error = data.error;
@@ -357,5 +363,12 @@ function runClosed(state: IState, _: IRecord, data: Data): void {
   const run = state.runs.get(data.run);
   if (run) {
     run.status = 'closed';
+  }
+}
+
+function runResumed(state: IState, _: IRecord, data: Data): void {
+  const run = state.runs.get(data.run);
+  if (run) {
+    run.session = data.session;
   }
 }

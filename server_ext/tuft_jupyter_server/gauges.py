@@ -26,6 +26,7 @@ class Gauges:
         self.workers = workers
         self.latest: dict[str, Any] = {}
         self._watchers = 0
+        self._sampled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._processes: dict[int, psutil.Process] = {}
 
@@ -43,6 +44,12 @@ class Gauges:
                 self._task.cancel()
                 self._task = None
 
+    async def fresh(self) -> dict[str, Any]:
+        """The next sample, within two intervals."""
+        with self.watched():
+            await self._sampled.wait()
+            return self.latest
+
     async def _sample_for_ever(self) -> None:
         while True:
             workers = self.workers()
@@ -51,6 +58,8 @@ class Gauges:
             await asyncio.sleep(INTERVAL)
             late = time.perf_counter() - asked - INTERVAL
             self.latest = {**sample, "loop_lag_ms": round(max(late, 0.0) * 1000, 2)}
+            self._sampled.set()
+            self._sampled.clear()
 
     def _sample(self, workers: list[tuple[str, int]]) -> dict[str, Any]:
         memory = psutil.virtual_memory()

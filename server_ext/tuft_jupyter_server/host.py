@@ -168,6 +168,9 @@ class Host:
         self.service.driver(card.name).wake()
         return card
 
+    async def measured(self) -> dict[str, Any]:
+        return await self.gauges.fresh()
+
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in models.tokenizer_files(card)}
 

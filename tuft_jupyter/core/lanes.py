@@ -129,6 +129,11 @@ class Lanes:
         while len(seen) > REMEMBERED:
             seen.popitem(last=False)
 
+    def next_seq(self, run: str) -> int:
+        """A number that no op of this run was sent under: what a client that takes over begins with."""
+        lane = self.by_run.get(run)
+        return max(lane.seen, default=0) + 1 if lane else 1
+
     def forget(self, run: str, seq: int) -> None:
         """Undo :meth:`remember` for a request that could not be accepted after all."""
         self.by_run[run].seen.pop(seq, None)

@@ -215,13 +215,26 @@ class Runs:
         found = self.live(principal, run)
         return await self._accept(found, OpKind.UNLOAD_MODEL, -1, {}, raw)
 
+    async def resume(self, principal: Principal, run: str, session: str) -> Run:
+        """Let another session of the same tenant go on with a run; the ops it has accepted are not disturbed."""
+        found = self.get(principal, run)
+        self._usable(found)
+        if self.sessions.live(principal, session).tenant != found.tenant:
+            raise UserError(f"session_id: {session!r} belongs to somebody else than model {run!r}")
+        if session != found.session:
+            await self.ledger.record("run_resumed", found.tenant, {"run": run, "session": session})
+        return found
+
     def live(self, principal: Principal, run: str) -> Run:
         found = self.get(principal, run)
-        if found.status in ("failed", "closed"):
-            why = found.error or "it was unloaded"
-            raise UserError(f"model {run!r} cannot be used any more: {why}")
+        self._usable(found)
         self.sessions.live(principal, found.session)
         return found
+
+    @staticmethod
+    def _usable(run: Run) -> None:
+        if run.status in ("failed", "closed"):
+            raise UserError(f"model {run.id!r} cannot be used any more: {run.error or 'it was unloaded'}")
 
     def _lora(self, card: ModelCard, lora: Mapping[str, Any]) -> LoraSpec:
         rank, limit = lora["rank"], card.max_rank or self.limits.max_rank

@@ -68,6 +68,7 @@ def _public_run(run: Run) -> dict[str, Any]:
         "created": run.created,
         "status": run.status,
         "error": run.error,
+        "last_error": run.last_error,
         "step": run.step,
         "tokens": run.tokens,
         "pending": run.pending,

@@ -16,6 +16,7 @@ Record kinds and their ``data``:
 ``checkpoint_changed``    ``path`` and any of ``expires``, ``public``, ``deleted``
 ``run_snapshot``          ``run``, ``directory``, ``covers`` (the highest record whose op the snapshot contains)
 ``run_closed``            ``run``, ``reason``
+``run_resumed``           ``run``, ``session``: the session that trains it from now on
 ``session_changed``       ``session``, ``project_id``
 ``sampler_joined``        ``sampler``, ``client`` (the number of the client that joined; the first one is 0)
 ``weights_copied``        ``run`` (a closed one that holds the copy), ``args``, ``step``, ``facts``
@@ -59,7 +60,7 @@ class Run:
     ``loss`` of a step is the loss per weighted token (nats) over the passes since the step before.
     ``pending`` counts accepted ops without an outcome. ``snapshot`` is the directory that replay can start
     from and ``covers`` the record it contains; ops done after it are in ``replay`` (record numbers of their
-    acceptance).
+    acceptance). ``error`` says why a run failed, ``last_error`` why its last op did (None if that one succeeded).
     """
 
     id: str
@@ -71,6 +72,7 @@ class Run:
     user_metadata: dict[str, str] = field(default_factory=dict)
     status: str = "creating"
     error: str | None = None
+    last_error: str | None = None
     last_request: float = 0.0
     step: int = 0
     tokens: int = 0
@@ -202,6 +204,7 @@ def _op_done(state: State, record: Record, data: Mapping[str, Any]) -> None:
     run = state.runs[data["run"]]
     accepted = state.accepted.pop(data["request_id"], 0)
     run.pending -= 1
+    run.last_error = None
     facts = data.get("facts") or {}
     run.engine_ms += facts.get("engine_ms", 0.0)
     kind = OpKind(data["op"])
@@ -274,6 +277,7 @@ def _op_failed(state: State, record: Record, data: Mapping[str, Any]) -> None:
     run = state.runs[data["run"]]
     state.accepted.pop(data["request_id"], None)
     run.pending -= 1
+    run.last_error = data["error"]
     if data["op"] in CREATES_RUN and run.status == "creating":
         run.status = "failed"
         run.error = data["error"]
@@ -315,6 +319,12 @@ def _run_closed(state: State, record: Record, data: Mapping[str, Any]) -> None:
     run = state.runs.get(data["run"])
     if run is not None:
         run.status = "closed"
+
+
+def _run_resumed(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    run = state.runs.get(data["run"])
+    if run is not None:
+        run.session = data["session"]
 
 
 def _model_offered(state: State, record: Record, data: Mapping[str, Any]) -> None:
@@ -381,4 +391,5 @@ _HANDLERS = {
     "checkpoint_changed": _checkpoint_changed,
     "run_snapshot": _run_snapshot,
     "run_closed": _run_closed,
+    "run_resumed": _run_resumed,
 }

@@ -15,12 +15,15 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 PROBE_SECONDS = 2.0
 CALL_SECONDS = 30.0
 MAX_ANSWER = 256 * 2**20
+CHUNK = 2**20
 
 
 class Unreachable(Exception):
@@ -84,6 +87,50 @@ class Client:
         query = urllib.parse.urlencode({"model": model})
         files = self.call("GET", f"tuft/tokenizer?{query}")["files"]
         return {str(name): str(text) for name, text in files.items()}
+
+    def outlook(self, seen: str = "", timeout: float = CALL_SECONDS) -> dict[str, Any]:
+        """How the key's own work stands. With the ``version`` last seen, the answer waits for another (20 s)."""
+        query = f"?{urllib.parse.urlencode({'seen': seen})}" if seen else ""
+        return self.call("GET", f"tuft/outlook{query}", timeout=timeout)
+
+    def curve(self, run: str, start: int = 0) -> dict[str, list[Any]]:
+        """The columns of a run's curve, one entry per optimizer step, from entry ``start`` on."""
+        answer = self.call("GET", f"tuft/runs/{urllib.parse.quote(run)}/curve?start={start}")
+        columns: dict[str, list[Any]] = answer["columns"]
+        return columns
+
+    def resume(self, run: str, session: str) -> dict[str, Any]:
+        """Let ``session`` go on with a live run; ``step``, ``pending`` and ``next_seq`` of it."""
+        path = f"tuft/runs/{urllib.parse.quote(run)}/resume"
+        return self.call("POST", path, {"session_id": session})
+
+    def gauges(self) -> dict[str, Any]:
+        """What the server's machine does, measured within the last two seconds."""
+        return self.call("GET", "tuft/gauges")
+
+    def checkpoint(self, method: str, path: str, verb: str = "") -> dict[str, Any]:
+        """A verb of a checkpoint's route, by its ``tinker://run/kind/name`` path."""
+        run, kind, name = path.removeprefix("tinker://").split("/", 2)
+        route = f"training_runs/{urllib.parse.quote(run)}/checkpoints/{kind}/{urllib.parse.quote(name)}"
+        return self.call(method, f"{route}/{verb}" if verb else route)
+
+    def save(self, url: str, target: Path) -> Iterator[int]:
+        """Fetch a signed address of this server into a file, whole or not at all; yields the bytes so far."""
+        parts = urllib.parse.urlsplit(self.address)
+        here = urllib.parse.urlsplit(url)._replace(scheme=parts.scheme, netloc=parts.netloc).geturl()
+        fresh = target.with_name(f".{target.name}.part")
+        try:
+            with _opener(here).open(here, timeout=CALL_SECONDS) as response, fresh.open("wb") as file:
+                while chunk := response.read(CHUNK):
+                    file.write(chunk)
+                    yield file.tell()
+            fresh.replace(target)
+        except urllib.error.HTTPError as error:
+            raise Refused(error.code, _words(error)) from None
+        except (http.client.HTTPException, TimeoutError, urllib.error.URLError) as error:
+            raise Unreachable(str(getattr(error, "reason", error))) from None
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float = CALL_SECONDS

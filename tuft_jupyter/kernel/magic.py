@@ -1,7 +1,7 @@
-"""``%tuft``: connect, look, disconnect, from a notebook cell.
+"""``%tuft``: everything about fine-tuning that is typed into a cell and is not Python.
 
-A thin skin over :mod:`~tuft_jupyter.kernel.connect`: it reads the line, shows what comes back as rich output,
-and turns every failure into one sentence (the cell still counts as failed, so "run all" stops there).
+A thin skin over the command table: it reads the line, shows what comes back as rich output, and turns every failure
+into one sentence (the cell still counts as failed, so "run all" stops there).
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ from typing import Any, NoReturn
 
 from IPython.core.magic import Magics, line_magic, magics_class
 
-from tuft_jupyter.kernel import connect, doctor
+from tuft_jupyter.kernel.commands.command import Text
+from tuft_jupyter.kernel.commands.table import COMMANDS
 from tuft_jupyter.kernel.errors import TuftConnectionError
-from tuft_jupyter.kernel.report import Table
 
-VERBS = ("init", "status", "shutdown", "config", "doctor")
-OPTIONS = {
-    "init": ("--model", "--address", "--config", "--here", "--help", "tuft/demo"),
-    "config": ("--show",),
-}
+VERBS = {command.name: command for command in COMMANDS}
 
 
 class _Help(Exception):
@@ -43,24 +39,12 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="%tuft", description="Fine-tuning as a notebook primitive.")
     verbs = top.add_subparsers(dest="verb", metavar="{" + ",".join(VERBS) + "}", parser_class=_Parser)
-    init = verbs.add_parser(
-        "init",
-        help="connect to the TuFT server of this notebook, or start one",
-        description="Connect to the TuFT server of this notebook, or start one. Afterwards "
-        "tinker.ServiceClient() works without arguments.",
-        epilog="Example: %%tuft init tuft/demo",
-    )
-    init.add_argument("model", nargs="?", help="base model: a directory, a hub id, or tuft/demo")
-    init.add_argument("--model", "-m", dest="model_option", metavar="M", help="the same, as an option")
-    init.add_argument("--address", metavar="URL", help="connect to this server and no other")
-    init.add_argument("--config", "-c", metavar="FILE", help="configuration of the server, if one is started")
-    init.add_argument("--here", action="store_true", help="ignore a TINKER_BASE_URL of your own")
-    verbs.add_parser("status", help="what this kernel is connected to, and what is loaded there")
-    verbs.add_parser("shutdown", help="disconnect; a server that this kernel started is stopped")
-    config = verbs.add_parser("config", help="print the configuration that would be generated")
-    config.add_argument("--show", action="store_true", help="print it (the default)")
-    config.add_argument("model", nargs="?", default=None)
-    verbs.add_parser("doctor", help="versions, interpreters and what is missing")
+    for command in COMMANDS:
+        example = f"Example: {command.example}".replace("%", "%%") if command.example else None
+        below = verbs.add_parser(
+            command.name, help=command.help, description=command.description or command.help, epilog=example
+        )
+        command.options(below)
     return top
 
 
@@ -75,51 +59,17 @@ def run(line: str) -> Any:
             [word.replace("model=", "--model=", 1) if word.startswith("model=") else word for word in words]
         )
     except _Help as text:
-        return _Text(str(text))
-    match arguments.verb:
-        case "init":
-            connect.init(
-                arguments.model_option or arguments.model,
-                address=arguments.address,
-                config=arguments.config,
-                here=arguments.here,
-            )
-            return None
-        case "status":
-            return _status()
-        case "shutdown":
-            was_on = connect.is_initialized()
-            connect.shutdown()
-            return _Text("TuFT: disconnected." if was_on else "TuFT: was not connected.")
-        case "config":
-            return _Text(doctor.shown_config(arguments.model))
-        case "doctor":
-            return Table("TuFT doctor", doctor.findings())
-        case _:
-            return _Text(parser().format_help())
-
-
-def _status() -> Table:
-    connection = connect.current()
-    if connection is None:
-        return Table("TuFT: not connected", [("next", "%tuft init (or %tuft init tuft/demo) connects")])
-    return connection.table()
-
-
-class _Text(str):
-    """Text that the notebook shows as it is, without quotation marks."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
+        return Text(str(text))
+    if arguments.verb is None:
+        return Text(parser().format_help())
+    return VERBS[arguments.verb].run(arguments)
 
 
 @magics_class
 class TuftMagics(Magics):
     @line_magic
     def tuft(self, line: str) -> Any:
-        """Fine-tuning as a notebook primitive: ``%tuft init [MODEL]``, ``%tuft status``, ``%tuft shutdown``.
+        """Fine-tuning as a notebook primitive: ``%tuft init [MODEL]``, ``%tuft runs``, ``%tuft resume`` ...
 
         ``%tuft --help`` and ``%tuft init --help`` say more.
         """
@@ -127,13 +77,19 @@ class TuftMagics(Magics):
 
 
 def complete(_: Any, event: Any) -> list[str]:
-    """Tab completion for ``%tuft``: the verbs, then the options of the verb."""
+    """Tab completion for ``%tuft``: the verbs, then the verb's options and what it can be given."""
     words = event.line.split()
     if event.line.endswith(" "):
         words.append("")
+    words = words[words.index("%tuft") :] if "%tuft" in words else words
     if len(words) <= 2:
         return list(VERBS)
-    return list(OPTIONS.get(words[1], ()))
+    command = VERBS.get(words[1])
+    if command is None:
+        return []
+    options = _Parser()
+    command.options(options)
+    return [*(name for action in options._actions for name in action.option_strings), *command.complete()]
 
 
 def load(shell: Any) -> None:

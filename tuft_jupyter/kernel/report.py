@@ -20,6 +20,8 @@ CARD = (
 ROWS = "margin: 4px 0; color: inherit; font-size: inherit;"
 FAINT = "color: var(--jp-ui-font-color2, #666); padding-right: 12px; text-align: left; vertical-align: top;"
 PLAIN_CELL = "text-align: left; vertical-align: top;"
+NUMBER = "text-align: right; vertical-align: top; font-variant-numeric: tabular-nums;"
+BAR = '<progress style="width: 6em; height: 0.7em; vertical-align: middle; accent-color: var(--jp-brand-color1)">'
 
 
 class Table:
@@ -40,16 +42,81 @@ class Table:
     def _repr_html_(self) -> str:
         rows = "".join(
             f'<tr style="background: none"><td style="{FAINT}">{html.escape(label)}</td>'
-            f'<td style="{PLAIN_CELL}">{html.escape(text).replace(chr(10), "<br>")}</td></tr>'
+            f'<td style="{PLAIN_CELL}">{html.escape(text).replace(chr(10), "<br>")}{_bar(text)}</td></tr>'
             for label, text in self.rows
         )
         title = f"<strong>{html.escape(self.title)}</strong>"
         return f'<div style="{CARD}">{title}<table style="{ROWS}">{rows}</table></div>'
 
 
+class Grid:
+    """Columns with headings, as plain text and as HTML; ``foot`` is a line below. Numbers stand to the right."""
+
+    def __init__(
+        self, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], foot: str = ""
+    ) -> None:
+        self.title = title
+        self.columns = list(columns)
+        self.rows = [["" if value is None else value for value in row] for row in rows]
+        self.foot = foot
+
+    def __repr__(self) -> str:
+        lines = [self.columns, *([str(value) for value in row] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        texts = [self.title]
+        for n, line in enumerate(lines if self.rows else []):
+            cells = [
+                text.rjust(width) if n and self._number(n - 1, i) else text.ljust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            texts.append("  " + "  ".join(cells).rstrip())
+        return "\n".join([*texts, f"  {self.foot}"] if self.foot else texts)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th style="{FAINT}">{html.escape(name)}</th>' for name in self.columns)
+        body = "".join(
+            '<tr style="background: none">'
+            + "".join(
+                f'<td style="{NUMBER if self._number(n, i) else PLAIN_CELL}">{html.escape(str(value))}</td>'
+                for i, value in enumerate(row)
+            )
+            + "</tr>"
+            for n, row in enumerate(self.rows)
+        )
+        table = f'<table style="{ROWS}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        foot = f'<div style="{FAINT}">{html.escape(self.foot)}</div>' if self.foot else ""
+        title = f"<strong>{html.escape(self.title)}</strong>"
+        return f'<div style="{CARD}">{title}{table if self.rows else ""}{foot}</div>'
+
+    def _number(self, row: int, column: int) -> bool:
+        return self.rows[row][column] != "" and str(self.rows[row][column])[0] in "0123456789-"
+
+
+def ago(seconds: float) -> str:
+    """A time that has passed, in its largest unit."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def size(count: float) -> str:
+    """Bytes, in a unit that reads well."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def number(value: float | None) -> str:
+    """Four digits of a number that was measured; nothing for None."""
+    return "" if value is None else f"{value:.4g}"
+
+
 class Progress:
     """Reports phases: ``progress("discovered", "http://... (TUFT_ADDRESS)")``. A phase told again is
-    updated.
+    updated; one whose text ends in " ..." is still waited for, and shows a bar.
     """
 
     def __init__(self, title: str = "TuFT") -> None:
@@ -116,6 +183,10 @@ def _words(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return str(value or "")
+
+
+def _bar(text: str) -> str:
+    return f" {BAR}</progress>" if text.endswith(" ...") else ""
 
 
 def _in_notebook() -> bool:

@@ -21,6 +21,7 @@ from tuft_jupyter.wire.verbs.search import SearchVerbs
 from tuft_jupyter.wire.verbs.sessions import SessionVerbs
 from tuft_jupyter.wire.verbs.training import TrainingVerbs
 from tuft_jupyter.wire.verbs.transfer import TransferVerbs
+from tuft_jupyter.wire.verbs.watching import WatchingVerbs
 
 HOLD_SECONDS = 20.0
 """How long a poll is held: the SDK gives up at 45 or 90 s and never sleeps between polls."""
@@ -35,6 +36,7 @@ class Api(
     AccountVerbs,
     KeyVerbs,
     SearchVerbs,
+    WatchingVerbs,
 ):
     def __init__(self, service: Service, host: Host, hold_seconds: float = HOLD_SECONDS) -> None:
         self.service = service

@@ -228,6 +228,21 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/tuft/keys", "create_key", "Make a key for a tenant (admins only).", m.CreateKey),
     Route("PUT", "/tuft/keys/{key}", "expire_key", "Give a key an end, or none (admins only).", m.SetTtl),
     Route("DELETE", "/tuft/keys/{key}", "drop_key", "Revoke a key, at once and for good."),
+    Route(
+        "GET",
+        "/tuft/outlook",
+        "outlook",
+        "How the caller's work stands; with ?seen=VERSION, once it has changed.",
+    ),
+    Route("GET", "/tuft/runs/{run}/curve", "curve", "A run's points from number ?start= on."),
+    Route(
+        "POST",
+        "/tuft/runs/{run}/resume",
+        "resume",
+        "Let another session go on with a live run; says the number of its next request.",
+        m.SessionOnly,
+    ),
+    Route("GET", "/tuft/gauges", "gauges", "What the machine does: processors, memory, workers."),
     Route("GET", "/tuft/tokenizer", "tokenizer", "A base model's tokenizer files (?model=NAME), as text."),
 )
 

@@ -79,6 +79,9 @@ class Host(Protocol):
     async def add_model(self, principal: Principal, model: str) -> ModelCard:
         """Offer one more base model and begin to load it."""
 
+    async def measured(self) -> dict[str, Any]:
+        """What the machine does: the newest measurement, not older than a second or two."""
+
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         """The model's tokenizer files by name, as text."""
 

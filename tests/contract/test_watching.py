@@ -1,0 +1,145 @@
+"""Watching one's own work over real HTTP: what has changed, the points of a curve, taking a live run over."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.contract.test_http import BOB_KEY, Server, on_server, refusal
+
+
+async def ask_step(server: Server, run: str, seq: int) -> str:
+    asked = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-3}}
+    request_id: str = (await server.post("/optim_step", asked))["request_id"]
+    return request_id
+
+
+async def train_step(server: Server, run: str, seq: int) -> None:
+    await server.post("/retrieve_future", {"request_id": await ask_step(server, run, seq)})
+
+
+async def look(server: Server, query: str = "", key: str = "") -> dict[str, Any]:
+    response = await server.ask("GET", f"/tuft/outlook{query}", key=key)
+    assert response.code == 200
+    seen: dict[str, Any] = json.loads(response.body)
+    return seen
+
+
+def test_a_watcher_waits_until_its_own_work_changes(tmp_path: Path) -> None:
+    """No polling; other tenants' work neither wakes nor shows."""
+
+    async def body(server: Server) -> None:
+        run = await server.new_run()
+        seen = await look(server)
+        assert [each["id"] for each in seen["runs"]] == [run]
+        waiting = asyncio.create_task(look(server, f"?seen={seen['version']}"))
+        await server.new_run(BOB_KEY)
+        feed = server.host.ledger.feed
+        while not feed:  # noqa: ASYNC110 - the feed itself says when somebody listens
+            await asyncio.sleep(0)
+        assert (await look(server))["version"] == seen["version"]
+        assert not waiting.done()
+        await train_step(server, run, 1)
+        changed = await waiting
+        assert changed["version"] != seen["version"]
+        assert (await look(server))["runs"][0]["step"] == 1
+        assert [each["tenant"] for each in (await look(server, key=BOB_KEY))["runs"]] == ["bob"]
+
+    on_server(tmp_path, body)
+
+
+def test_a_curve_is_told_from_any_point_on(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        run = await server.new_run()
+        for n in range(3):
+            await train_step(server, run, n + 1)
+        for start, steps in ((0, [1, 2, 3]), (2, [3]), (9, [])):
+            answer = await server.ask("GET", f"/tuft/runs/{run}/curve?start={start}")
+            assert json.loads(answer.body)["columns"]["step"] == steps
+        foreign = await server.ask("GET", f"/tuft/runs/{run}/curve", key=BOB_KEY)
+        assert foreign.code == 404
+        assert "start" in refusal(await server.ask("GET", f"/tuft/runs/{run}/curve?start=-1"))
+
+    on_server(tmp_path, body)
+
+
+def test_another_session_goes_on_with_a_live_run(tmp_path: Path) -> None:
+    """The same model id, a request number that was not used, and samplers under the session that asks for them;
+    also after the old session was finished."""
+
+    async def body(server: Server) -> None:
+        run = await server.new_run()
+        await train_step(server, run, 1)
+        await server.post(f"/sessions/{run.split(':')[0]}/finish", {"reason": {"type": "success"}})
+        asked = {"model_id": run, "seq_id": 2, "adam_params": {}}
+        assert "finished" in refusal(await server.ask("POST", "/optim_step", asked))
+        session = (await server.post("/create_session", {}))["session_id"]
+        taken = await server.post(f"/tuft/runs/{run}/resume", {"session_id": session})
+        assert taken == {
+            "model_id": run, "base_model": "tuft/demo", "step": 1, "pending": 0, "next_seq": 2,
+        }  # fmt: skip
+        await train_step(server, run, taken["next_seq"])
+        asked = {"model_id": run, "seq_id": 3, "sampling_session_seq_id": 0}
+        promise = await server.post("/save_weights_for_sampler", asked)
+        await server.post("/retrieve_future", {"request_id": promise["request_id"]})
+        assert list(server.host.ledger.state.samplers) == [f"{session}:sample:0"]
+        assert (await look(server))["runs"][0]["step"] == 2
+
+    on_server(tmp_path, body)
+
+
+def test_nobody_takes_over_what_is_not_theirs(tmp_path: Path) -> None:
+    """T1: neither a foreign run nor, with one's own run, a foreign session."""
+
+    async def body(server: Server) -> None:
+        run, bobs = await server.new_run(), await server.new_run(BOB_KEY)
+        before = await look(server)
+        bobs_session = bobs.split(":")[0]
+        refused = await server.ask(
+            "POST", f"/tuft/runs/{run}/resume", {"session_id": bobs_session}, key=BOB_KEY
+        )
+        assert refused.code == 404
+        # The owner of the server may look at everything, but a run stays with its tenant.
+        assert "somebody else" in refusal(
+            await server.ask("POST", f"/tuft/runs/{run}/resume", {"session_id": bobs_session})
+        )
+        assert await look(server) == before
+
+    on_server(tmp_path, body)
+
+
+def test_a_run_says_in_a_sentence_why_it_waits(tmp_path: Path) -> None:
+    """Nothing asked, waiting its turn beside another run, and the last error until something succeeds."""
+
+    async def why(server: Server, run: str) -> str:
+        (text,) = [each["why"] for each in (await look(server))["runs"] if each["id"] == run]
+        return str(text)
+
+    async def body(server: Server) -> None:
+        engines: Any = server.host.engines
+        run, other = await server.new_run(), await server.new_run()
+        assert "nothing is asked of it" in await why(server, run)
+        engines.trainer.gate.clear()
+        asked = await ask_step(server, run, 1)
+        assert "1 of its requests is accepted" in await why(server, run)
+        assert "works on nothing else" in await why(server, run)
+        await ask_step(server, other, 1)
+        assert "1 other run shares the engine" in await why(server, run)
+        engines.trainer.gate.set()
+        await server.post("/retrieve_future", {"request_id": asked})
+        missing = {"model_id": run, "seq_id": 2, "path": f"tinker://{run}/weights/none"}
+        assert "does not exist" in refusal(await server.ask("POST", "/load_weights", missing))
+        assert "nothing is asked of it" in await why(server, run)
+
+    on_server(tmp_path, body)
+
+
+def test_the_machine_is_measured_for_whoever_asks(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        measured = json.loads((await server.ask("GET", "/tuft/gauges", key=BOB_KEY)).body)
+        assert 0 < measured["memory"]["used"] < measured["memory"]["total"]
+        assert measured["workers"]
+
+    on_server(tmp_path, body)

@@ -1,0 +1,86 @@
+"""How a tenant's own work stands: what a kernel and a terminal ask for, often, in one small answer.
+
+Curves are left out (they are fetched by points, see :func:`points`), so the answer stays small however long a run is.
+Each run says in one sentence why nothing moves, or why its last request failed. It reads state and lanes and changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.service import Service
+from tuft_jupyter.core.shown import public
+from tuft_jupyter.core.state import CURVE_COLUMNS, Run
+
+RATE_STEPS = 20
+"""Tokens per second are counted over this many steps."""
+
+
+def outlook(service: Service, tenant: str) -> dict[str, Any]:
+    """Sessions, runs, samplers and checkpoints of one tenant; runs without their curves, in numbers of now."""
+    shown = public(service.state, tenant)
+    shown.pop("n")  # it moves with other tenants' work
+    for run in shown["runs"]:
+        run.pop("curve")
+        run |= now(service, service.state.runs[run["id"]])
+    return shown
+
+
+def now(service: Service, run: Run) -> dict[str, Any]:
+    """``loss`` (nats per weighted token), ``tokens_per_second``, ``next_seq`` and ``why``, of one run."""
+    return {
+        "loss": next((loss for loss in reversed(run.curve["loss"]) if loss is not None), None),
+        "tokens_per_second": _rate(run),
+        "next_seq": next_seq(service, run),
+        "why": why(service, run),
+    }
+
+
+def next_seq(service: Service, run: Run) -> int:
+    return service.driver(run.base_model).lanes.next_seq(run.id) if _offered(service, run) else 1
+
+
+def points(run: Run, start: int) -> dict[str, list[float | None]]:
+    """The columns of a run's curve from point number ``start`` on; one point per optimizer step."""
+    return {name: run.curve[name][start:] for name in CURVE_COLUMNS}
+
+
+def why(service: Service, run: Run) -> str:
+    """One sentence: what a run waits for, or what went wrong with it."""
+    if run.status == "failed":
+        return f"it could not be started: {run.error}"
+    if run.status == "closed":
+        return "it was unloaded; its checkpoints can be loaded into a new run"
+    if not run.pending:
+        if run.last_error:
+            return f"its last request failed: {run.last_error}"
+        return "nothing is asked of it: the next request comes from your program"
+    if not _offered(service, run):
+        return f"its base model {run.base_model} is not on offer any more; add it with `%tuft init {run.base_model}`"
+    driver = service.driver(run.base_model)
+    if driver.status == "failed":
+        return f"{run.base_model} cannot be trained: {driver.detail}"
+    if driver.status != "ready":
+        return f"{run.base_model} is being loaded: {driver.detail or 'the training worker is starting'}"
+    others = sum(1 for lane in driver.lanes.by_run.values() if lane.queue and lane.run != run.id)
+    queued = f"{run.pending} of its requests {'is' if run.pending == 1 else 'are'} accepted"
+    if others:
+        return f"{queued}; {others} other run{'s share' if others > 1 else ' shares'} the engine, in turns"
+    return f"{queued}, and the engine works on nothing else"
+
+
+def _offered(service: Service, run: Run) -> bool:
+    try:
+        service.catalog.resolve(run.base_model)
+    except UserError:
+        return False
+    return True
+
+
+def _rate(run: Run) -> float | None:
+    times, tokens = run.curve["time"][-RATE_STEPS:], run.curve["tokens"][-RATE_STEPS:]
+    if len(times) < 2 or times[0] is None or times[-1] is None or times[-1] <= times[0]:
+        return None
+    return sum(count or 0 for count in tokens[1:]) / (times[-1] - times[0])

@@ -1,0 +1,56 @@
+"""Watching one's own work from a kernel or a terminal, and taking a run over (not part of the Tinker protocol).
+
+What may change is asked for with the version last seen, and the answer is held until there is another: no polling, and
+nothing to keep on either side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+import msgspec
+
+from tuft_jupyter.core.outlook import next_seq, outlook, points
+from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, number, reply
+
+
+class WatchingVerbs(Verbs):
+    async def outlook(self, call: Call) -> Reply:
+        """``version`` names the content; a caller that sends it as ``seen`` waits for another, at most 20 s."""
+        tenant = call.principal.tenant
+        subscription = self.service.ledger.feed.subscribe(tenant)
+        try:
+            async with asyncio.timeout(self.hold_seconds):
+                while True:
+                    body, version = self._outlook(tenant)
+                    if version != call.query.get("seen"):
+                        return Reply(body)
+                    await subscription.take()
+        except TimeoutError:
+            return Reply(self._outlook(tenant)[0])
+        finally:
+            self.service.ledger.feed.unsubscribe(subscription)
+
+    def _outlook(self, tenant: str) -> tuple[bytes, str]:
+        shown = {"tenant": tenant, **outlook(self.service, tenant)}
+        version = hashlib.blake2b(msgspec.json.encode(shown), digest_size=12).hexdigest()
+        return msgspec.json.encode({"version": version, **shown}), version
+
+    async def curve(self, call: Call) -> Reply:
+        run = self.service.runs.get(call.principal, call.path["run"])
+        start = number(call.query, "start", 0)
+        return reply({"run": run.id, "start": start, "columns": points(run, start)})
+
+    async def resume(self, call: Call) -> Reply:
+        """What a client needs that goes on with a run: its step, and the number of the next request."""
+        asked = m.decode(m.SessionOnly, call.body)
+        run = await self.service.runs.resume(call.principal, call.path["run"], asked.session_id)
+        return reply(
+            {"model_id": run.id, "base_model": run.base_model, "step": run.step, "pending": run.pending}
+            | {"next_seq": next_seq(self.service, run)}
+        )
+
+    async def gauges(self, call: Call) -> Reply:
+        return reply(await self.host.measured())
