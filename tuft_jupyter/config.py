@@ -40,13 +40,15 @@ class PersistenceConfig:
     """Where the journal of operations is kept.
 
     ``disabled`` keeps it in memory, ``redis_url`` in a Redis server, ``file_redis`` in one SQLite file (the
-    word is TuFT's). The later words DISABLE, REDIS, FILE and memory, redis, file are understood, in any case.
+    word is TuFT's). ``future_ttl_seconds`` is how long a result waits for its client (None: for ever). The
+    later words DISABLE, REDIS, FILE and memory, redis, file are understood, in any case.
     """
 
     mode: str = "disabled"
     redis_url: str = field(default="redis://localhost:6379/0", repr=False)
     file_path: Path = Path("~/.cache/tuft/file_redis.json")
     namespace: str = "tuft"
+    future_ttl_seconds: int | None = 86400
 
     def __post_init__(self) -> None:
         mode = MODES.get(str(self.mode).lower())
@@ -56,6 +58,7 @@ class PersistenceConfig:
         object.__setattr__(self, "file_path", Path(self.file_path).expanduser())
         if not self.namespace:
             raise ConfigError("namespace must not be empty")
+        _at_least("future_ttl_seconds", self.future_ttl_seconds, 1)
 
     @property
     def enabled(self) -> bool:
@@ -177,6 +180,9 @@ def load_settings(
     else:
         source, base = str(file), Path(file).expanduser().absolute().parent
         document = _read_yaml(Path(file).expanduser())
+    user, kept = env.get("JUPYTERHUB_USER"), document.get("persistence")
+    if user and isinstance(kept, dict) and "namespace" not in kept:  # on a Hub, one Redis serves many users
+        document = {**document, "persistence": {**kept, "namespace": f"tuft:{user}"}}
     values = Reader(source, base).read(Settings, document, without=_SET_ELSEWHERE)
     if file is not None and not values.get("supported_models"):
         raise ConfigError(f"{source}: supported_models must list at least one model")

@@ -19,8 +19,10 @@ from tuft_jupyter._version import __version__
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
-from tuft_jupyter.core.errors import Forbidden, ServerError, TuftError, UserError
-from tuft_jupyter.core.journal import Journal, MemoryJournal, SqliteJournal
+from tuft_jupyter.core.errors import Forbidden, TuftError, UserError
+from tuft_jupyter.core.journal import Journal, MemoryJournal, Unavailable
+from tuft_jupyter.core.journal_redis import RedisJournal
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.keys import KeyBook
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.runs import Limits
@@ -35,6 +37,8 @@ from tuft_jupyter_server.gauges import Gauges
 log = logging.getLogger("tuft_jupyter")
 
 BACKEND = ("torch", "transformers", "peft", "ray", "safetensors")
+TAKE_OVER_SECONDS = 1.0
+"""Between two tries to take over a journal that another server holds."""
 NO_BACKEND = (
     "no training backend is installed in the server's environment (missing: {missing}): run "
     'pip install "tuft-jupyter[backend]" there and restart the server'
@@ -116,24 +120,42 @@ class Host:
         self.gauges = Gauges(self.engines.workers)
         self.problem = ""
         self._ready = asyncio.Event()
-        self._expiring: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Recover from the journal. A failure is kept in ``problem`` and shown; the notebook server goes on."""
+        """Recover from the journal. A failure is kept in ``problem`` and shown; the notebook server goes on.
+
+        A journal that another server holds is taken over as soon as that one lets go.
+        """
+        if await self._try_to_start():
+            self._tasks.append(asyncio.get_running_loop().create_task(self._wait_for_the_journal()))
+
+    async def _try_to_start(self) -> bool:
+        """True if it is worth trying again."""
         try:
             await self.service.start()
         except TuftError as error:
-            self.problem = error.message
-            log.error("tuft-jupyter is not serving: %s", error.message)
-            return
+            if self.problem != error.message:
+                self.problem = error.message
+                log.error("tuft-jupyter is not serving: %s", error.message)
+            return isinstance(error, Unavailable)
+        self.problem = ""
         self.keybook.recovered()
-        self._expiring = asyncio.get_running_loop().create_task(self._expire_keys())
+        self._tasks.append(asyncio.get_running_loop().create_task(self._expire_keys()))
         self._ready.set()
-        log.info("tuft-jupyter keeps its journal %s", self.journal.description)
+        log.info("tuft-jupyter keeps its journal in %s", self.journal.description)
+        return False
+
+    async def _wait_for_the_journal(self) -> None:
+        while True:
+            await asyncio.sleep(TAKE_OVER_SECONDS)
+            if not await self._try_to_start():
+                return
 
     async def stop(self) -> None:
-        if self._expiring is not None:
-            self._expiring.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.service.stop()
 
     async def _expire_keys(self) -> None:
@@ -145,7 +167,8 @@ class Host:
         missing = missing_backend()
         states = [self._model_state(card) for card in self.service.catalog.cards()]
         loading = [f"{s['name']}: {s['detail']}" for s in states if s["state"] == "loading"]
-        waiting = self.problem or "; ".join(loading)
+        problem = self.problem or self.journal.problem
+        waiting = problem or "; ".join(loading)
         if not self._ready.is_set() and not waiting:
             waiting = "reading the journal"
         backend = (
@@ -154,9 +177,10 @@ class Host:
         return {
             "version": __version__,
             "tenant": principal.tenant,
-            "ready": self._ready.is_set() and not loading,
+            "ready": self._ready.is_set() and not loading and not problem,
             "waiting_for": waiting or None,
             "persistence": self.journal.description,
+            "durability": self.journal.durability.value,
             "backend": {"installed": not missing, "detail": backend},
             "models": states,
         }
@@ -187,13 +211,10 @@ class Host:
 
 def open_journal(settings: Settings) -> Journal:
     """The journal that the settings name, not yet taken over."""
-    mode = settings.persistence.mode
-    if mode == "disabled":
+    kept = settings.persistence
+    if kept.mode == "disabled":
         return MemoryJournal()
-    if mode == "file_redis":
-        path = settings.persistence.file_path
-        private_directory(path.parent)
-        return SqliteJournal(private_file(path))
-    raise ServerError(
-        f"persistence.mode {mode!r} is not offered by this version: use file_redis (a file) or disabled"
-    )
+    if kept.mode == "file_redis":
+        private_directory(kept.file_path.parent)
+        return SqliteJournal(private_file(kept.file_path))
+    return RedisJournal(kept.redis_url, kept.namespace, settings.home / "redis", kept.future_ttl_seconds)

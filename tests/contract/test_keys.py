@@ -16,7 +16,7 @@ import pytest
 from examples.run_on_server import Server as JupyterServer
 from tests.contract.test_http import BOB_KEY, Server, on_server, refusal
 from tests.support.live import environment, python
-from tuft_jupyter.core.journal import SqliteJournal
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
 
 PARKED = 100
 

@@ -7,23 +7,36 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.redis_server import RedisServer
 from tuft_jupyter.core.errors import Overloaded, ServerError
-from tuft_jupyter.core.journal import Journal, MemoryJournal, SqliteJournal
+from tuft_jupyter.core.journal import Journal, MemoryJournal
+from tuft_jupyter.core.journal_redis import RedisJournal
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.types import Record
 
 Make = Callable[[], Journal]
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     if request.param == "memory":
         return MemoryJournal
-    return lambda: SqliteJournal(tmp_path / "journal.sqlite")
+    if request.param == "sqlite":
+        return lambda: SqliteJournal(tmp_path / "journal.sqlite")
+    server: RedisServer = request.getfixturevalue("redis")
+    return lambda: RedisJournal(server.url, tmp_path.name, tmp_path / "markers")
 
 
 def line(i: int, blob: bytes | None = None) -> Record:
@@ -75,15 +88,16 @@ def test_a_blob_can_be_read_back_until_it_is_dropped(make: Make) -> None:
     asyncio.run(scenario())
 
 
-def test_a_reopened_file_tells_everything_again_and_goes_on_counting(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", ["sqlite", "redis"], indirect=True)
+def test_a_reopened_journal_tells_everything_again_and_goes_on_counting(make: Make) -> None:
     async def scenario() -> None:
-        first = SqliteJournal(tmp_path / "j.sqlite")
+        first = make()
         await first.open(lambda record: None)
         for i in range(5):
             await first.append(line(i, b"x"))
         await first.close()
         told: list[Record] = []
-        second = SqliteJournal(tmp_path / "j.sqlite")
+        second = make()
         await second.open(told.append)
         assert [record.data["i"] for record in told] == [0, 1, 2, 3, 4]
         assert (await second.append(line(5))).n == 6
@@ -96,7 +110,7 @@ def test_an_appended_record_survives_kill_9(tmp_path: Path) -> None:
     script = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from tuft_jupyter.core.journal import SqliteJournal
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.types import Record
 async def main():
     journal = SqliteJournal(Path(sys.argv[1]))
@@ -166,5 +180,37 @@ def test_a_record_with_a_number_that_json_lacks_fails_alone(tmp_path: Path) -> N
             await journal.append(Record("k", "t", {"loss": float("nan")}))
         assert (await journal.append(line(1))).n == 1
         await journal.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_image_stands_for_the_records_before_it(make: Make) -> None:
+    """L7: after a compaction the journal tells the image and what came later; kept bodies stay readable."""
+
+    async def scenario() -> None:
+        first = make()
+        await first.open(lambda record: None)
+        for i in range(5):
+            await first.append(line(i, f"body {i}".encode()))
+        assert first.weight[0] > 0
+        await first.compact(4, '{"all":"of it"}', {2})
+        kept, gone, later = await first.read(2), await first.read(3), await first.read(5)
+        assert kept is not None
+        assert later is not None
+        assert (kept.blob, gone, later.blob) == (b"body 1", None, b"body 4")
+        await first.append(line(5))
+        await first.close()
+        if isinstance(first, MemoryJournal):
+            return
+        told: list[Record] = []
+        second = make()
+        await second.open(told.append)
+        assert [(record.kind, record.n) for record in told] == [
+            ("folded", 4), ("op_accepted", 5), ("op_accepted", 6)
+        ]  # fmt: skip
+        assert told[0].data == {"all": "of it"}
+        assert second.weight[1] > 0
+        assert (await second.append(line(6))).n == 7
+        await second.close()
 
     asyncio.run(scenario())

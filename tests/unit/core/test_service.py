@@ -10,7 +10,7 @@ from tests.support.scripted_engine import ScriptedEngines
 from tests.support.world import ALICE, BOB, LORA, World, scenario, stepped, until, world
 from tuft_jupyter.core.driver import SnapshotRule
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.core.journal import SqliteJournal
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.shown import public
 
 

@@ -1,0 +1,307 @@
+"""The journal in Redis: a real redis-server 7 that is stopped, killed, flushed and fought over."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis as client
+
+from tests.support.redis_server import RedisServer
+from tuft_jupyter.core import journal_redis
+from tuft_jupyter.core.errors import Overloaded, ServerError
+from tuft_jupyter.core.journal import Durability, Unavailable
+from tuft_jupyter.core.journal_redis import RedisJournal
+from tuft_jupyter.core.types import Record
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path / "redis").start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_redis, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(journal_redis, "PATIENCE", 0.5)
+
+
+def line(i: int, blob: bytes | None = None, kind: str = "op_accepted") -> Record:
+    return Record(kind, "alice", {"i": i, "request_id": f"r{i}"}, blob=blob)
+
+
+def journal(redis: RedisServer, tmp_path: Path, namespace: str = "tuft", **more: int) -> RedisJournal:
+    return RedisJournal(redis.url, namespace, tmp_path / "markers", **more)
+
+
+async def numbers(opened: RedisJournal) -> list[int]:
+    told: list[int] = []
+    await opened.open(lambda record: told.append(record.n))
+    await opened.close()
+    return told
+
+
+def test_keys_begin_with_the_namespace_and_results_expire(redis: RedisServer, tmp_path: Path) -> None:
+    """S1-55, S1-61: ``{namespace}::{type}::{id}``; a result is kept for a day, an op's body until it is dropped."""
+
+    async def scenario() -> None:
+        kept = journal(redis, tmp_path, "tuft:ada")
+        await kept.open(lambda record: None)
+        await kept.append(line(1, b"body"))
+        await kept.append(line(1, b"result", "op_done"))
+        asked = client.Redis.from_url(redis.url)
+        assert all(key.startswith(b"tuft:ada::") for key in asked.scan_iter())
+        assert 86390 <= asked.ttl(kept.key("future", "2")) <= 86400
+        assert asked.ttl(kept.key("op", "1")) == -1
+        assert kept.key("run", "a::b") == "tuft:ada::run::a__SEP__b"
+        asked.close()
+        await kept.close()
+        for_ever = RedisJournal(redis.url, "other", tmp_path / "markers", future_ttl=None)
+        await for_ever.open(lambda record: None)
+        await for_ever.append(line(1, b"result", "op_done"))
+        asked = client.Redis.from_url(redis.url)
+        assert asked.ttl("other::future::1") == -1
+        asked.close()
+        await for_ever.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_paused_redis_means_come_back_later_and_nothing_is_lost_or_doubled(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """F7: while Redis hangs, requests are refused with the reason; what was refused is not there afterwards."""
+
+    async def scenario() -> None:
+        kept = journal(redis, tmp_path)
+        seen: list[int] = []
+        await kept.open(lambda record: seen.append(record.data["i"]))
+        await kept.append(line(1))
+        redis.pause()
+        refused = await asyncio.gather(*(kept.append(line(i)) for i in (2, 3)), return_exceptions=True)
+        assert all(isinstance(answer, Overloaded) for answer in refused)
+        assert "Redis" in str(refused[0])
+        redis.go_on()
+        while True:
+            try:
+                record = await kept.append(line(4))
+                break
+            except Overloaded:
+                continue
+        assert record.n == 2  # what hung in the socket was undone
+        assert seen == [1, 4]
+        await kept.close()
+        assert await numbers(journal(redis, tmp_path)) == [1, 2]
+
+    asyncio.run(scenario())
+
+
+def test_a_redis_that_was_killed_and_comes_back_has_everything_that_was_acknowledged(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """F7: with appendfsync always."""
+
+    async def scenario() -> None:
+        kept = journal(redis, tmp_path)
+        await kept.open(lambda record: None)
+        assert kept.durability is Durability.MACHINE
+        for i in range(20):
+            await kept.append(line(i, b"x" * 1000))
+        redis.kill()
+        with pytest.raises(Overloaded, match="Redis 127"):
+            await kept.append(line(20))
+        redis.start()
+        assert (await kept.append(line(21))).n == 21
+        found = await kept.read(5)
+        assert found is not None
+        assert found.blob == b"x" * 1000
+        await kept.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_emptied_redis_is_never_taken_for_a_new_one(redis: RedisServer, tmp_path: Path) -> None:
+    """F7: FLUSHALL refuses the running server's writes and the next start, and says how to begin anew."""
+
+    async def scenario() -> None:
+        kept = journal(redis, tmp_path)
+        await kept.open(lambda record: None)
+        await kept.append(line(1))
+        redis.flush()
+        with pytest.raises(Overloaded, match="vanished"):
+            await kept.append(line(2))
+        assert "vanished" in kept.problem
+        await kept.close()
+        with pytest.raises(Unavailable, match="'tuft' vanished") as refused:
+            await numbers(journal(redis, tmp_path))
+        markers.append(Path(str(refused.value).rpartition(" ")[2]))
+
+    markers: list[Path] = []
+    asyncio.run(scenario())
+    assert json.loads(markers[0].read_text())["namespace"] == "tuft"
+    markers[0].unlink()
+    assert asyncio.run(numbers(journal(redis, tmp_path))) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "level", "words"),
+    [
+        ({"appendfsync": "always"}, Durability.MACHINE, "the machine"),
+        ({"appendfsync": "everysec"}, Durability.PROCESS, "the last second"),
+        ({"appendfsync": "no"}, Durability.PROCESS, "half minute"),
+        ({"appendonly": "no"}, Durability.PROCESS, "restart of Redis loses everything"),
+    ],
+)
+def test_how_much_redis_keeps_is_said_aloud(
+    tmp_path: Path, options: dict[str, str], level: Durability, words: str
+) -> None:
+    """F7: an fsync weaker than always is told at the start and shown."""
+    server = RedisServer(tmp_path / "redis", **options).start()
+
+    async def scenario() -> None:
+        kept = journal(server, tmp_path)
+        await kept.open(lambda record: None)
+        assert kept.durability is level
+        assert words in kept.description
+        await kept.close()
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        server.stop()
+
+
+def test_a_second_server_is_refused_at_once_and_takes_over_after_the_holders_death(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """F8, S1-52: on one namespace."""
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        first, second = journal(redis, tmp_path), journal(redis, tmp_path)
+        await first.open(lambda record: None)
+        await first.append(line(1))
+        began = loop.time()
+        with pytest.raises(Unavailable, match=f"process {os.getpid()} on "):
+            await second.open(lambda record: None)
+        assert loop.time() - began < 2
+        for task in first._tasks:  # it dies: nothing renews its lease
+            task.cancel()
+        while True:
+            try:
+                assert await numbers(second) == [1]
+                break
+            except Unavailable:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(scenario())
+
+
+SLEEPER = """
+import asyncio, sys
+from pathlib import Path
+from tuft_jupyter.core import journal_redis
+from tuft_jupyter.core.errors import Overloaded
+from tuft_jupyter.core.types import Record
+journal_redis.LEASE_SECONDS = 0.3
+async def main():
+    kept = journal_redis.RedisJournal(sys.argv[1], "tuft", Path(sys.argv[2]))
+    await kept.open(lambda record: None)
+    print("open", flush=True)
+    i = 0
+    while not kept.problem:
+        i += 1
+        try:
+            await kept.append(Record("k", "t", {"from": "sleeper", "i": i}))
+        except Overloaded as refused:
+            print("refused", refused, flush=True)
+asyncio.run(main())
+"""
+
+
+def test_a_holder_that_was_asleep_cannot_write_any_more(redis: RedisServer, tmp_path: Path) -> None:
+    """F8: 20 of 20 holders that are stopped in the middle of writing, outlived and woken are refused by their epoch."""
+
+    async def take_over() -> list[Record]:
+        told: list[Record] = []
+        while True:
+            heir = journal(redis, tmp_path)
+            try:
+                await heir.open(told.append)
+            except Unavailable:
+                await asyncio.sleep(0.02)
+                continue
+            await heir.append(line(0))
+            sleeper.send_signal(signal.SIGCONT)
+            said = await asyncio.to_thread(sleeper.stdout.read)
+            assert "refused" in said
+            assert "took over" in said
+            after: list[Record] = []
+            count = heir._n
+            await heir.close()
+            last = journal(redis, tmp_path)
+            await last.open(after.append)
+            await last.close()
+            assert len(after) == count
+            return after
+
+    arguments = [sys.executable, "-c", SLEEPER, redis.url, str(tmp_path / "markers")]
+    for trial in range(20):
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as sleeper:
+            assert sleeper.stdout is not None
+            assert sleeper.stdout.readline() == "open\n"
+            sleeper.send_signal(signal.SIGSTOP)
+            records = asyncio.run(take_over())
+        heirs = [record for record in records if "from" not in record.data]
+        assert len(heirs) == trial + 1
+
+
+def test_a_redis_that_forgot_acknowledged_records_is_not_written_on(tmp_path: Path) -> None:
+    """F7: after a crash of a Redis that does not sync, the running server stops and says what is missing."""
+    server = RedisServer(tmp_path / "redis", appendonly="no").start()
+
+    async def scenario() -> None:
+        kept = journal(server, tmp_path)
+        await kept.open(lambda record: None)
+        await kept.append(line(1))
+        asked = client.Redis.from_url(server.url)
+        asked.save()
+        asked.close()
+        await kept.append(line(2))
+        server.kill()
+        server.start()
+        with pytest.raises(Overloaded):  # the connection broke
+            await kept.append(line(3))
+        with pytest.raises(Overloaded, match="ends at record 1, not 2"):
+            await kept.append(line(3))
+        await kept.close()
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        server.stop()
+
+
+def test_without_the_client_the_start_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1-50."""
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    with pytest.raises(ServerError, match=r"tuft-jupyter\[persistence\]"):
+        asyncio.run(numbers(RedisJournal("redis://127.0.0.1:1/0", "tuft", tmp_path)))
+
+
+def test_the_password_in_the_address_is_never_told(tmp_path: Path) -> None:
+    kept = RedisJournal("redis://:hunter2@127.0.0.1:1/0", "tuft", tmp_path)
+    with pytest.raises(Unavailable) as refused:
+        asyncio.run(numbers(kept))
+    assert "hunter2" not in f"{refused.value} {kept.description}"
