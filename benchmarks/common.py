@@ -131,11 +131,16 @@ class SdkLoop:
 
     def step(self) -> float:
         """The summed loss before the step."""
-        done = self._training.forward_backward(self._data, "cross_entropy")
-        stepped = self._training.optim_step(self._adam)
+        done, stepped = self.send()
         loss = float(done.result().metrics["loss:sum"])
         stepped.result()
         return loss
+
+    def send(self) -> tuple[Any, Any]:
+        """Ask for a step without waiting for it."""
+        return self._training.forward_backward(self._data, "cross_entropy"), self._training.optim_step(
+            self._adam
+        )
 
 
 class PlainLoop:

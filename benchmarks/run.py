@@ -11,15 +11,21 @@ import sys
 from importlib.metadata import version
 
 import fairness
+import scaling
 import server_cost
 import step_latency
+import tenants
 import throughput
 from common import show, trainer_threads
 
 
 def main() -> int:
     before = os.getloadavg()[0]
-    rows = [row for part in (step_latency, throughput, server_cost, fairness) for row in part.measure()]
+    rows = [
+        row
+        for part in (tenants, step_latency, throughput, scaling, server_cost, fairness)
+        for row in part.measure()
+    ]
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "ray", "tinker")
     )

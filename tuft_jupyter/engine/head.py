@@ -142,6 +142,8 @@ class _Pass:
         dz_MV = logp_MV.exp_()
         for span, result, here, there in self._spans_in(start, end):
             first, last = _inside(rows, here.start, here.stop)
+            if first == last:
+                continue
             slopes, targets = result.slopes[there], span.targets[there]
             if index is not None:
                 local = index[first:last] - here.start

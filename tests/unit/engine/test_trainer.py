@@ -18,6 +18,7 @@ from tuft_jupyter.core.errors import NotFound, ServerError, TuftError, UserError
 from tuft_jupyter.core.types import AdamParams, Datum, ForwardBackward, ForwardBackwardResult, LoraSpec
 from tuft_jupyter.engine import head
 from tuft_jupyter.engine.losses import resolve
+from tuft_jupyter.engine.passes import Pass
 from tuft_jupyter.engine.trainer import PeftTrainer
 
 SPEC = LoraSpec(rank=4, alpha=8, seed=1, train_unembed=False)
@@ -135,6 +136,18 @@ def test_policy_losses_reach_the_adapter_as_autograd_would_take_them(qwen3: Path
     assert result.loss_sum == pytest.approx(total, rel=1e-5, abs=1e-4)  # positive and negative terms cancel
     assert result.weight_sum == sum(int((d.inputs["advantages"] != 0).sum()) for d in data)
     assert_same_gradients(gradients(trainer, "run"), theirs, 1e-5)
+
+
+def test_a_run_without_weights_shares_a_pass_with_others(qwen3: Path) -> None:
+    """Also where only its prompt falls into a chunk of the head: nothing fails, nothing is run twice."""
+    trainer = PeftTrainer(qwen3)
+    for run, spec in (("a", SPEC), ("b", OTHER)):
+        warmed(trainer, run, spec)
+    silent = ask([make_datum(9, weights=np.zeros(9, np.float32))])
+    batch = Pass(trainer.base, [("a", silent), ("b", ask([make_datum(8)]))], 64)
+    first, second = batch.run()
+    assert first.loss_sum == 0
+    assert second.loss_sum > 0
 
 
 def test_the_head_in_chunks_equals_the_head_in_one(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:

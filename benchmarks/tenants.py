@@ -1,0 +1,142 @@
+"""The training engine alone, many tenants at once, beside PEFT with ``set_adapter`` and padding.
+
+Both run in this process on one thread and take turns; what counts is the median over the turns of the ratio of their
+CPU-seconds. A step is forward, backward and AdamW for every tenant.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from baselines import SequentialPeft
+from common import Row, at_least, at_most, show
+from shapes import SMALL, TINY, Shape, batches, tokens_in
+
+from tuft_jupyter.core.types import AdamParams, ForwardBackward, ForwardBackwardResult, LoraSpec
+from tuft_jupyter.engine.trainer import PeftTrainer
+
+TENANTS = 16
+RANK = 16
+LONG, SHORT = (4, (16, 256)), (1, (16, 48))  # datums of each tenant, tokens of each
+ROUNDS = {("tiny-fp32", LONG): 5, ("tiny-fp32", SHORT): 15, ("small-bf16", LONG): 2, ("small-bf16", SHORT): 5}
+MARKS = {
+    ("tiny-fp32", LONG): 2.0,
+    ("tiny-fp32", SHORT): 3.0,
+    ("small-bf16", LONG): 2.8,
+    ("small-bf16", SHORT): 3.0,
+}
+MEMORY_MARK = 0.5
+
+
+class Tenants:
+    """Our trainer with one run per tenant."""
+
+    def __init__(self, model: Path, tenants: int, *, rank: int) -> None:
+        self.trainer = PeftTrainer(model)
+        self._runs = [f"tenant{i}" for i in range(tenants)]
+        for i, run in enumerate(self._runs):
+            spec = LoraSpec(rank=rank, alpha=2 * rank, seed=i, train_unembed=False)
+            self.trainer.create(run, spec)
+
+    def step(self, requests: list[ForwardBackward]) -> float:
+        """forward_backward and optim_step for every tenant; the summed loss before."""
+        results = self.trainer.forward_backward(list(zip(self._runs, requests, strict=True)))
+        self.trainer.optim_step([(run, AdamParams(learning_rate=1e-4)) for run in self._runs])
+        total = 0.0
+        for result in results:
+            if not isinstance(result, ForwardBackwardResult):
+                raise SystemExit(f"the trainer failed: {result}")
+            total += result.loss_sum
+        return total
+
+
+def measure() -> list[Row]:
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:
+        for shape in (TINY, SMALL):
+            model = shape.write(Path(scratch))
+            rows += compare(shape, model)
+        rows += memory(SMALL, model)
+    return rows
+
+
+def compare(shape: Shape, model: Path) -> list[Row]:
+    """Both loads on one model, ours and theirs in turn."""
+    theirs, ours = SequentialPeft(model, TENANTS, rank=RANK), Tenants(model, TENANTS, rank=RANK)
+    rows = []
+    for load in (LONG, SHORT):
+        requests = batches(shape, TENANTS, *load)
+        a, b = theirs.step(requests), ours.step(requests)
+        if abs(a - b) > 2e-2 * abs(a):
+            raise SystemExit(f"the loops differ: PEFT's loss {a:.4f}, ours {b:.4f}")
+        seconds: dict[str, list[float]] = {"padded": [], "single": [], "ours": []}
+        for _ in range(ROUNDS[shape.name, load]):
+            seconds["padded"].append(cpu(partial(theirs.step, requests)))
+            seconds["ours"].append(cpu(partial(ours.step, requests)))
+        if load[0] > 1:
+            seconds["single"].append(cpu(partial(theirs.step, requests, padded=False)))
+        tokens = tokens_in(requests)
+        what = f"{TENANTS} tenants x {load[0]} datums of {load[1][0]}..{load[1][1]} tokens, {shape.name}"
+        rows.append(Row(f"{what}: ours", f"{tokens / statistics.median(seconds['ours']):.0f} tokens/CPU-s"))
+        rows.append(at_least(f"{what}: over PEFT", ratio(seconds, "padded"), MARKS[shape.name, load], " x"))
+        if seconds["single"]:
+            rows.append(Row(f"{what}: over PEFT row by row", f"{ratio(seconds, 'single'):.2f} x"))
+    return rows
+
+
+def ratio(seconds: dict[str, list[float]], other: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[other], seconds["ours"], strict=False))
+
+
+def cpu(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def memory(shape: Shape, model: Path) -> list[Row]:
+    """Peak memory of a step above what is held between steps, each in a process of its own."""
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        theirs, ours = (pool.apply(peak_mb, (name, shape, model)) for name in ("theirs", "ours"))
+    what = f"activation memory of a step, {TENANTS} tenants, {shape.name}"
+    return [
+        Row(f"{what}: PEFT", f"{theirs:.0f} MB"),
+        Row(f"{what}: ours", f"{ours:.0f} MB"),
+        at_most(f"{what}: ours / PEFT", ours / theirs, MEMORY_MARK, " x"),
+    ]
+
+
+def peak_mb(which: str, shape: Shape, model: Path) -> float:
+    """Highest sum of live torch memory in a step, above its start, as torch's own profiler counts it."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.set_num_threads(1)
+    loop = (SequentialPeft if which == "theirs" else Tenants)(model, TENANTS, rank=RANK)
+    requests = batches(shape, TENANTS, *LONG)
+    loop.step(batches(shape, TENANTS, 1, (8, 8)))  # gradients and moments are there from now on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        loop.step(requests)
+    events = [
+        event
+        for event in seen.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+    ]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(not show(measure()))
