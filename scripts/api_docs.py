@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from tuft_jupyter.wire.routes import BULK, MIB, NOT_OFFERED, ROUTES, Route
+from tuft_jupyter.wire.routes import BULK, MIB, NOT_OFFERED, OPENAI_ROUTES, ROUTES, Route
 
 HEAD = """# API reference
 
@@ -34,6 +34,17 @@ JSON, unless a line says otherwise. Fields that are not listed are read over.
 worker also reads the JSON of SDKs before 0.25.
 """
 
+OPENAI = """
+## OpenAI-compatible inference
+
+Below `<base url>/tuft/oai/api/v1` in a notebook server and below `/oai/api/v1` in a daemon, with the same keys; below
+`<base url>/tuft/lab/oai` for who is logged in to the notebook server. A refusal is OpenAI's
+`{"error": {"message", "type", "param", "code"}}`. How to use it: [openai.md](openai.md).
+
+| method | path | what it does | access | body limit |
+| --- | --- | --- | --- | --- |
+"""
+
 TAIL = """
 ## Not offered by this version
 
@@ -59,8 +70,22 @@ def fields(route: Route) -> str:
 def text() -> str:
     listed = "".join(row(route) for route in ROUTES)
     bodies = "".join(fields(route) for route in ROUTES)
+    openai = "".join(row(route) for route in OPENAI_ROUTES)
+    openai_bodies = "".join(fields(route) for route in OPENAI_ROUTES)
     absent = "".join(f"- {method} `{path}`\n" for method, path in NOT_OFFERED)
-    return HEAD + listed + MIDDLE % (BULK // MIB) + bodies + "\n" + TAIL + absent
+    return (
+        HEAD
+        + listed
+        + MIDDLE % (BULK // MIB)
+        + bodies
+        + "\n"
+        + OPENAI
+        + openai
+        + openai_bodies
+        + "\n"
+        + TAIL
+        + absent
+    )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,9 @@ class TuftExtension(ExtensionApp):
         self.handlers.extend(lab.handlers(root, self.host))
         limit = self.host.settings.max_body_bytes
         self.handlers.extend(tinker.handlers(root + "/api/v1", self.host.api, self.host.keys, limit))
+        self.handlers.extend(
+            tinker.openai_handlers(root + "/oai/api/v1", self.host.api, self.host.keys, limit)
+        )
 
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
         tell_kernels(self.host, serverapp)  # first: a kernel may be started from now on

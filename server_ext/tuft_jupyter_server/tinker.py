@@ -2,38 +2,43 @@
 
 A handler authenticates by the ``X-API-Key`` header alone (also ``Authorization: Bearer``); cookies are ignored, so a
 page of another site can do nothing here and XSRF tokens are not needed. It refuses oversized bodies while they arrive,
-undoes zstd within the same limit, and gives everything else to :class:`tuft_jupyter.wire.api.Api`. A reply that is a
-stream is sent as fast as the client takes it, a chunk at a time.
+undoes zstd within the same limit, and gives everything else to :class:`tuft_jupyter.wire.api.Api`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import zstandard
 from jupyter_server.auth.decorator import allow_unauthenticated
-from tornado.iostream import StreamClosedError
-from tornado.web import HTTPError, RequestHandler, stream_request_body
+from tornado.web import HTTPError, stream_request_body
 
 from tuft_jupyter.core.access import TOKEN_PREFIX, Grant, KeyRing
 from tuft_jupyter.core.errors import (
     Forbidden,
     NotFound,
     NotOffered,
-    ServerError,
     TooLarge,
     TuftError,
     UnsupportedMedia,
     UserError,
 )
 from tuft_jupyter.core.types import JSON, Principal
-from tuft_jupyter.wire.api import Api, Call, Reply, error_reply
-from tuft_jupyter.wire.archive import Stream
-from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access, Route, pattern_of
+from tuft_jupyter.wire.api import Api, Call, error_reply
+from tuft_jupyter.wire.routes import (
+    NOT_OFFERED,
+    OPENAI_ROUTES,
+    ROUTES,
+    Access,
+    Dialect,
+    Route,
+    pattern_of,
+)
 from tuft_jupyter.wire.verbs.base import ANYTHING
+from tuft_jupyter_server.answering import Answering
 
 log = logging.getLogger("tuft_jupyter.http")
 
@@ -41,7 +46,7 @@ API = "/api/v1/"
 
 
 @stream_request_body
-class TinkerHandler(RequestHandler):
+class TinkerHandler(Answering):
     """One path. ``routes`` maps its methods; an empty map is a path that we do not have."""
 
     def initialize(
@@ -51,7 +56,9 @@ class TinkerHandler(RequestHandler):
         routes: Mapping[str, Route],
         not_offered: Mapping[str, str],
         max_body: int,
+        dialect: Dialect,
     ) -> None:
+        self.dialect = dialect
         self.api = api
         self.keys = keys
         self.routes = routes
@@ -60,10 +67,8 @@ class TinkerHandler(RequestHandler):
         self.principal = Principal("")
         self.credential = ""
         self.grant: Grant | None = None
-        self._revoked = False
         self._chunks: list[bytes] = []
         self._size = 0
-        self._answering: asyncio.Task[Reply] | None = None
 
     def check_xsrf_cookie(self) -> None:
         """Nothing to check: only a header that other sites cannot set gives access."""
@@ -85,7 +90,7 @@ class TinkerHandler(RequestHandler):
             if announced.isdecimal() and int(announced) > self.limit:
                 raise self._too_large(int(announced))
         except TuftError as error:
-            self._send(error_reply(error))
+            self.send(error_reply(error, self.dialect))
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         self._size += len(chunk)
@@ -111,11 +116,6 @@ class TinkerHandler(RequestHandler):
     async def delete(self, **parts: str) -> None:
         await self._serve_while_good(parts)
 
-    def on_connection_close(self) -> None:
-        """A client that went away is not waited for; the op it asked about goes on."""
-        if self._answering is not None:
-            self._answering.cancel()
-
     async def _serve_while_good(self, parts: Mapping[str, str]) -> None:
         """Serve, and break off when the caller's key ends, also where a poll is parked or bytes are on their way."""
         if self.grant is None:
@@ -125,13 +125,13 @@ class TinkerHandler(RequestHandler):
                 await self._serve(parts)
 
     def _key_ended(self) -> None:
-        if self._answering is asyncio.current_task():
+        if self._working is asyncio.current_task():
             return  # the request that gives up its own key is told so
-        self._revoked = True
+        self.refused = Forbidden("Invalid API key: it was revoked or expired")
         if self._headers_written:
             self.request.connection.stream.close()  # type: ignore[union-attr]
-        elif self._answering is not None:
-            self._answering.cancel()
+        elif self._working is not None:
+            self._working.cancel()
 
     async def _serve(self, parts: Mapping[str, str]) -> None:
         try:
@@ -147,29 +147,9 @@ class TinkerHandler(RequestHandler):
                 self.credential,
             )
         except TuftError as error:
-            self._send(error_reply(error))
+            self.send(error_reply(error, self.dialect))
             return
-        self._answering = asyncio.ensure_future(self.api.answer(self.route, call))
-        try:
-            answer = await self._answering
-            if answer.stream is None:
-                self._send(answer)
-            else:
-                await self._send_stream(answer, answer.stream)
-        except StreamClosedError:
-            log.debug("%s went away during a download", self.request.remote_ip)
-        except asyncio.CancelledError:
-            if self._revoked:
-                self._send(error_reply(Forbidden("Invalid API key: it was revoked or expired")))
-                return
-            if not self.request.connection.stream.closed():  # type: ignore[union-attr]
-                raise
-        except Exception:
-            log.exception("%s %s failed", self.request.method, self.route.path)
-            if self._headers_written:  # what breaks off must not look whole
-                self.detach().close()
-                return
-            self._send(error_reply(ServerError("the server failed to answer; its log says why")))
+        await self.answer(self.route, call)
 
     def _route(self) -> Route:
         route = self.routes.get(self.request.method or "")
@@ -228,47 +208,36 @@ class TinkerHandler(RequestHandler):
         prefix, _, _ = self.request.path.rpartition(API)
         return f"{self.request.protocol}://{self.request.host}{prefix}{API.rstrip('/')}"
 
-    def _send(self, answer: Reply) -> None:
-        self._head(answer)
-        self.finish(answer.body)
-
-    async def _send_stream(self, answer: Reply, stream: Stream) -> None:
-        self._head(answer)
-        self.set_header("Content-Length", str(stream.size))
-        async for chunk in stream.chunks:
-            self.write(chunk)
-            await self.flush()
-        self.finish()
-
-    def _head(self, answer: Reply) -> None:
-        self.set_status(answer.status)
-        self.set_header("Content-Type", answer.content_type)
-        for name, value in answer.headers.items():
-            self.set_header(name, value)
-
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """What Tornado itself refuses (a malformed request line, a method we do not have)."""
-        error = ServerError("the server failed to answer") if status_code >= 500 else UserError(self._reason)
-        error.status = status_code
-        self._send(error_reply(error))
-
     def _log(self) -> None:
         """No access log: a poll that is held is no event, and paths may name what is a tenant's own."""
         log.debug("%s %s %s", self.get_status(), self.request.method, self.request.path)
 
 
-def handlers(
-    root: str, api: Api, keys: KeyRing, max_body: int
-) -> list[tuple[str, type[TinkerHandler], dict[str, Any]]]:
+Rule = tuple[str, type[TinkerHandler], dict[str, Any]]
+
+
+def handlers(root: str, api: Api, keys: KeyRing, max_body: int) -> list[Rule]:
     """Tornado rules for the whole table below ``root`` (ending in ``/api/v1``), and for what it does not have."""
+    shared = {"api": api, "keys": keys, "max_body": max_body, "dialect": Dialect.TINKER}
+    return _rules(root, ROUTES, NOT_OFFERED, shared)
+
+
+def openai_handlers(root: str, api: Api, keys: KeyRing, max_body: int) -> list[Rule]:
+    """The same for OpenAI-compatible inference, below a root of its own."""
+    shared = {"api": api, "keys": keys, "max_body": max_body, "dialect": Dialect.OPENAI}
+    return _rules(root, OPENAI_ROUTES, (), shared)
+
+
+def _rules(
+    root: str, table: Sequence[Route], not_offered: Sequence[tuple[str, str]], shared: dict[str, Any]
+) -> list[Rule]:
     by_path: dict[str, dict[str, Route]] = {}
-    for route in ROUTES:
+    for route in table:
         by_path.setdefault(route.pattern, {})[route.method] = route
     refused: dict[str, dict[str, str]] = {}
-    for method, path in NOT_OFFERED:
+    for method, path in not_offered:
         refused.setdefault(pattern_of(path), {})[method] = f"{method} {path}"
-    shared = {"api": api, "keys": keys, "max_body": max_body}
-    rules = [  # what is not offered first: its literal paths would else be taken for ids
+    rules: list[Rule] = [  # what is not offered first: its literal paths would else be taken for ids
         (root + pattern, TinkerHandler, {**shared, "routes": {}, "not_offered": names})
         for pattern, names in refused.items()
         if pattern not in by_path

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from tuft_jupyter.core.engine import EngineDied, Outcome, Task
+from tuft_jupyter.core.engine import EngineDied, Listener, Outcome, Task
 from tuft_jupyter.core.errors import NotFound, ServerError, TuftError, UserError
 from tuft_jupyter.core.types import (
     AdamParams,
+    Drawn,
     ForwardBackward,
     ForwardBackwardResult,
     LoraSpec,
@@ -197,16 +198,20 @@ class FakeSampler:
     def __init__(self, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()
         self.live: dict[str, tuple[int, SampleRequest, int]] = {}
+        self._heard: dict[str, Listener | None] = {}
         self._lock = threading.Lock()
 
     def check(self, request: SampleRequest) -> None:
         if (request.prompt >= VOCAB).any():
             raise UserError(f"the prompt has a token outside the vocabulary of {VOCAB}")
 
-    def submit(self, key: str, adapter: Path | None, request: SampleRequest) -> None:
+    def submit(
+        self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None = None
+    ) -> None:
         shift = 0 if adapter is None else round(json.loads((adapter / "fake.json").read_text())["weight"])
         with self._lock:
             self.live[key] = (shift, request, 0)
+            self._heard[key] = heard
 
     def step(self) -> list[tuple[str, SampleResult | TuftError]]:
         ended: list[tuple[str, SampleResult | TuftError]] = []
@@ -214,6 +219,7 @@ class FakeSampler:
             batch = list(self.live.items())
         for key, (shift, request, drawn) in batch:
             self.faults.meet(request.prompt)
+            self._tell(key, shift, request, drawn + 1 == request.params.max_tokens)
             if drawn + 1 < request.params.max_tokens:
                 with self._lock:
                     if key in self.live:
@@ -223,6 +229,12 @@ class FakeSampler:
                 if self.live.pop(key, None) is not None:
                     ended.append((key, _result(shift, request)))
         return ended
+
+    def _tell(self, key: str, shift: int, request: SampleRequest, last: bool) -> None:
+        heard = self._heard.get(key)
+        for i in range(request.num_samples if heard else 0):
+            token = (int(request.prompt[-1]) + shift + i) % VOCAB
+            heard(Drawn(i, token, -0.5, (), StopReason.LENGTH if last else None))  # type: ignore[misc]
 
     def busy(self) -> bool:
         with self._lock:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 from tuft_jupyter.core.engine import EngineDied, Outcome, SamplingEngine, Task, TrainingEngine
@@ -114,6 +114,7 @@ class ScriptedSampler:
     def __init__(self) -> None:
         self.dies = 0
         self.cancelled: list[str] = []
+        self.closed = 0
 
     async def start(self) -> None: ...
 
@@ -122,6 +123,24 @@ class ScriptedSampler:
             self.dies -= 1
             raise EngineDied("killed by the test")
         return Outcome(request_id, result=(adapter or "base").encode(), content_type=JSON)
+
+    async def complete(
+        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """Two chunks for a stream, else one; for the user ``hang`` it draws until nobody listens."""
+        if self.dies:
+            self.dies -= 1
+            raise EngineDied("killed by the test")
+        asked = json.loads(body)
+        chunk = json.dumps({"adapter": adapter, "chat": chat}).encode()
+        try:
+            if asked.get("stream"):
+                yield chunk
+            if asked.get("user") == "hang":
+                await asyncio.Event().wait()
+            yield chunk
+        finally:
+            self.closed += 1
 
     async def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

@@ -46,6 +46,7 @@ MAY_IMPORT = {
 ROOMS_WITH_A_WIDER_VIEW = {
     "tuft_jupyter.engine.worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.sampling_worker": {"tuft_jupyter.wire"},
+    "tuft_jupyter.engine.text_worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.cluster": {"tuft_jupyter.config"},
     "tuft_jupyter.engine.ray_place": {"tuft_jupyter.home"},
     "tuft_jupyter.engine.ray_local": {"tuft_jupyter.home"},

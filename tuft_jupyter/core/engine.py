@@ -8,7 +8,7 @@ the two: it decodes, cuts, calls and encodes, so the notebook's process only eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import (
     AdamParams,
+    Drawn,
     ForwardBackward,
     ForwardBackwardResult,
     LoraSpec,
@@ -23,6 +24,9 @@ from tuft_jupyter.core.types import (
     SampleRequest,
     SampleResult,
 )
+
+Listener = Callable[[Drawn], None]
+"""Told of every token as it is drawn, in the sampler's own thread: it must return at once."""
 
 
 class Trainer(Protocol):
@@ -73,7 +77,9 @@ class Sampler(Protocol):
     def check(self, request: SampleRequest) -> None:
         """UserError if the prompt, the counts or the parameters are out of bounds."""
 
-    def submit(self, key: str, adapter: Path | None, request: SampleRequest) -> None:
+    def submit(
+        self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None = None
+    ) -> None:
         """Queue a request for the base model (None) or for the adapter saved in that directory."""
 
     def step(self) -> list[tuple[str, SampleResult | TuftError]]:
@@ -150,6 +156,14 @@ class SamplingEngine(Protocol):
 
     async def sample(self, request_id: str, adapter: str | None, body: bytes) -> Outcome:
         """Sample from the base model or from the adapter in a directory; the body is the JSON request."""
+
+    def complete(
+        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """The answer to a request in OpenAI's form: its chunks as they are drawn, or the whole as one.
+
+        UserError before the first item if the request cannot be run. Closing the iterator stops the drawing.
+        """
 
     async def cancel(self, request_id: str) -> None: ...
 

@@ -24,6 +24,7 @@ from tuft_jupyter.core.runs import Limits, Runs
 from tuft_jupyter.core.sampling import Sampling
 from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.state import State
+from tuft_jupyter.core.text import Text
 from tuft_jupyter.core.types import ModelCard, Principal
 from tuft_jupyter.core.watchdog import Watchdog
 
@@ -86,6 +87,7 @@ class Service:
             self.limits,
         )
         self.sampling = Sampling(ledger, catalog, engines.sampling)
+        self.text = Text(self.sampling, self.checkpoints)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property

@@ -150,6 +150,7 @@ class SampleRequest:
     params: SamplingParams
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
 
 
 class StopReason(StrEnum):
@@ -159,11 +160,30 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
-    """``tokens`` int32 [T] and ``logprobs`` float32 [T]: of each token under the untempered model (T=1)."""
+    """``tokens`` int32 [T] and ``logprobs`` float32 [T]: of each token under the untempered model (T=1).
+
+    ``topk_ids`` int32 [T, k] and ``topk_logprobs`` float32 [T, k] are the likeliest tokens at each place, best first.
+    """
 
     tokens: Int32Array
     logprobs: FloatArray
     stop_reason: StopReason
+    topk_ids: Int32Array | None = None
+    topk_logprobs: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One token of sample ``index``, as soon as it is there; ``stop_reason`` comes with the last one.
+
+    ``top`` are the likeliest (token, logprob) at its place, best first, where they were asked for.
+    """
+
+    index: int
+    token: int
+    logprob: float
+    top: Sequence[tuple[int, float]] = ()
+    stop_reason: StopReason | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuft_jupyter.core.engine import EngineDied, Outcome, Sampler, Task, Trainer
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.worker import TrainingWorker
+
+if TYPE_CHECKING:
+    from tuft_jupyter.engine.text_worker import Part, TextWorker
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +147,12 @@ class SamplingActor(EngineActor):
     """One base model with the adapters lately sampled from."""
 
     worker: SamplingWorker
+    text: TextWorker
 
     def make(self) -> None:
         card = self.options.card
         self.worker = SamplingWorker(self.sampler(), context=card.max_context_length, on_death=self._end)
+        self.text = self.texts()
 
     def sampler(self) -> Sampler:
         from tuft_jupyter.engine.torch_sampler import TorchSampler
@@ -160,6 +165,21 @@ class SamplingActor(EngineActor):
 
     async def cancel(self, request_id: str) -> None:
         self.worker.cancel(request_id)
+        self.text.cancel(request_id)
+
+    async def complete(self, request_id: str, adapter: str | None, body: bytes, chat: bool) -> Part:
+        """The first part of the answer to a request in OpenAI's form."""
+        return await self.text.begin(request_id, adapter, body, chat=chat)
+
+    async def more(self, request_id: str) -> Part:
+        """The next part of such an answer."""
+        return await self.text.more(request_id)
+
+    def texts(self) -> TextWorker:
+        from tuft_jupyter.engine.text_worker import TextWorker
+
+        card = self.options.card
+        return TextWorker(self.worker, Path(card.path), context=card.max_context_length)
 
     def _end(self) -> None:
         exit_process: Callable[[int], Any] = os._exit

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -23,6 +23,9 @@ from tuft_jupyter.core.errors import ServerError, failure
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actors import ActorOptions, EngineActor, Loaded, SamplingActor, TrainingActor
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
+
+if TYPE_CHECKING:
+    from tuft_jupyter.engine.text_worker import Part
 
 GPU_SHARE = 0.2
 """Of one GPU, asked for by every actor: enough for a trainer and a sampler of two base models on one GPU."""
@@ -257,6 +260,27 @@ class ClusterSamplingEngine(_ClusterEngine):
             actor, actor.handle.sample.remote(request_id, adapter, body)
         )
         return outcome
+
+    async def complete(
+        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """The answer to a request in OpenAI's form: its chunks as they are drawn, or the whole as one."""
+        actor = self._ready()
+        ended = False
+        try:
+            call = actor.handle.complete.remote(request_id, adapter, body, chat)
+            while not ended:
+                part: Part = await self._answer(actor, call)
+                ended = part.ended
+                for chunk in part.chunks:
+                    yield chunk
+                if part.category:
+                    raise failure(part.category, part.error)
+                if not ended:
+                    call = actor.handle.more.remote(request_id)
+        finally:
+            if not ended:  # nobody listens any more
+                actor.handle.cancel.remote(request_id)
 
     async def cancel(self, request_id: str) -> None:
         actor = self._ready()

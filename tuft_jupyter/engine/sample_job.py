@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tuft_jupyter.core.engine import Listener
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import (
+    Drawn,
     FloatArray,
     Int32Array,
     SampledSequence,
@@ -37,7 +39,7 @@ class Limits:
 
     def check(self, request: SampleRequest) -> None:
         """UserError if the prompt or the counts are out of bounds."""
-        prompt, params, k = request.prompt, request.params, request.topk_prompt_logprobs
+        prompt, params = request.prompt, request.params
         if not len(prompt):
             raise UserError("prompt is empty; send at least one token")
         if len(prompt) >= self.context:
@@ -55,10 +57,10 @@ class Limits:
             raise UserError(f"num_samples must be between 1 and {self.samples}, got {request.num_samples}")
         if params.max_tokens < 1:
             raise UserError(f"sampling_params.max_tokens must be at least 1, got {params.max_tokens}")
-        if not 0 <= k <= self.vocab_size:
-            raise UserError(
-                f"topk_prompt_logprobs must be between 0 and {self.vocab_size} (the vocabulary), got {k}"
-            )
+        for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+            k = getattr(request, name)
+            if not 0 <= k <= self.vocab_size:
+                raise UserError(f"{name} must be between 0 and {self.vocab_size} (the vocabulary), got {k}")
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +84,7 @@ class Job:
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
     prompt_logprobs: FloatArray | None = None
     topk: tuple[Int32Array, FloatArray] | None = None
+    heard: Listener | None = None
 
     @property
     def ended(self) -> bool:
@@ -114,6 +117,20 @@ class Live:
     rng: np.random.Generator
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def extend(self, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
+        """``top`` are the candidates of the whole batch: of these, as many as this request asked for."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.job.request.topk_sample_logprobs:
+            self.top.append(top[: self.job.request.topk_sample_logprobs])
+
+    def tell(self, reason: StopReason | None) -> None:
+        """Let who listens know of the newest token."""
+        if self.job.heard is not None:
+            top = self.top[-1] if self.top else ()
+            self.job.heard(Drawn(self.index, self.tokens[-1], self.logprobs[-1], top, reason))
 
     def stop_reason(self) -> StopReason | None:
         """Why the sequence ends with its newest token; None if it goes on."""
@@ -131,8 +148,13 @@ class Live:
     def end(self, reason: StopReason) -> None:
         """Hand the sequence to its job."""
         self.job.live -= 1
+        top = np.array(self.top, np.float64) if self.top else None  # [T, k, 2]; a double holds any token id
         self.job.sequences[self.index] = SampledSequence(
-            np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32), reason
+            np.array(self.tokens, np.int32),
+            np.array(self.logprobs, np.float32),
+            reason,
+            None if top is None else top[..., 0].astype(np.int32),
+            None if top is None else top[..., 1].astype(np.float32),
         )
 
 

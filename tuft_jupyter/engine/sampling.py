@@ -28,16 +28,23 @@ _SCORED_AT_ONCE = 512  # positions of a prompt
 _NOTHING = -99999.0  # the protocol's logprob of a cell that holds no token
 
 
+Top = list[list[tuple[int, float]]]
+"""For each row, (token, logprob) of its likeliest tokens."""
+
+
 def generator(seed: int | None, index: int) -> np.random.Generator:
     """The random numbers of sample ``index`` of a request; None is a fresh seed from the system."""
     return np.random.default_rng(None if seed is None else (seed, index))
 
 
 class Picker:
-    """Draws one token per row; made anew when the rows change."""
+    """Draws one token per row; made anew when the rows change. ``k`` likeliest tokens are told with each."""
 
-    def __init__(self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device, k: int = 0
+    ) -> None:
         self._device = device
+        self._k = k
         greedy = [i for i, p in enumerate(params) if p.temperature == 0]
         filtered = [
             i for i, p in enumerate(params) if p.temperature and (0 < p.top_k < vocab_size or p.top_p < 1)
@@ -55,11 +62,23 @@ class Picker:
         self._p_M1 = torch.tensor(ps, device=device)[:, None]
         self._largest_k = max(ks, default=0)
 
-    def __call__(self, logits_NV: Tensor, uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [N] and their log-probabilities fp32 [N]. ``uniforms`` are in [0, 1), one per row."""
+    def __call__(self, logits_NV: Tensor, uniforms: Sequence[float]) -> tuple[Tensor, Tensor, Top]:
+        """Tokens int64 [N], their log-probabilities fp32 [N], and the k likeliest of each row, best first.
+
+        ``uniforms`` are in [0, 1), one per row.
+        """
         logp_NV = torch.log_softmax(logits_NV, -1, dtype=torch.float32)
         tokens_N = logp_NV.argmax(-1) if self.all_greedy else self._draw(logp_NV, uniforms)
-        return tokens_N, logp_NV.gather(1, tokens_N[:, None])[:, 0]
+        return tokens_N, logp_NV.gather(1, tokens_N[:, None])[:, 0], self._likeliest(logp_NV)
+
+    def _likeliest(self, logp_NV: Tensor) -> Top:
+        if not self._k:
+            return [[]] * len(logp_NV)
+        top_NK, ids_NK = logp_NV.topk(self._k, dim=1)
+        return [
+            list(zip(ids, logps, strict=True))
+            for ids, logps in zip(ids_NK.tolist(), top_NK.tolist(), strict=True)
+        ]
 
     def _draw(self, logp_NV: Tensor, uniforms: Sequence[float]) -> Tensor:
         heat_N1 = self._temperature_N1

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tuft_jupyter.core.engine import Outcome, Sampler
+from tuft_jupyter.core.engine import Listener, Outcome, Sampler
 from tuft_jupyter.core.errors import ServerError, TuftError, UserError
-from tuft_jupyter.core.types import SAMPLED, SampleResult
+from tuft_jupyter.core.types import SAMPLED, SampleRequest, SampleResult
 from tuft_jupyter.wire.sample_codec import decode_sample_request, encode_sample_response
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,7 @@ class SamplingWorker:
         began = time.perf_counter()
         try:
             request = decode_sample_request(body, default_max_tokens=self._context)
-            self.sampler.check(request)
-            path = None if adapter is None else Path(adapter)
-            result = await self._result(request_id, lambda: self.sampler.submit(request_id, path, request))
+            result = await self.draw(request_id, adapter, request)
             encoded = encode_sample_response(result)
         except TuftError as error:
             return Outcome(request_id, category=error.category, error=error.message)
@@ -72,6 +70,14 @@ class SamplingWorker:
             "tokens": sum(len(sequence.tokens) for sequence in result.sequences),
         }
         return Outcome(request_id, result=encoded, content_type=SAMPLED, facts=facts)
+
+    async def draw(
+        self, request_id: str, adapter: str | None, request: SampleRequest, heard: Listener | None = None
+    ) -> SampleResult:
+        """The same over values; TuftError says why there is none. Cancelling the call stops the drawing."""
+        self.sampler.check(request)
+        path = None if adapter is None else Path(adapter)
+        return await self._result(request_id, lambda: self.sampler.submit(request_id, path, request, heard))
 
     def cancel(self, request_id: str) -> None:
         """Stop drawing for a request; it fails as cancelled. Unknown ids are ignored."""

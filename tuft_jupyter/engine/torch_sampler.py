@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from tuft_jupyter.core.engine import Listener
 from tuft_jupyter.core.errors import ServerError, TuftError, UserError
 from tuft_jupyter.core.types import SampleRequest, SampleResult
 from tuft_jupyter.engine import head, packing
@@ -60,8 +61,14 @@ class _Batch:
         self.packed = packing.Packed(
             packing.boundaries(ones), packing.segments_of(ones, adapters), self.attention
         )
-        self.pick = Picker([row.job.request.params for row in self.rows], vocab_size, device)
+        self.pick = _picker(self.rows, vocab_size, device)
         self.tokens_N = torch.tensor([row.tokens[-1] for row in self.rows], device=device)
+
+
+def _picker(rows: Sequence[Live], vocab_size: int, device: torch.device) -> Picker:
+    requests = [row.job.request for row in rows]
+    k = max(request.topk_sample_logprobs for request in requests)
+    return Picker([request.params for request in requests], vocab_size, device, k)
 
 
 class TorchSampler:
@@ -100,7 +107,7 @@ class TorchSampler:
         self._jobs: list[Job] = []  # in order of arrival
         self._batch: _Batch | None = None
         self._lock = threading.Lock()
-        self._arrived: list[tuple[str, Path | None, SampleRequest]] = []
+        self._arrived: list[tuple[str, Path | None, SampleRequest, Listener | None]] = []
         self._cancelled: set[str] = set()
 
     # ---- from any thread
@@ -111,10 +118,12 @@ class TorchSampler:
         if request.params.stop_strings and self._decode_text is None:
             raise UserError("sampling_params.stop: this model has no tokenizer; give token ids instead")
 
-    def submit(self, key: str, adapter: Path | None, request: SampleRequest) -> None:
+    def submit(
+        self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None = None
+    ) -> None:
         """Queue a request; it is looked at in the next step."""
         with self._lock:
-            self._arrived.append((key, adapter, request))
+            self._arrived.append((key, adapter, request, heard))
 
     def cancel(self, key: str) -> None:
         """Drop a request before the next step; unknown keys are ignored."""
@@ -149,7 +158,7 @@ class TorchSampler:
         with self._lock:
             arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, set()
-        for key, directory, request in arrived:
+        for key, directory, request, heard in arrived:
             try:
                 self.check(request)
             except TuftError as error:
@@ -165,6 +174,7 @@ class TorchSampler:
                     limit=min(request.params.max_tokens, room),
                     decode=self._decode_text if request.params.stop_strings else None,
                     waiting=request.num_samples,
+                    heard=heard,
                 )
             )
         for job in [job for job in self._jobs if job.key in cancelled]:
@@ -230,7 +240,7 @@ class TorchSampler:
         logits_MV = head.logits(self.base.lm_head, hidden_ND[last_M], one_each)
         counts_M = torch.tensor([len(row) for row in slots], device=device)
         fresh = self._live[first:]
-        pick = Picker([row.job.request.params for row in fresh], self.base.vocab_size, device)
+        pick = _picker(fresh, self.base.vocab_size, device)
         self._extend(fresh, pick, logits_MV.repeat_interleave(counts_M, 0))
         self._batch = None
         self._leave(range(first, len(self._live)))
@@ -252,10 +262,9 @@ class TorchSampler:
     def _extend(self, rows: Sequence[Live], pick: Picker, logits_NV: Tensor) -> Tensor:
         """Draw a token for each row and write it down."""
         uniforms = [] if pick.all_greedy else [row.rng.random() for row in rows]
-        tokens_N, logprobs_N = pick(logits_NV[:, : self.base.vocab_size], uniforms)
-        for row, token, logprob in zip(rows, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
+        tokens_N, logprobs_N, tops = pick(logits_NV[:, : self.base.vocab_size], uniforms)
+        for row, token, logprob, top in zip(rows, tokens_N.tolist(), logprobs_N.tolist(), tops, strict=True):
+            row.extend(token, logprob, top)
             if not math.isfinite(logprob):
                 row.job.broken = True
         return tokens_N
@@ -264,6 +273,7 @@ class TorchSampler:
         """Take out those of the sequences in ``slots`` (up to the last one) that have just ended."""
         for slot in reversed(slots):
             reason = self._live[slot].stop_reason()
+            self._live[slot].tell(reason)
             if reason is not None:
                 self._live[slot].end(reason)
                 self._free(slot)

@@ -15,6 +15,7 @@ from tuft_jupyter.wire.routes import Route
 from tuft_jupyter.wire.verbs.account import AccountVerbs
 from tuft_jupyter.wire.verbs.base import Call, Host, Reply, error_reply
 from tuft_jupyter.wire.verbs.keys import KeyVerbs
+from tuft_jupyter.wire.verbs.openai import OpenAIVerbs
 from tuft_jupyter.wire.verbs.rest import RestVerbs
 from tuft_jupyter.wire.verbs.sampling import SamplingVerbs
 from tuft_jupyter.wire.verbs.search import SearchVerbs
@@ -37,6 +38,7 @@ class Api(
     KeyVerbs,
     SearchVerbs,
     WatchingVerbs,
+    OpenAIVerbs,
 ):
     def __init__(self, service: Service, host: Host, hold_seconds: float = HOLD_SECONDS) -> None:
         self.service = service
@@ -49,7 +51,7 @@ class Api(
         try:
             return await verb(call)
         except TuftError as error:
-            return error_reply(error)
+            return error_reply(error, route.dialect)
 
 
 __all__ = ["Api", "Call", "Host", "Reply", "error_reply"]

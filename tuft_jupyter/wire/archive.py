@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tarfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,10 +26,10 @@ CHUNK = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """``size`` bytes, in chunks of at most :data:`CHUNK`."""
+    """``size`` bytes, in chunks of at most :data:`CHUNK`; None where the end is not known before it is there."""
 
-    size: int
-    chunks: AsyncIterator[bytes]
+    size: int | None
+    chunks: AsyncGenerator[bytes, None]
 
 
 async def one_file(path: Path) -> Stream:
@@ -44,7 +44,7 @@ async def tar(directory: Path, names: Sequence[str], modified: float) -> Stream:
     end = _head(COMPLETE, 0, modified) + bytes(2 * tarfile.BLOCKSIZE)
     size = sum(len(head) + _padded(size) for head, (_, _, size) in zip(heads, opened, strict=True)) + len(end)
 
-    async def chunks() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncGenerator[bytes, None]:
         for head, (_, file, size) in zip(heads, opened, strict=True):
             yield head
             async for chunk in _read(file, size):
@@ -65,7 +65,7 @@ def _open(path: Path) -> tuple[BinaryIO, int]:
     return file, os.fstat(file.fileno()).st_size
 
 
-async def _read(file: BinaryIO, size: int) -> AsyncIterator[bytes]:
+async def _read(file: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
     with file:
         while size:
             chunk = await asyncio.to_thread(file.read, min(CHUNK, size))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire import openai
 
 KIB, MIB = 2**10, 2**20
 
@@ -26,6 +27,13 @@ class Access(StrEnum):
     OPEN = "open"
     KEY = "key"
     SIGNED = "signed"
+
+
+class Dialect(StrEnum):
+    """Whose API a route belongs to: how its refusals are written."""
+
+    TINKER = "tinker"
+    OPENAI = "openai"
 
 
 def pattern_of(path: str) -> str:
@@ -44,6 +52,7 @@ class Route:
     message: type[m.Message] | None = None
     access: Access = Access.KEY
     max_body: int = 1 * MIB
+    dialect: Dialect = Dialect.TINKER
 
     @property
     def pattern(self) -> str:
@@ -245,6 +254,36 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/tuft/gauges", "gauges", "What the machine does: processors, memory, workers."),
     Route("GET", "/tuft/tokenizer", "tokenizer", "A base model's tokenizer files (?model=NAME), as text."),
 )
+
+OPENAI_ROUTES: tuple[Route, ...] = (
+    Route(
+        "GET",
+        "/models",
+        "oai_models",
+        "The base models and the caller's checkpoints.",
+        dialect=Dialect.OPENAI,
+    ),
+    Route("GET", "/models/{model}", "oai_model", "One model.", dialect=Dialect.OPENAI),
+    Route(
+        "POST",
+        "/completions",
+        "oai_completions",
+        "Continue a prompt.",
+        openai.Completion,
+        max_body=8 * MIB,
+        dialect=Dialect.OPENAI,
+    ),
+    Route(
+        "POST",
+        "/chat/completions",
+        "oai_chat",
+        "Answer a conversation.",
+        openai.ChatCompletion,
+        max_body=8 * MIB,
+        dialect=Dialect.OPENAI,
+    ),
+)
+"""OpenAI-compatible inference, below ``<base url>/tuft/oai/api/v1`` (``/oai/api/v1`` in a daemon)."""
 
 NOT_OFFERED: tuple[tuple[str, str], ...] = (("POST", "/create_custom_loss"),)
 """Parts of the protocol that newer SDKs may call and this version does not offer: answered 404 by name."""

@@ -115,30 +115,32 @@ def _params(given: dict[str, Any], default_max_tokens: int) -> SamplingParams:
         params = msgspec.convert(given, _Params)
     except msgspec.ValidationError as error:
         raise UserError(f"sampling_params: {error}") from None
-    max_tokens = default_max_tokens if params.max_tokens is None else params.max_tokens
-    temperature = 1.0 if params.temperature is None else params.temperature
-    top_k = -1 if params.top_k is None else params.top_k
-    top_p = 1.0 if params.top_p is None else params.top_p
-    if max_tokens < 1:
-        raise UserError(f"sampling_params.max_tokens must be at least 1, got {max_tokens}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"sampling_params.temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k < -1:
-        raise UserError(f"sampling_params.top_k must be -1 (no limit) or more, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"sampling_params.top_p must lie in (0, 1], got {top_p}")
-    if params.seed is not None and not 0 <= params.seed < 1 << 64:
-        raise UserError(f"sampling_params.seed must be an unsigned 64-bit number, got {params.seed}")
     stop_tokens, stop_strings = _stop(params.stop)
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=-1 if top_k == 0 else top_k,
-        top_p=top_p,
+    asked = SamplingParams(
+        max_tokens=default_max_tokens if params.max_tokens is None else params.max_tokens,
+        temperature=1.0 if params.temperature is None else params.temperature,
+        top_k=params.top_k or -1,
+        top_p=1.0 if params.top_p is None else params.top_p,
         seed=params.seed,
         stop_tokens=stop_tokens,
         stop_strings=stop_strings,
     )
+    return checked_params(asked, "sampling_params.")
+
+
+def checked_params(params: SamplingParams, where: str = "") -> SamplingParams:
+    """The same; UserError naming the first field (with ``where`` before it) that is out of its range."""
+    if params.max_tokens < 1:
+        raise UserError(f"{where}max_tokens must be at least 1, got {params.max_tokens}")
+    if not (math.isfinite(params.temperature) and params.temperature >= 0):
+        raise UserError(f"{where}temperature must be 0 (greedy) or more, got {params.temperature}")
+    if params.top_k < -1:
+        raise UserError(f"{where}top_k must be -1 (no limit) or more, got {params.top_k}")
+    if not 0 < params.top_p <= 1:
+        raise UserError(f"{where}top_p must lie in (0, 1], got {params.top_p}")
+    if params.seed is not None and not 0 <= params.seed < 1 << 64:
+        raise UserError(f"{where}seed must be an unsigned 64-bit number, got {params.seed}")
+    return params
 
 
 def _is_off(value: object) -> bool:

@@ -26,7 +26,7 @@ def draw(logits_V: np.ndarray, uniforms: list[float], **kwargs: float) -> tuple[
     """One draw from the same logits for each uniform number."""
     count = len(uniforms)
     pick = Picker([params(**kwargs)] * count, len(logits_V), CPU)
-    tokens, logprobs = pick(torch.from_numpy(logits_V).expand(count, -1), uniforms)
+    tokens, logprobs, _ = pick(torch.from_numpy(logits_V).expand(count, -1), uniforms)
     return tokens.numpy(), logprobs.numpy()
 
 
@@ -83,7 +83,7 @@ def test_a_wide_nucleus_is_found_beyond_the_first_candidates() -> None:
     logits = torch.stack(
         [torch.zeros(vocab), torch.arange(vocab) / 9, torch.arange(vocab) / 9, torch.zeros(vocab)]
     )
-    picked, _ = Picker(rows, vocab, CPU)(logits, [0.5, 0.01, 0.5, 0.5])
+    picked, *_ = Picker(rows, vocab, CPU)(logits, [0.5, 0.01, 0.5, 0.5])
     assert picked.tolist()[1:] == [vocab - 2, vocab - 1, vocab // 2]
 
 
@@ -109,9 +109,9 @@ def test_rows_with_different_parameters_do_not_touch_each_other(
     for i, (values, *_) in enumerate(rows):
         logits[i, : len(values)] = torch.from_numpy(values)
     chosen = [params(temperature=t, top_k=k) for _, _, t, k in rows]
-    together, _ = Picker(chosen, vocab, CPU)(logits, [u for _, u, *_ in rows])
+    together, *_ = Picker(chosen, vocab, CPU)(logits, [u for _, u, *_ in rows])
     for i, (_, u, *_) in enumerate(rows):
-        alone, _ = Picker([chosen[i]], vocab, CPU)(logits[i : i + 1], [u])
+        alone, *_ = Picker([chosen[i]], vocab, CPU)(logits[i : i + 1], [u])
         assert alone.tolist() == [together[i]]
 
 

@@ -16,9 +16,20 @@ from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import JSON, ModelCard, Principal
 from tuft_jupyter.wire.archive import Stream
 from tuft_jupyter.wire.peek import base_type
+from tuft_jupyter.wire.routes import Dialect
 from tuft_jupyter.wire.tickets import Tickets
 
 ANYTHING = "*/*"
+OPENAI_ERRORS = {
+    401: ("authentication_error", "missing_api_key"),
+    403: ("permission_error", "invalid_api_key"),
+    404: ("not_found_error", "model_not_found"),
+    410: ("server_error", None),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", None),
+}
+"""(type, code) by status."""
+
 MIN_TTL, MAX_TTL = 1.0, 10 * 365 * 86400.0
 
 
@@ -60,10 +71,13 @@ def reply(value: Any, status: int = 200) -> Reply:
     return Reply(msgspec.json.encode(value), status)
 
 
-def error_reply(error: TuftError) -> Reply:
-    """``{"detail", "error", "category"}``: what the SDK shows, in one shape for every route."""
+def error_reply(error: TuftError, dialect: Dialect = Dialect.TINKER) -> Reply:
+    """``{"detail", "error", "category"}``: what the SDK shows, in one shape for every route; or OpenAI's shape."""
     headers = {"Retry-After": f"{math.ceil(error.retry_after)}"} if isinstance(error, Overloaded) else {}
-    body = {"detail": error.message, "error": error.message, "category": error.category}
+    body: dict[str, Any] = {"detail": error.message, "error": error.message, "category": error.category}
+    if dialect is Dialect.OPENAI:
+        kind, code = OPENAI_ERRORS.get(error.status, ("invalid_request_error", None))
+        body = {"error": {"message": error.message, "type": kind, "param": None, "code": code}}
     return Reply(msgspec.json.encode(body), error.status, headers=headers)
 
 

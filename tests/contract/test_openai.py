@@ -1,0 +1,253 @@
+"""OpenAI-compatible inference: the stock ``openai`` client on a real server, and access over scripted engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tinker
+from tornado.httpclient import AsyncHTTPClient, HTTPResponse
+from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream
+from tornado.netutil import Resolver
+from tornado.tcpclient import TCPClient
+from tornado.testing import bind_unused_port
+from tornado.web import Application
+
+from examples.run_on_server import Server
+from tests.support.live import key_of
+from tests.support.scripted_engine import ScriptedEngines
+from tuft_jupyter.config import load_settings
+from tuft_jupyter.core.types import CheckpointKind
+from tuft_jupyter_server.host import Host
+from tuft_jupyter_server.tinker import openai_handlers
+
+BOB_KEY = "tml-bob"
+ROOT = "/tuft/oai/api/v1"
+HELLO = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+# ---- the stock client on a real Jupyter server
+
+
+@pytest.fixture(scope="module")
+def client(alice: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{alice.url}tuft/oai/api/v1", api_key=key_of(alice.work), max_retries=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_stock_client_chats_and_streams(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tuft/demo", "messages": HELLO, "max_tokens": 24, "seed": 3}
+    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    (choice,) = whole.choices
+    assert choice.message.role == "assistant"
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert whole.usage is not None
+    assert len(choice.logprobs.content) == whole.usage.completion_tokens
+    for said in choice.logprobs.content:
+        assert len(said.top_logprobs) == 2
+        assert said.top_logprobs[0].logprob >= said.logprob - 1e-6
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    assert len(chunks) > 3
+    assert chunks[-1].usage == whole.usage
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == choice.message.content
+    assert chunks[-2].choices[0].finish_reason == choice.finish_reason
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_an_adapter_in_training_answers_by_its_path_its_run_and_its_sampler(
+    alice: Server, client: openai.OpenAI
+) -> None:
+    """The same weights through both dialects draw the same tokens with the same log-probabilities."""
+    service = tinker.ServiceClient(base_url=f"{alice.url}tuft", api_key=key_of(alice.work))
+    training = service.create_lora_training_client("tuft/demo", rank=4)
+    path = training.save_weights_for_sampler("now").result().path
+    prompt = [101, 42, 37, 102]
+    params = tinker.SamplingParams(max_tokens=12, temperature=0.0)
+    sampler = training.create_sampling_client(path)
+    drawn = sampler.sample(tinker.ModelInput.from_ints(prompt), 1, params).result().sequences[0]
+    names = [path, training.model_id]
+    assert path in [model.id for model in client.models.list()]
+    for name in names:
+        answer = client.completions.create(
+            model=name, prompt=prompt, max_tokens=12, temperature=0.0, logprobs=0
+        ).choices[0]
+        assert answer.logprobs is not None
+        assert answer.logprobs.token_logprobs == pytest.approx(drawn.logprobs, abs=1e-4)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model=path + "x", prompt="a")
+
+
+@pytest.mark.timeout(240)
+def test_the_lab_streams_with_jupyters_own_login_and_xsrf(alice: Server) -> None:
+    """The panel's playground: cookies of the notebook server, no key; refused without them, or from elsewhere."""
+
+    async def scenario() -> None:
+        http = AsyncHTTPClient(force_instance=True)
+        address = f"{alice.url}tuft/lab/oai/chat/completions"
+        body = json.dumps({"model": "tuft/demo", "messages": HELLO, "max_tokens": 4, "stream": True})
+        login = {"Authorization": f"token {alice.token}"}
+        for headers in ({}, {"X-API-Key": key_of(alice.work)}):
+            refused = await http.fetch(address, method="POST", body=body, headers=headers, raise_error=False)
+            assert refused.code == 403
+        answer = await http.fetch(address, method="POST", body=body, headers=login, request_timeout=200)
+        assert answer.headers["Content-Type"] == "text/event-stream"
+        events = answer.body.decode().split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        assert json.loads(events[0].removeprefix("data: "))["object"] == "chat.completion.chunk"
+        listed = await http.fetch(f"{alice.url}tuft/lab/oai/models", headers=login)
+        assert "tuft/demo" in listed.body.decode()
+
+    asyncio.run(scenario())
+
+
+# ---- access, over scripted engines
+
+
+class Scripted:
+    """Two tenants on a host with scripted engines."""
+
+    def __init__(self, home: Path) -> None:
+        settings = load_settings(None, {"TUFT_HOME": str(home)}, {"authorized_users": {BOB_KEY: "bob"}})
+        self.engines = ScriptedEngines()
+        self.host = Host(settings, engines=self.engines)
+        self.http = HTTPServer(Application(openai_handlers(ROOT, self.host.api, self.host.keys, 2**22)))
+        socket, self.port = bind_unused_port()
+        self.http.add_socket(socket)
+        self.client = AsyncHTTPClient(force_instance=True)
+
+    async def ask(self, path: str, body: Any = None, **headers: str) -> HTTPResponse:
+        return await self.client.fetch(
+            f"http://127.0.0.1:{self.port}{ROOT}{path}",
+            method="GET" if body is None else "POST",
+            body=None if body is None else json.dumps(body),
+            headers={name.replace("_", "-"): value for name, value in headers.items()},
+            raise_error=False,
+        )
+
+    async def checkpoint(self, tenant: str, *, public: bool = False) -> str:
+        """A saved adapter of a tenant's; returns its path."""
+        state = self.host.ledger.state
+        session = await self.host.service.sessions.open(self.principal(tenant), {"tags": []})
+        run = f"{session}:train:0"
+        saved = self.host.service.checkpoints.plan(
+            run, CheckpointKind.SAMPLER, "w", ttl=None, overwrite=True, user_metadata=None
+        )
+        Path(saved["directory"]).mkdir(parents=True)  # noqa: ASYNC240 - one directory
+        data = {
+            "run": run,
+            "step": 1,
+            "args": {"session": session, "base_model": "tuft/demo", "lora": {"rank": 8, "seed": 1}},
+            "facts": {"checkpoint": saved, "size_bytes": 1},
+            "source": "",
+        }
+        await self.host.ledger.record("weights_copied", tenant, data)
+        if public:
+            change = {"path": saved["path"], "public": True}
+            await self.host.ledger.record("checkpoint_changed", tenant, change)
+        assert saved["path"] in state.checkpoints
+        return str(saved["path"])
+
+    def principal(self, tenant: str) -> Any:
+        return self.host.keys.principal({"bob": BOB_KEY}.get(tenant, self.host.key))
+
+
+def scripted(tmp_path: Path, body: Any) -> None:
+    async def scenario() -> None:
+        server = Scripted(tmp_path)
+        await server.host.start()
+        try:
+            async with asyncio.timeout(30):
+                await body(server)
+        finally:
+            server.http.stop()
+            await server.host.stop()
+
+    asyncio.run(scenario())
+
+
+def refusal(response: HTTPResponse, status: int) -> str:
+    assert response.code == status
+    error = json.loads(response.body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return str(error["message"])
+
+
+def test_only_a_key_opens_any_of_the_routes(tmp_path: Path) -> None:
+    async def body(server: Scripted) -> None:
+        asked = {"model": "tuft/demo", "prompt": "a"}
+        for path, sent in [("/models", None), ("/models/tuft%2Fdemo", None), ("/completions", asked)]:
+            refusal(await server.ask(path, sent), 401)
+            refusal(await server.ask(path, sent, X_API_Key="tml-wrong"), 403)
+            assert (await server.ask(path, sent, X_API_Key=BOB_KEY)).code == 200
+            assert (await server.ask(path, sent, Authorization=f"Bearer {BOB_KEY}")).code == 200
+        assert "no such path" in refusal(await server.ask("/embeddings", {}, X_API_Key=BOB_KEY), 404)
+        assert "answers POST" in refusal(await server.ask("/completions", None, X_API_Key=BOB_KEY), 400)
+
+    scripted(tmp_path, body)
+
+
+def test_nobody_samples_what_is_somebody_elses(tmp_path: Path) -> None:
+    """T8, M2: a path, a run and a sampler of another tenant look missing; published weights are everybody's."""
+
+    async def body(server: Scripted) -> None:
+        private = await server.checkpoint("owner")
+        shared = await server.checkpoint("owner", public=True)
+        own = await server.checkpoint("bob")
+        run = private.split("/")[2]
+        missing = "tinker://nobody:train:0/sampler_weights/w"
+        for name in (private, missing, run, run.replace("train", "sample")):
+            for path in ("/completions", "/chat/completions"):
+                answer = await server.ask(path, {"model": name, "prompt": "a"}, X_API_Key=BOB_KEY)
+                assert "does not exist, or belongs to somebody else" in refusal(answer, 404)
+        for name in (shared, own, own.split("/")[2]):
+            answer = await server.ask("/completions", {"model": name, "prompt": "a"}, X_API_Key=BOB_KEY)
+            assert answer.code == 200
+        listed = json.loads((await server.ask("/models", X_API_Key=BOB_KEY)).body)["data"]
+        assert [model["id"] for model in listed] == ["tuft/demo", own]
+
+    scripted(tmp_path, body)
+
+
+def test_a_client_that_goes_away_stops_the_drawing(tmp_path: Path) -> None:
+    """L4: the sample of a closed connection is cancelled, streamed or not."""
+
+    async def body(server: Scripted) -> None:
+        sampler = server.engines.sampler
+        for stream in (True, False):
+            before = sampler.closed
+            connection = await connected(server.port)
+            sent = json.dumps({"model": "tuft/demo", "prompt": "a", "stream": stream, "user": "hang"})
+            head = f"POST {ROOT}/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: {BOB_KEY}\r\n"
+            await connection.write(f"{head}Content-Length: {len(sent)}\r\n\r\n{sent}".encode())
+            if stream:
+                await connection.read_until(b"data: ")
+            connection.close()
+            while sampler.closed == before:  # noqa: ASYNC110 - a plain number
+                await asyncio.sleep(0.001)
+
+    scripted(tmp_path, body)
+
+
+async def connected(port: int) -> IOStream:
+    return await TCPClient(resolver=Resolver()).connect("127.0.0.1", port)
+
+
+def test_a_dead_worker_is_replaced_before_the_first_chunk(tmp_path: Path) -> None:
+    async def body(server: Scripted) -> None:
+        asked = {"model": "tuft/demo", "prompt": "a"}
+        server.engines.sampler.dies = 1
+        assert (await server.ask("/completions", asked, X_API_Key=BOB_KEY)).code == 200
+        server.engines.sampler.dies = 2
+        assert "died" in refusal(await server.ask("/completions", asked, X_API_Key=BOB_KEY), 500)
+
+    scripted(tmp_path, body)

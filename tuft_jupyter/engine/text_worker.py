@@ -1,0 +1,266 @@
+"""Requests in OpenAI's form inside a sampling actor: bytes in, chunks out as tokens are drawn.
+
+A conversation is begun with one call and its chunks are fetched with further ones. A fetch waits for something new and
+takes all there is, so a slow reader gets fewer, larger answers and nothing polls. Tokenizing happens in a thread of its
+own. Promises: a conversation ends with its last fetch or with its cancellation, and then draws no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tuft_jupyter.core.engine import Listener
+from tuft_jupyter.core.errors import TuftError, UserError
+from tuft_jupyter.core.types import Drawn, Int32Array, SampleRequest, SampleResult, SamplingParams
+from tuft_jupyter.engine.sampling_worker import SamplingWorker
+from tuft_jupyter.engine.text import Reader, StopFinder, TextModel
+from tuft_jupyter.wire.openai import Answer, Choice, Said, TextRequest, decode_request, usage_of
+from tuft_jupyter.wire.sample_codec import checked_params
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The next chunks of an answer. ``category`` is "" unless it failed, as ``error`` says; then it has ended."""
+
+    chunks: Sequence[bytes] = ()
+    ended: bool = False
+    category: str = ""
+    error: str = ""
+
+
+class TextWorker:
+    """Samples text from ``worker``. ``context`` bounds a request that does not say how long it may become."""
+
+    def __init__(self, worker: SamplingWorker, directory: Path, *, context: int) -> None:
+        self._worker = worker
+        self._directory = directory
+        self._context = context
+        self._model: TextModel | None = None
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
+        self._open: dict[str, _Conversation] = {}
+
+    async def begin(self, request_id: str, adapter: str | None, body: bytes, *, chat: bool) -> Part:
+        """Start a conversation; returns its first part."""
+        loop = asyncio.get_running_loop()
+        try:
+            asked = await loop.run_in_executor(self._thread, self._prepare, request_id, body, chat)
+        except TuftError as error:
+            return Part(ended=True, category=error.category, error=error.message)
+        self._open[request_id] = asked
+        asked.start(self._worker, request_id, adapter)
+        return await self.more(request_id)
+
+    async def more(self, request_id: str) -> Part:
+        """The next part of a conversation, once there is one."""
+        asked = self._open.get(request_id)
+        if asked is None:
+            return Part(ended=True, category="user", error="this request was cancelled")
+        try:
+            part = await asked.part()
+        except TuftError as error:
+            part = Part(ended=True, category=error.category, error=error.message)
+        except Exception as error:
+            log.exception("request %s failed", request_id)
+            text = f"sampling failed in the sampling worker: {type(error).__name__}"
+            part = Part(ended=True, category="server", error=text)
+        if part.ended:
+            self.cancel(request_id)
+        return part
+
+    def cancel(self, request_id: str) -> None:
+        """End a conversation; unknown ids are ignored."""
+        asked = self._open.pop(request_id, None)
+        if asked is not None:
+            asked.stop()
+
+    def _prepare(self, request_id: str, body: bytes, chat: bool) -> _Conversation:
+        request = decode_request(body, chat=chat)
+        if self._model is None:
+            self._model = TextModel(self._directory)
+        model = self._model
+        if chat:
+            prompts = [model.chat(request.messages)]
+        else:
+            prompts = [model.prompt(p) if isinstance(p, str) else _ids(p) for p in request.prompts]
+        params = checked_params(
+            SamplingParams(
+                self._context if request.max_tokens is None else max(request.max_tokens, 1),
+                request.temperature,
+                request.top_k,
+                request.top_p,
+                request.seed,
+                tuple(sorted(model.ends)),
+                request.stop,
+            )
+        )
+        top = request.top or 0
+        scored = request.echo and request.top is not None
+        samples = [
+            SampleRequest(prompt, request.n, params, scored, top if scored else 0, top) for prompt in prompts
+        ]
+        for sample in samples:
+            self._worker.sampler.check(sample)
+        return _Conversation(request_id, request, samples, model)
+
+
+def _ids(tokens: Sequence[int]) -> Int32Array:
+    try:
+        return np.array(tokens, np.int32)
+    except OverflowError:
+        raise UserError("prompt: a token id does not fit int32") from None
+
+
+class _Conversation:
+    """One request: a sample request for each prompt, a choice for each sample. Lives on the event loop."""
+
+    def __init__(
+        self, request_id: str, request: TextRequest, samples: Sequence[SampleRequest], model: TextModel
+    ) -> None:
+        self._request = request
+        self._samples = samples
+        self._model = model
+        self._answer = Answer(request, request_id)
+        self._voices = [
+            _Voice(index, request, sample, model)
+            for index, sample in enumerate(sample for sample in samples for _ in range(sample.num_samples))
+        ]
+        self._inbox: deque[tuple[int, Drawn]] = deque()
+        self._news = asyncio.Event()
+        self._drawing: asyncio.Future[list[SampleResult]]
+
+    def start(self, worker: SamplingWorker, request_id: str, adapter: str | None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._drawing = asyncio.ensure_future(self._draw(worker, request_id, adapter))
+        self._drawing.add_done_callback(lambda _: self._news.set())
+
+    def stop(self) -> None:
+        self._drawing.cancel()
+
+    async def part(self) -> Part:
+        if not self._request.stream:
+            await asyncio.wait([self._drawing])
+            results = self._results()
+            self._take()
+            return Part([self._answer.whole(self._choices(results), self._usage())], ended=True)
+        chunks: list[bytes] = []
+        ended = False
+        while not chunks and not ended:
+            await self._news.wait()
+            self._news.clear()
+            ended = self._drawing.done()
+            chunks = [self._answer.chunk(news) for news in self._take()]
+        if ended:
+            self._results()
+            chunks += self._answer.last(self._usage())
+        return Part(chunks, ended)
+
+    def _results(self) -> list[SampleResult]:
+        """Of what has ended; raises what went wrong."""
+        if self._drawing.cancelled():
+            raise UserError("this request was cancelled")
+        return self._drawing.result()
+
+    async def _draw(self, worker: SamplingWorker, request_id: str, adapter: str | None) -> list[SampleResult]:
+        first = 0
+        draws = []
+        for number, sample in enumerate(self._samples):
+            key = f"{request_id}/{number}"
+            draws.append(asyncio.ensure_future(worker.draw(key, adapter, sample, self._listener(first))))
+            first += sample.num_samples
+        try:
+            return await asyncio.gather(*draws)
+        finally:
+            for draw in draws:
+                draw.cancel()
+
+    def _listener(self, first: int) -> Listener:
+        def heard(drawn: Drawn) -> None:  # in the sampler's thread
+            self._inbox.append((first, drawn))
+            self._loop.call_soon_threadsafe(self._news.set)
+
+        return heard
+
+    def _take(self) -> list[Choice]:
+        """What was heard since the last time, token by token."""
+        news = []
+        while self._inbox:
+            first, drawn = self._inbox.popleft()
+            fresh = self._voices[first + drawn.index].hear(drawn)
+            if fresh is not None:
+                news.append(fresh)
+        return news
+
+    def _choices(self, results: Sequence[SampleResult]) -> list[Choice]:
+        choices = [voice.choice for voice in self._voices]
+        if self._request.echo:
+            for voice, result in zip(self._voices, _each(results, self._request.n), strict=True):
+                voice.echo(result)
+        return choices
+
+    def _usage(self) -> dict[str, int]:
+        drawn = sum(voice.tokens for voice in self._voices) if self._request.max_tokens != 0 else 0
+        return usage_of(sum(len(sample.prompt) for sample in self._samples), drawn)
+
+
+def _each(results: Sequence[SampleResult], n: int) -> list[SampleResult]:
+    return [result for result in results for _ in range(n)]
+
+
+class _Voice:
+    """One sample as it becomes text."""
+
+    def __init__(self, index: int, request: TextRequest, sample: SampleRequest, model: TextModel) -> None:
+        self.choice = Choice(index)
+        self.tokens = 0
+        self._silent = request.max_tokens == 0
+        self._echo = request.echo and request.stream
+        self._told = request.top is not None
+        self._prompt = sample.prompt
+        self._model = model
+        self._reader = Reader(model.text, sample.prompt.tolist())
+        self._stops = StopFinder(request.stop)
+
+    def hear(self, drawn: Drawn) -> Choice | None:
+        """What one more token adds; None if it adds nothing to show yet."""
+        self.tokens += 1
+        fresh = Choice(self.choice.index)
+        if self._echo:
+            fresh.text, self._echo = self._model.text(self._prompt.tolist()), False
+        if not self._silent:
+            fresh.text += self._stops.push(self._reader.push(drawn.token))
+            if self._told:
+                top = [(self._model.name(token), logprob) for token, logprob in drawn.top]
+                fresh.said.append(Said(self._model.name(drawn.token), drawn.logprob, top))
+        if drawn.stop_reason is not None:
+            if not self._silent:
+                fresh.text += self._stops.push(self._reader.rest()) + self._stops.rest()
+            fresh.finish_reason = drawn.stop_reason.value
+        self.choice.text += fresh.text
+        self.choice.said += fresh.said
+        self.choice.finish_reason = fresh.finish_reason
+        return fresh if fresh.text or fresh.said or fresh.finish_reason else None
+
+    def echo(self, result: SampleResult) -> None:
+        """Put the prompt before what was drawn from it."""
+        prompt = self._prompt.tolist()
+        self.choice.text = self._model.text(prompt) + self.choice.text
+        if result.prompt_logprobs is None:
+            return
+        said = [Said(self._model.name(prompt[0]), None)]
+        for place in range(1, len(prompt)):
+            top = []
+            if result.topk_prompt_ids is not None and result.topk_prompt_logprobs is not None:
+                ids, logprobs = result.topk_prompt_ids[place], result.topk_prompt_logprobs[place]
+                top = [(self._model.name(int(t)), float(lp)) for t, lp in zip(ids, logprobs, strict=True)]
+            said.append(Said(self._model.name(prompt[place]), float(result.prompt_logprobs[place]), top))
+        self.choice.said[:0] = said
