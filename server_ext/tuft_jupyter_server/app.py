@@ -18,7 +18,7 @@ from traitlets import Int, Unicode
 
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import config_file, load_settings
-from tuft_jupyter_server import lab, tinker
+from tuft_jupyter_server import lab, lab_calls, tinker
 from tuft_jupyter_server.host import Host
 
 INJECTED = ("TUFT_ADDRESS", "TUFT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY")
@@ -54,6 +54,7 @@ class TuftExtension(ExtensionApp):
     def initialize_handlers(self) -> None:
         root = r"/tuft"
         self.handlers.extend(lab.handlers(root, self.host))
+        self.handlers.extend(lab_calls.handlers(root, self.host))
         limit = self.host.settings.max_body_bytes
         self.handlers.extend(tinker.handlers(root + "/api/v1", self.host.api, self.host.keys, limit))
         self.handlers.extend(

@@ -1,0 +1,86 @@
+"""What the panel calls: the route table under Jupyter's identity, on a real notebook server."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPMessage
+from typing import Any
+
+import pytest
+
+from examples.run_on_server import Server
+from tests.support.live import environment
+
+PREFIX = "tuft/lab/api/v1"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("root")
+    home = tmp_path_factory.mktemp("home")
+    with Server(root, home, base_url="/user/alice/", env=environment(home, LOGNAME="alice")) as running:
+        yield running
+
+
+def plain(
+    server: Server, method: str, path: str, headers: dict[str, str], body: Any = None
+) -> tuple[int, HTTPMessage, bytes]:
+    """One request as it is; nothing is added to its headers."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.url}{path}", data=data, headers=headers, method=method)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read()
+
+
+def test_what_a_key_may_do_the_owner_may_do_from_the_lab(server: Server) -> None:
+    opened = server.request("POST", f"{PREFIX}/create_session", {"tags": [], "sdk_version": "0.38.0"})
+    assert server.request("GET", f"{PREFIX}/sessions")["sessions"] == [opened["session_id"]]
+
+
+def test_a_stranger_gets_nothing_and_changes_nothing(server: Server) -> None:
+    before = server.request("GET", "tuft/lab/state")
+    for method, path in (
+        ("GET", "sessions"),
+        ("POST", "create_session"),
+        ("DELETE", "training_runs/r/checkpoints/weights/n"),
+    ):
+        status, _, _ = plain(server, method, f"{PREFIX}/{path}", {"Content-Type": "application/json"}, {})
+        assert status == 403, path
+    key = {"X-API-Key": "tml-wrong"}
+    assert plain(server, "GET", f"{PREFIX}/sessions", key)[0] == 403
+    assert server.request("GET", "tuft/lab/state")["state"] == before["state"]
+
+
+def test_another_site_cannot_use_the_cookie_of_a_signed_in_page(server: Server) -> None:
+    """T1: the cookie alone changes nothing: the XSRF token is asked for, and foreign origins are refused."""
+    status, headers, _ = plain(server, "GET", f"tuft/lab/state?token={server.token}", {})
+    assert status == 200
+    cookie = "; ".join(value.split(";")[0] for value in headers.get_all("Set-Cookie") or ())
+    assert cookie
+    signed_in = {"Cookie": cookie, "Content-Type": "application/json"}
+    assert plain(server, "POST", f"{PREFIX}/create_session", signed_in, {"tags": []})[0] == 403
+    foreign = {**signed_in, "Origin": "https://evil.example"}
+    assert plain(server, "GET", f"{PREFIX}/sessions", foreign)[0] in (403, 404)
+
+
+def test_a_refusal_says_why_and_no_page_can_run_in_an_answer(server: Server) -> None:
+    """T10: answers of lab routes are sandboxed JSON."""
+    authorized = {"Authorization": f"token {server.token}", "Content-Type": "application/json"}
+    path = f"{PREFIX}/training_runs/<img onerror=alert(1)>/checkpoints/weights/n".replace(" ", "%20")
+    status, headers, body = plain(server, "DELETE", path.replace("<", "%3C").replace(">", "%3E"), authorized)
+    assert status == 404
+    assert "does not exist" in json.loads(body)["detail"]
+    assert headers["Content-Type"].startswith("application/json")
+    assert "sandbox" in headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize("path", ["auth/token", "auth/apikey/me", "healthz"])
+def test_routes_about_a_key_are_not_for_the_lab(server: Server, path: str) -> None:
+    authorized = {"Authorization": f"token {server.token}", "Content-Type": "application/json"}
+    assert plain(server, "GET", f"{PREFIX}/{path}", authorized)[0] == 404
