@@ -91,8 +91,42 @@ export interface IApi {
 export class Api implements IApi {
   constructor(private readonly _server: ServerConnection.ISettings) {}
 
+  /** The address of a path below the server's base. */
+  address(path: string): string {
+    return URLExt.join(this._server.baseUrl, path);
+  }
+
+  /** A request to one route of the table, with Jupyter's identity. Rejects with the server's own words. */
+  async call(method: string, route: string, body?: unknown): Promise<unknown> {
+    const response = await this.request(method, route, body);
+    const text = await response.text();
+    return text ? JSON.parse(text) : null;
+  }
+
+  /** Like {@link call}, but the answer as it comes, for those that are streamed. */
+  async request(
+    method: string,
+    route: string,
+    body?: unknown,
+    signal?: AbortSignal
+  ): Promise<Response> {
+    const response = await ServerConnection.makeRequest(
+      this.address(URLExt.join('tuft/lab/api/v1', route)),
+      {
+        method,
+        signal,
+        body: body === undefined ? undefined : JSON.stringify(body)
+      },
+      this._server
+    );
+    if (!response.ok) {
+      throw new Error(await reason(response));
+    }
+    return response;
+  }
+
   async state(): Promise<IStateAnswer> {
-    const url = URLExt.join(this._server.baseUrl, 'tuft/lab/state');
+    const url = this.address('tuft/lab/state');
     let response: Response;
     try {
       response = await ServerConnection.makeRequest(url, {}, this._server);
@@ -121,5 +155,16 @@ export class Api implements IApi {
     }
     const url = URLExt.join(wsUrl, 'tuft/lab/feed');
     return new this._server.WebSocket(`${url}?${query}`);
+  }
+}
+
+/** Why a request was refused: what the server says, else its status. */
+async function reason(response: Response): Promise<string> {
+  const text = await response.text();
+  try {
+    const { detail, message, error } = JSON.parse(text);
+    return detail?.message ?? detail ?? error?.message ?? message ?? text;
+  } catch {
+    return `${response.status} ${response.statusText}`;
   }
 }

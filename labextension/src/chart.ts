@@ -1,51 +1,96 @@
 /**
- * A line chart of one metric over the steps of several runs, drawn by uPlot on a canvas.
+ * A chart of several lines, drawn by uPlot on a canvas: zoom by dragging, hover, pick a point, linear or log scale.
  *
- * Colours are read from the theme at each draw. Knows no React and no model: it gets columns and draws them. A canvas
- * tells a screen reader nothing, so whoever uses it puts the same values into text.
+ * Draws the same number of points whatever the length of the lines (see `thin.ts`), and reads colours from the theme at
+ * each draw. Knows no React and no model. A canvas tells a screen reader nothing, so whoever uses it puts the same values
+ * into text.
  */
 import uPlot from 'uplot';
-import { formatTick, formatValue } from './format';
-
-const HEIGHT = 190;
-const TOOLTIP_GAP = 10;
-const TOOLTIP_WIDTH = 180;
+import { atLeastSomething, plotOptions, translucent } from './chartoptions';
+import { extent, ISeries, lowerBound, nearest, thin } from './thin';
+import { Tooltip } from './tooltip';
 
 /** One line: how it is called and drawn. `colour` is the name of a CSS variable. */
-export interface ILine {
+export interface ILine extends ISeries {
   label: string;
   colour: string;
   dashed: boolean;
   /** Whether the line still grows: its end is marked. */
   live: boolean;
+  /** What the line is a smoothed version of: drawn faintly below it. */
+  raw?: ISeries;
+}
+
+/** A point of a line: `line` counts lines, `index` the line's points. */
+export interface IPick {
+  line: number;
+  index: number;
+}
+
+/** How a chart looks and what it tells. */
+export interface IChartOptions {
+  /** Pixels, or null: as high as its host. */
+  height: number | null;
+  /** What a position on the x axis is called in the tooltip. */
+  xLabel: (x: number) => string;
+  /** The tick of the x axis. */
+  xTick: (x: number) => string;
+  /** Whether ticks of the x axis are whole numbers. */
+  wholeX: boolean;
+  log?: boolean;
+  /** Called with each new range of the x axis; null: everything. Without it the chart cannot be zoomed. */
+  onZoom?: (range: [number, number] | null) => void;
+  onPick?: (pick: IPick) => void;
 }
 
 /** See the head of the file. */
 export class Chart {
   constructor(
     private readonly _host: HTMLElement,
-    private readonly _stepLabel: (step: number) => string
+    private _options: IChartOptions
   ) {
     this._observer = new ResizeObserver(() => this._fit());
     this._observer.observe(_host);
-    this._tooltip.className = 'jp-Tuft-tooltip';
   }
 
-  /** Show `values[i]` over `steps` as `lines[i]`. */
-  update(
-    lines: readonly ILine[],
-    steps: number[],
-    values: (number | null | undefined)[][]
-  ): void {
-    const data = [steps, ...values] as uPlot.AlignedData;
+  /** Show these lines. `picked` is marked. */
+  update(lines: readonly ILine[], picked: IPick | null = null): void {
     this._lines = lines;
-    if (this._plot && this._plot.series.length === lines.length + 1) {
-      this._plot.setData(data);
-    } else {
+    this._picked = picked;
+    this._draw();
+  }
+
+  /** Change how the chart looks. */
+  configure(options: IChartOptions): void {
+    const old = this._options;
+    this._options = options;
+    if (old.log !== options.log || old.wholeX !== options.wholeX) {
       this._plot?.destroy();
-      this._plot = new uPlot(this._options(), data, this._host);
-      this._plot.over.appendChild(this._tooltip);
-      this._tooltip.hidden = true;
+      this._plot = null;
+    }
+  }
+
+  /** Show `from`..`to` of the x axis, or everything. */
+  zoom(range: [number, number] | null): void {
+    this._range = range;
+    this._draw();
+    this._options.onZoom?.(range);
+  }
+
+  /** Widen (factor > 1) or narrow the shown range around its middle, or move it by a share of its width. */
+  adjust(factor: number, shift = 0): void {
+    const whole = extent(this._lines);
+    if (!whole || !this._options.onZoom) {
+      return;
+    }
+    const [from, to] = this._range ?? whole;
+    const half = ((to - from) / 2) * factor;
+    const middle = (from + to) / 2 + shift * (to - from);
+    const low = Math.max(whole[0], middle - half);
+    const high = Math.min(whole[1], middle + half);
+    const all = low <= whole[0] && high >= whole[1];
+    if (high > low) {
+      this.zoom(all ? null : [low, high]);
     }
   }
 
@@ -60,195 +105,255 @@ export class Chart {
     this._plot = null;
   }
 
+  /** Give uPlot the points that the shown range and the present width ask for. */
+  private _draw(): void {
+    const whole = extent(this._lines);
+    const [from, to] = atLeastSomething(this._range ?? whole);
+    const drawn = this._lines.flatMap(line =>
+      line.raw ? [line.raw, line] : [line]
+    );
+    const columns = Math.max(60, Math.round(this._host.clientWidth));
+    const { x, y } = thin(drawn, from, to, columns);
+    if (this._options.log) {
+      y.forEach(column =>
+        column.forEach((value, i) => {
+          if (typeof value === 'number' && value <= 0) {
+            column[i] = null;
+          }
+        })
+      );
+    }
+    const data = [x, ...y] as uPlot.AlignedData;
+    const plot = this._plot;
+    if (plot && plot.series.length === drawn.length + 1) {
+      plot.batch(() => {
+        plot.setData(data, false);
+        plot.setScale('x', { min: from, max: to });
+      });
+    } else {
+      plot?.destroy();
+      this._plot = this._make(data);
+    }
+  }
+
+  private _make(data: uPlot.AlignedData): uPlot {
+    const options = plotOptions({
+      ...this._options,
+      width: Math.max(this._host.clientWidth, 120),
+      height: this._options.height ?? Math.max(this._host.clientHeight, 120),
+      theme: name => this._theme(name),
+      range: () => this._range ?? extent(this._lines),
+      series: this._lines.flatMap((line, i) => {
+        const of = () => this._lines[i] ?? line;
+        const style = {
+          dashed: line.dashed,
+          colour: () => this._theme(of().colour)
+        };
+        const single = this._lines.length === 1 && !line.raw;
+        const thick = { ...style, faint: false, filled: single };
+        return line.raw
+          ? [{ ...style, dashed: false, faint: true, filled: false }, thick]
+          : [thick];
+      }),
+      onSelect: (from, to) => this.zoom([from, to]),
+      onReset: () => this.zoom(null),
+      onPoint: () => this._point(),
+      onDraw: plot => this._mark(plot)
+    });
+    const plot = new uPlot(options, data, this._host);
+    this._tooltip.attach(plot.over);
+    // After uPlot's own listener, which swallows the click at the end of a drag.
+    plot.over.addEventListener('click', () => this._click());
+    return plot;
+  }
+
   private _fit(): void {
-    const width = this._host.clientWidth;
-    if (this._plot && width > 0 && width !== this._plot.width) {
-      this._plot.setSize({ width, height: HEIGHT });
+    const { clientWidth, clientHeight } = this._host;
+    const height = this._options.height ?? clientHeight;
+    const plot = this._plot;
+    if (
+      plot &&
+      clientWidth > 0 &&
+      height > 0 &&
+      (clientWidth !== plot.width || height !== plot.height)
+    ) {
+      plot.setSize({ width: clientWidth, height });
+      this._draw();
     }
   }
 
   private _theme(variable: string): string {
+    // One style for the whole draw: asking for it anew costs more than drawing.
     return getComputedStyle(this._host).getPropertyValue(variable).trim();
   }
 
-  private _font(): string {
-    return `10px ${this._theme('--jp-ui-font-family')}`;
-  }
-
-  private _options(): uPlot.Options {
-    const axis: uPlot.Axis = {
-      stroke: () => this._theme('--jp-ui-font-color2'),
-      font: this._font(),
-      ticks: { show: false },
-      grid: {
-        stroke: plot =>
-          translucent(plot.ctx, this._theme('--jp-ui-font-color0'), '1f'),
-        width: 1
-      }
-    };
-    return {
-      width: Math.max(this._host.clientWidth, 120),
-      height: HEIGHT,
-      padding: [8, 12, 0, 0],
-      legend: { show: false },
-      scales: { x: { time: false, range: (_, min, max) => xRange(min, max) } },
-      axes: [
-        {
-          ...axis,
-          size: 22,
-          gap: 4,
-          space: 48,
-          incrs: WHOLE_STEPS,
-          grid: { show: false },
-          values: (_, ticks) =>
-            ticks.map(v => (v >= 1e4 ? formatTick(v, 1) : `${v}`))
-        },
-        {
-          ...axis,
-          size: 42,
-          gap: 4,
-          space: 32,
-          values: (_, ticks, __, ___, distance) =>
-            ticks.map(v => formatTick(v, distance))
-        }
-      ],
-      cursor: {
-        drag: { x: false, y: false },
-        y: false,
-        points: { size: 7, width: 0 }
-      },
-      series: [{}, ...this._lines.map((_, i) => this._series(i))],
-      hooks: {
-        draw: [plot => this._markEnds(plot)],
-        setCursor: [plot => this._point(plot)]
-      }
-    };
-  }
-
-  private _series(index: number): uPlot.Series {
-    const stroke = () => this._theme(this._lines[index].colour);
-    return {
-      stroke,
-      width: 1.75,
-      spanGaps: true,
-      dash: this._lines[index].dashed ? [5, 3] : undefined,
-      points: {
-        show: plot => plot.data[0].length <= 24,
-        size: 4,
-        width: 0,
-        fill: stroke
-      },
-      fill: plot =>
-        this._lines.length === 1 ? fade(plot, stroke()) : 'transparent'
-    };
-  }
-
-  /** A dot with a halo where a live curve grows. */
-  private _markEnds(plot: uPlot): void {
-    const { ctx } = plot;
-    const unit = devicePixelRatio;
-    this._lines.forEach((line, i) => {
-      const column = plot.data[i + 1];
-      let last = column.length - 1;
-      while (last >= 0 && (column[last] ?? null) === null) {
+  /** A dot with a halo where a live line grows, a ring and a rule at what is picked. */
+  private _mark(plot: uPlot): void {
+    this._lines.forEach(line => {
+      let last = line.x.length - 1;
+      while (last >= 0 && line.y[last] === null) {
         last -= 1;
       }
-      if (!line.live || last < 0) {
-        return;
+      if (line.live && last >= 0) {
+        this._dot(plot, line, last, [6.5, 0.22], [3, 1]);
       }
-      const x = plot.valToPos(plot.data[0][last], 'x', true);
-      const y = plot.valToPos(column[last] as number, 'y', true);
-      ctx.save();
-      ctx.fillStyle = this._theme(line.colour);
-      for (const [radius, alpha] of [
-        [6.5, 0.22],
-        [3, 1]
-      ]) {
-        ctx.globalAlpha = alpha;
-        ctx.beginPath();
-        ctx.arc(x, y, radius * unit, 0, 2 * Math.PI);
-        ctx.fill();
-      }
-      ctx.restore();
     });
+    const picked = this._picked && this._lines[this._picked.line];
+    if (picked && this._picked!.index < picked.x.length) {
+      this._rule(plot, picked.x[this._picked!.index]);
+      this._dot(plot, picked, this._picked!.index, [8, 0.3], [4, 1]);
+    }
   }
 
-  /** The values under the pointer, beside it. */
-  private _point(plot: uPlot): void {
-    const { idx, left } = plot.cursor;
-    const tip = this._tooltip;
-    const hidden = idx === null || idx === undefined || !(left! >= 0);
-    tip.hidden = hidden;
-    if (hidden) {
+  private _dot(
+    plot: uPlot,
+    line: ILine,
+    index: number,
+    ...rings: number[][]
+  ): void {
+    const { ctx, bbox } = plot;
+    const value = line.y[index];
+    if (value === null) {
       return;
     }
-    const head = document.createElement('div');
-    head.className = 'jp-Tuft-tooltipStep';
-    head.textContent = this._stepLabel(plot.data[0][idx]);
-    const rows = this._lines.map((line, i) => {
-      const row = document.createElement('div');
-      const value = plot.data[i + 1][idx];
-      row.hidden = value === undefined;
-      const swatch = document.createElement('span');
-      swatch.className = 'jp-Tuft-swatch jp-mod-on';
-      swatch.style.setProperty('--tuft-line', `var(${line.colour})`);
-      const name = document.createElement('span');
-      name.className = 'jp-Tuft-tooltipName';
-      name.textContent = line.label;
-      const figure = document.createElement('b');
-      figure.textContent = formatValue(value);
-      row.append(swatch, name, figure);
-      return row;
+    const x = plot.valToPos(line.x[index], 'x', true);
+    const y = plot.valToPos(value, 'y', true);
+    if (x < bbox.left - 1 || x > bbox.left + bbox.width + 1) {
+      return;
+    }
+    ctx.save();
+    ctx.fillStyle = this._theme(line.colour);
+    for (const [radius, alpha] of rings) {
+      ctx.globalAlpha = alpha;
+      ctx.beginPath();
+      ctx.arc(x, y, radius * devicePixelRatio, 0, 2 * Math.PI);
+      ctx.fill();
+    }
+    ctx.restore();
+  }
+
+  private _rule(plot: uPlot, at: number): void {
+    const { ctx, bbox } = plot;
+    const x = Math.round(plot.valToPos(at, 'x', true));
+    if (x < bbox.left || x > bbox.left + bbox.width) {
+      return;
+    }
+    ctx.save();
+    ctx.strokeStyle = translucent(
+      ctx,
+      this._theme('--jp-ui-font-color0'),
+      '66'
+    );
+    ctx.lineWidth = devicePixelRatio;
+    ctx.setLineDash([3 * devicePixelRatio, 3 * devicePixelRatio]);
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+    ctx.restore();
+  }
+
+  /** The values under the pointer, beside it: those of the real points, not of the drawn ones. */
+  private _point(): void {
+    const plot = this._plot;
+    const left = plot?.cursor.left ?? -1;
+    if (!plot || left < 0 || !this._lines.some(({ x }) => x.length)) {
+      this._tooltip.hide();
+      return;
+    }
+    const at = this._pointAt(plot.posToVal(left, 'x'));
+    const rows = this._lines.map(line => {
+      const i = nearest(line.x, at);
+      const here = i >= 0 && Math.abs(line.x[i] - at) <= this._reach(line, i);
+      return { ...line, value: here ? line.y[i] : undefined };
     });
-    tip.replaceChildren(head, ...rows);
-    const { clientWidth } = plot.over;
-    const x = plot.valToPos(plot.data[0][idx], 'x');
-    const onTheRight = x < clientWidth / 2;
-    const room = Math.max(x, clientWidth - x) - TOOLTIP_GAP;
-    tip.style.maxWidth = `${Math.min(room, TOOLTIP_WIDTH)}px`;
-    tip.style.left = onTheRight ? `${x + TOOLTIP_GAP}px` : '';
-    tip.style.right = onTheRight ? '' : `${clientWidth - x + TOOLTIP_GAP}px`;
+    this._tooltip.show(
+      this._options.xLabel(at),
+      rows,
+      plot.posToVal(plot.cursor.top ?? 0, 'y'),
+      plot.valToPos(at, 'x')
+    );
+  }
+
+  /** The x of the point that is closest to `x`, over all lines. */
+  private _pointAt(x: number): number {
+    let best = NaN;
+    for (const line of this._lines) {
+      const i = nearest(line.x, x);
+      if (i >= 0 && !(Math.abs(best - x) <= Math.abs(line.x[i] - x))) {
+        best = line.x[i];
+      }
+    }
+    return best;
+  }
+
+  /** How far from a point the line still speaks for its surroundings: half the way to its neighbours. */
+  private _reach(line: ISeries, index: number): number {
+    const { x } = line;
+    const before = x[index] - (x[index - 1] ?? x[index]);
+    const after = (x[index + 1] ?? x[index]) - x[index];
+    return Math.max(before, after) / 2;
+  }
+
+  /** Pick the point of the line that is closest to the pointer. */
+  private _click(): void {
+    const plot = this._plot;
+    const { left = -1, top = -1 } = plot?.cursor ?? {};
+    if (!plot || left < 0 || !this._options.onPick) {
+      return;
+    }
+    const at = plot.posToVal(left, 'x');
+    let best: IPick | null = null;
+    let distance = Infinity;
+    this._lines.forEach(({ x, y }, line) => {
+      const index = nearest(x, at);
+      const value = y[index];
+      if (index < 0 || value === null) {
+        return;
+      }
+      const across = plot.valToPos(x[index], 'x') - left;
+      const away = Math.hypot(across, plot.valToPos(value, 'y') - top);
+      if (away < distance) {
+        best = { line, index };
+        distance = away;
+      }
+    });
+    if (best) {
+      this._options.onPick(best);
+    }
+  }
+
+  /** Pick the point `by` further along the picked line, or the last point of the first line. */
+  step(by: number): void {
+    const line = Math.min(this._picked?.line ?? 0, this._lines.length - 1);
+    const series = this._lines[line];
+    if (!series?.x.length || !this._options.onPick) {
+      return;
+    }
+    const last = series.x.length - 1;
+    let index = this._picked ? this._picked.index + by : last;
+    index = Math.max(0, Math.min(last, index));
+    this._options.onPick({ line, index });
+    const at = series.x[index];
+    if (this._range && (at < this._range[0] || at > this._range[1])) {
+      const half = (this._range[1] - this._range[0]) / 2;
+      this.zoom([at - half, at + half]);
+    }
+  }
+
+  /** Points of the longest line in the shown range, for those who ask what they see. */
+  shownPoints(): number {
+    const [from, to] = this._range ?? [-Infinity, Infinity];
+    return Math.max(
+      0,
+      ...this._lines.map(({ x }) => lowerBound(x, to) - lowerBound(x, from))
+    );
   }
 
   private _lines: readonly ILine[] = [];
+  private _picked: IPick | null = null;
+  private _range: [number, number] | null = null;
   private _plot: uPlot | null = null;
   private readonly _observer: ResizeObserver;
-  private readonly _tooltip = document.createElement('div');
-}
-
-const WHOLE_STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500].flatMap(n => [
-  n,
-  ...(n >= 100 ? [n * 10, n * 100, n * 1000] : [])
-]);
-WHOLE_STEPS.sort((a, b) => a - b);
-
-/** At least a few steps wide, so that a curve of one point has a place. */
-function xRange(min: number, max: number): [number, number] {
-  return max > min ? [min, max] : [(min ?? 1) - 1, (max ?? 1) + 1];
-}
-
-/** A theme colour with an alpha (two hexadecimal digits). */
-function translucent(
-  ctx: CanvasRenderingContext2D,
-  colour: string,
-  alpha: string
-): string {
-  ctx.save();
-  ctx.fillStyle = colour;
-  const opaque = String(ctx.fillStyle);
-  ctx.restore();
-  // The canvas spells an opaque colour as #rrggbb, to which an alpha can be added.
-  return /^#[0-9a-f]{6}$/.test(opaque) ? opaque + alpha : 'transparent';
-}
-
-/** The line's colour, fading out towards the bottom. */
-function fade({ ctx, bbox }: uPlot, colour: string): CanvasGradient | string {
-  const { top, height } = bbox;
-  if (!Number.isFinite(top + height)) {
-    return 'transparent';
-  }
-  const gradient = ctx.createLinearGradient(0, top, 0, top + height);
-  gradient.addColorStop(0, translucent(ctx, colour, '38'));
-  gradient.addColorStop(1, translucent(ctx, colour, '00'));
-  return gradient;
+  private readonly _tooltip = new Tooltip();
 }

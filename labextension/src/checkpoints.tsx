@@ -1,24 +1,24 @@
-/** Saved weights and weights pinned for sampling, with the paths that the SDK takes. */
-import { TranslationBundle } from '@jupyterlab/translation';
+/** Saved weights and weights pinned for sampling: the paths that the SDK takes, and what can be done with them. */
+import {
+  codeIcon,
+  deleteIcon,
+  downloadIcon,
+  runIcon,
+  usersIcon
+} from '@jupyterlab/ui-components';
 import * as React from 'react';
+import { CommandIDs } from './commandids';
 import { formatBytes, formatRelative } from './format';
-import { ICheckpoint, ISampler, IState } from './model';
-import { CopyButton, Path, Section } from './parts';
+import { pinIcon } from './icons';
+import { ICheckpoint, ISampler } from './model';
+import { CopyButton, IconButton, Path, Section } from './parts';
+import { IShown } from './shown';
 
 /** Entries in front of the "show all" button. */
 const FIRST_ENTRIES = 6;
 
-/** Props of {@link Checkpoints}. */
-export interface ICheckpointsProps {
-  state: IState;
-  names: Map<string, string>;
-  now: number;
-  locale: string;
-  trans: TranslationBundle;
-}
-
 /** All checkpoints, the newest first. */
-export function Checkpoints(props: ICheckpointsProps): JSX.Element {
+export function Checkpoints(props: IShown): JSX.Element {
   const { state, trans } = props;
   const [all, setAll] = React.useState(false);
   const entries = [...state.checkpoints.values()].reverse();
@@ -46,8 +46,9 @@ export function Checkpoints(props: ICheckpointsProps): JSX.Element {
   );
 }
 
-function Entry(
-  props: ICheckpointsProps & { checkpoint: ICheckpoint }
+/** One checkpoint. */
+export function Entry(
+  props: IShown & { checkpoint: ICheckpoint }
 ): JSX.Element {
   const { checkpoint: c, locale, now, trans } = props;
   const facts = [
@@ -85,12 +86,77 @@ function Entry(
         <CopyButton text={c.path} trans={trans} />
       </div>
       <div className="jp-Tuft-entryFacts">{facts.join(' · ')}</div>
+      <Buttons {...props} checkpoint={c} />
     </li>
   );
 }
 
+/** What can be done with a checkpoint. */
+function Buttons(props: IShown & { checkpoint: ICheckpoint }): JSX.Element {
+  const { checkpoint: c, commands, trans } = props;
+  const run = (command: string) => () =>
+    void commands.execute(command, { checkpoint: c.path });
+  const pinned = c.expires === null;
+  return (
+    <div
+      className="jp-Tuft-actions"
+      role="group"
+      aria-label={trans.__('Actions on %1', c.name)}
+    >
+      <IconButton
+        icon={codeIcon}
+        label={trans.__('Insert code to load %1', c.name)}
+        onClick={run(CommandIDs.insertCheckpoint)}
+      />
+      {commands.hasCommand(CommandIDs.openPlayground) && (
+        <IconButton
+          icon={runIcon}
+          label={trans.__('Try %1 in the playground', c.name)}
+          onClick={run(CommandIDs.openPlayground)}
+        />
+      )}
+      <IconButton
+        icon={downloadIcon}
+        label={trans.__('Download %1', c.name)}
+        onClick={run(CommandIDs.downloadCheckpoint)}
+      />
+      <IconButton
+        icon={pinIcon}
+        pressed={pinned}
+        label={
+          pinned
+            ? trans.__('%1 is kept for good: let it expire in a week', c.name)
+            : trans.__('Pin %1, so that it never expires', c.name)
+        }
+        onClick={run(
+          pinned ? CommandIDs.expireCheckpoint : CommandIDs.keepCheckpoint
+        )}
+      />
+      <IconButton
+        icon={usersIcon}
+        pressed={c.public}
+        label={
+          c.public
+            ? trans.__('%1 is published: make it private', c.name)
+            : trans.__('Publish %1 to the other users of this server', c.name)
+        }
+        onClick={run(
+          c.public
+            ? CommandIDs.unpublishCheckpoint
+            : CommandIDs.publishCheckpoint
+        )}
+      />
+      <IconButton
+        icon={deleteIcon}
+        label={trans.__('Delete %1', c.name)}
+        onClick={run(CommandIDs.deleteCheckpoint)}
+      />
+    </div>
+  );
+}
+
 /** The weights that sampling clients use now, the newest first. */
-export function Samplers(props: ICheckpointsProps): JSX.Element {
+export function Samplers(props: IShown): JSX.Element {
   const { state, locale, now, trans } = props;
   const samplers = [...state.samplers.values()].reverse();
   return (

@@ -1,15 +1,22 @@
-/** From curves to what is drawn: which metric, which colour, which steps. Pure. */
-import { CURVE_COLUMNS, ICurve, IRun } from './model';
+/** From a run's curve to what is drawn: which metric, which colour, which steps, how smooth. Pure. */
+import { ICurve, IRun } from './model';
+import { ISeries } from './thin';
 
-/** What can be drawn against the step. */
-export type Metric = Exclude<(typeof CURVE_COLUMNS)[number], 'step' | 'time'>;
-
-export const METRICS: readonly Metric[] = [
+/** What can be drawn. `tokens_per_second` is computed here, the others are columns of the curve. */
+export const METRICS = [
   'loss',
+  'kl',
   'grad_norm',
   'learning_rate',
+  'tokens_per_second',
   'tokens'
-];
+] as const;
+
+/** One of {@link METRICS}. */
+export type Metric = (typeof METRICS)[number];
+
+/** What a metric can be drawn against: the step, or the seconds since the run's first step. */
+export type Axis = 'step' | 'time';
 
 /** Theme colours that stay apart from one another in the light, the dark and the high-contrast theme. */
 const COLOURS = [
@@ -29,41 +36,111 @@ export function lineOf(index: number): { colour: string; dashed: boolean } {
   };
 }
 
+interface IKept {
+  length: number;
+  kept: number[];
+}
+
+const histories = new WeakMap<ICurve, IKept>();
+
 /**
  * The entries of a curve that led to the present weights, in order of step.
  *
  * A run that loaded earlier weights counts its steps from there; the steps of the branch that it left are not shown.
+ * Looks only at what has come since it was last asked about this curve.
  */
-export function history(curve: ICurve): number[] {
-  const kept: number[] = [];
-  let before = Infinity;
-  for (let i = curve.step.length - 1; i >= 0; i--) {
-    if (curve.step[i] < before) {
-      kept.push(i);
-      before = curve.step[i];
-    }
+export function history(curve: ICurve): readonly number[] {
+  const { step } = curve;
+  let known = histories.get(curve);
+  if (!known || known.length > step.length) {
+    known = { length: 0, kept: [] };
+    histories.set(curve, known);
   }
-  return kept.reverse();
+  const { kept } = known;
+  for (let i = known.length; i < step.length; i++) {
+    while (kept.length && step[kept[kept.length - 1]] >= step[i]) {
+      kept.pop();
+    }
+    kept.push(i);
+  }
+  known.length = step.length;
+  return kept;
 }
 
-/** All steps of the given runs in order, and per run the metric at each of them (undefined where it has none). */
-export interface IAligned {
-  steps: number[];
-  values: (number | null | undefined)[][];
+/** The value of a metric at an entry of a curve, where `before` is the entry in front of it. */
+function valueAt(
+  curve: ICurve,
+  metric: Metric,
+  entry: number,
+  before: number | undefined
+): number | null {
+  if (metric !== 'tokens_per_second') {
+    return curve[metric]?.[entry] ?? null;
+  }
+  if (before === undefined) {
+    return null;
+  }
+  const seconds = curve.time[entry] - curve.time[before];
+  return seconds > 0 ? curve.tokens[entry] / seconds : null;
 }
 
-/** Bring the curves of several runs onto one axis. */
-export function align(runs: readonly IRun[], metric: Metric): IAligned {
-  const curves = runs.map(({ curve }) => {
-    const kept = history(curve);
-    return new Map(kept.map(i => [curve.step[i], curve[metric][i]]));
+interface IMade {
+  length: number;
+  series: ISeries;
+}
+
+const made = new WeakMap<ICurve, Map<string, IMade>>();
+
+/** A run's metric along an axis. Made anew only after the curve has grown. */
+export function seriesOf(
+  { curve }: IRun,
+  metric: Metric,
+  axis: Axis = 'step',
+  smoothing = 0
+): ISeries {
+  const key = `${metric} ${axis} ${smoothing}`;
+  const known = made.get(curve) ?? new Map<string, IMade>();
+  made.set(curve, known);
+  const former = known.get(key);
+  if (former && former.length === curve.step.length) {
+    return former.series;
+  }
+  const kept = history(curve);
+  const start = kept.length ? curve.time[kept[0]] : 0;
+  const x = kept.map(i =>
+    axis === 'step' ? curve.step[i] : curve.time[i] - start
+  );
+  const y = kept.map((i, k) => valueAt(curve, metric, i, kept[k - 1]));
+  const series = { x, y: smoothing > 0 ? smoothed(y, smoothing) : y };
+  known.set(key, { length: curve.step.length, series });
+  return series;
+}
+
+/** Whether any entry of the curve has a value of the metric. */
+export function has({ curve }: IRun, metric: Metric): boolean {
+  return metric === 'tokens_per_second'
+    ? curve.step.length > 1
+    : (curve[metric] ?? []).some(value => value !== null);
+}
+
+/**
+ * An exponential moving average that is right from the first value on (the bias towards zero is divided out, as in
+ * Adam). `weight`, between 0 and 1, is what each step keeps of the average before it.
+ */
+export function smoothed(
+  values: readonly (number | null)[],
+  weight: number
+): (number | null)[] {
+  let average = 0;
+  let mass = 0;
+  return values.map(value => {
+    if (value === null) {
+      return null;
+    }
+    average = weight * average + (1 - weight) * value;
+    mass = weight * mass + (1 - weight);
+    return average / mass;
   });
-  const steps = [...new Set(curves.flatMap(curve => [...curve.keys()]))];
-  steps.sort((a, b) => a - b);
-  return {
-    steps,
-    values: curves.map(curve => steps.map(step => curve.get(step)))
-  };
 }
 
 /** Tokens per second over the last twenty steps, or null before the second step. */
@@ -80,7 +157,10 @@ export function throughput({ curve }: IRun): number | null {
 }
 
 /** The newest value of a metric, or null. */
-export function latest({ curve }: IRun, metric: keyof ICurve): number | null {
-  const column = curve[metric];
+export function latest(run: IRun, metric: Metric): number | null {
+  if (metric === 'tokens_per_second') {
+    return throughput(run);
+  }
+  const column = run.curve[metric] ?? [];
   return column.length ? column[column.length - 1] : null;
 }

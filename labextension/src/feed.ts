@@ -53,9 +53,13 @@ export class Feed implements IFineTuning, IDisposable {
     return Date.now() / 1000 + this._clockSkew;
   }
 
-  /** Whether somebody looks at what this feed feeds. The page itself must be visible too. */
-  set watched(watched: boolean) {
-    this._watched = watched;
+  /** Whether somebody looks at `viewer`, which shows what this feed knows. The page itself must be visible too. */
+  look(viewer: object, looks: boolean): void {
+    if (looks) {
+      this._viewers.add(viewer);
+    } else {
+      this._viewers.delete(viewer);
+    }
     this._onLook();
   }
 
@@ -79,7 +83,7 @@ export class Feed implements IFineTuning, IDisposable {
   }
 
   private _awake(): boolean {
-    return !this._isDisposed && this._watched && !document.hidden;
+    return !this._isDisposed && this._viewers.size > 0 && !document.hidden;
   }
 
   private _onLook = (): void => {
@@ -207,7 +211,7 @@ export class Feed implements IFineTuning, IDisposable {
   private _connection: Connection = 'asleep';
   private _retryAt: number | null = null;
   private _clockSkew = 0;
-  private _watched = false;
+  private readonly _viewers = new Set<object>();
   private _stale = true;
   private _attempt = 0;
   private _loads = 0;

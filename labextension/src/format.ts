@@ -103,3 +103,16 @@ export function splitPath(path: string): [string, string] {
   const slash = path.lastIndexOf('/');
   return slash > 0 ? [path.slice(0, slash), path.slice(slash)] : ['', path];
 }
+
+/** A span of time: `0.4 s`, `12 s`, `3:07`, `1:02:45`. */
+export function formatDuration(seconds: number): string {
+  if (seconds < 60) {
+    return `${seconds < 9.95 ? Number(seconds.toFixed(1)) : Math.round(seconds)} s`;
+  }
+  const whole = Math.round(seconds);
+  const [hours, minutes] = [Math.floor(whole / 3600), Math.floor(whole / 60)];
+  const two = (value: number) => String(value % 60).padStart(2, '0');
+  return hours
+    ? `${hours}:${two(minutes)}:${two(whole)}`
+    : `${minutes}:${two(whole)}`;
+}

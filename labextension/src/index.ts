@@ -1,23 +1,33 @@
-/** The JupyterLab plugins: the live state as a service for other extensions, and the panel that shows it. */
+/** The JupyterLab plugin: the live state as a service for other extensions, and the panel and views that show it. */
 import {
   ILayoutRestorer,
   JupyterFrontEnd,
   JupyterFrontEndPlugin
 } from '@jupyterlab/application';
-import { ICommandPalette, IThemeManager } from '@jupyterlab/apputils';
+import {
+  ICommandPalette,
+  IThemeManager,
+  MainAreaWidget,
+  WidgetTracker
+} from '@jupyterlab/apputils';
 import { ILauncher } from '@jupyterlab/launcher';
+import { INotebookTracker } from '@jupyterlab/notebook';
 import { ISettingRegistry } from '@jupyterlab/settingregistry';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
+import { ReadonlyPartialJSONObject } from '@lumino/coreutils';
+import { Actions } from './actions';
 import { Api } from './api';
+import { CommandIDs } from './commandids';
+import { addActions, Commands } from './commands';
 import { Feed } from './feed';
 import { tuftIcon } from './icons';
+import { IContext, LiveWidget } from './live';
 import { TuftPanel } from './panel';
-import { readSettings } from './settings';
+import { DEFAULTS, readSettings } from './settings';
 import { IFineTuning } from './tokens';
+import { RunView } from './views';
 
 const PANEL = 'tuft-jupyter:panel';
-
-const OPEN = 'tuft:open-panel';
 
 const panel: JupyterFrontEndPlugin<IFineTuning> = {
   id: PANEL,
@@ -29,6 +39,7 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
     ICommandPalette,
     ILauncher,
     ILayoutRestorer,
+    INotebookTracker,
     ISettingRegistry,
     IThemeManager,
     ITranslator
@@ -38,55 +49,94 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
     palette: ICommandPalette | null,
     launcher: ILauncher | null,
     restorer: ILayoutRestorer | null,
+    notebooks: INotebookTracker | null,
     registry: ISettingRegistry | null,
     themes: IThemeManager | null,
     translator: ITranslator | null
   ): IFineTuning => {
     const trans = (translator ?? nullTranslator).load('tuft_jupyter');
-    const feed = new Feed(new Api(app.serviceManager.serverSettings));
-    const widget = new TuftPanel(feed, trans);
-    app.shell.add(widget, 'left', { rank: 500, type: 'TuFT' });
-    restorer?.add(widget, widget.id);
+    const api = new Api(app.serviceManager.serverSettings);
+    const feed = new Feed(api);
+    const context: IContext = { feed, commands: app.commands, trans };
+    const commands = new Commands(context, palette);
+    const widgets = new Set<LiveWidget>();
+    let settings = DEFAULTS;
+    const adopt = (widget: LiveWidget) => {
+      widgets.add(widget);
+      widget.disposed.connect(() => widgets.delete(widget));
+      widget.configure(settings);
+    };
 
-    app.commands.addCommand(OPEN, {
-      label: args =>
-        args['isPalette'] ? trans.__('Show TuFT Panel') : trans.__('TuFT'),
+    const sidebar = new TuftPanel(context);
+    adopt(sidebar);
+    app.shell.add(sidebar, 'left', { rank: 500, type: 'TuFT' });
+    restorer?.add(sidebar, sidebar.id);
+    commands.add(CommandIDs.openPanel, {
+      label: trans.__('Show TuFT Panel'),
       caption: trans.__('Show fine-tuning runs, loss curves and checkpoints'),
-      icon: args => (args['isPalette'] ? undefined : tuftIcon),
-      describedBy: {
-        args: {
-          type: 'object',
-          properties: {
-            isPalette: {
-              type: 'boolean',
-              description: trans.__(
-                'Whether the command is shown in the palette'
-              )
-            }
-          }
-        }
-      },
-      execute: () => app.shell.activateById(widget.id)
+      execute: () => app.shell.activateById(sidebar.id)
     });
-    palette?.addItem({
-      command: OPEN,
-      category: trans.__('Fine-Tuning'),
-      args: { isPalette: true }
-    });
-    launcher?.add({ command: OPEN, category: trans.__('Other'), rank: 10 });
 
-    themes?.themeChanged.connect(widget.themeChanged, widget);
+    const views = new WidgetTracker<MainAreaWidget<RunView>>({
+      namespace: 'tuft-runs'
+    });
+    commands.add(CommandIDs.openRuns, {
+      label: trans.__('Compare Runs'),
+      caption: trans.__('Open a large chart of fine-tuning runs'),
+      icon: tuftIcon,
+      takes: ['runs'],
+      execute: args => openRuns(app, context, views, adopt, args)
+    });
+    addActions(commands, context, new Actions(api, trans), notebooks);
+
+    void restorer?.restore(views, {
+      command: CommandIDs.openRuns,
+      args: widget => widget.content.arguments,
+      name: widget => widget.content.id
+    });
+    launcher?.add({
+      command: CommandIDs.openRuns,
+      category: trans.__('Fine-Tuning'),
+      rank: 1
+    });
+    themes?.themeChanged.connect(() =>
+      widgets.forEach(widget => widget.themeChanged())
+    );
     if (registry) {
-      void registry.load(PANEL).then(settings => {
-        widget.configure(readSettings(settings));
-        settings.changed.connect(() =>
-          widget.configure(readSettings(settings))
-        );
+      void registry.load(PANEL).then(loaded => {
+        const take = () => {
+          settings = readSettings(loaded);
+          widgets.forEach(widget => widget.configure(settings));
+        };
+        take();
+        loaded.changed.connect(take);
       });
     }
     return feed;
   }
 };
+
+/** Open a run view; without runs, one of what trains now or was trained last. */
+function openRuns(
+  app: JupyterFrontEnd,
+  context: IContext,
+  views: WidgetTracker<MainAreaWidget<RunView>>,
+  adopt: (widget: LiveWidget) => void,
+  args: ReadonlyPartialJSONObject
+): MainAreaWidget<RunView> {
+  const known = [...context.feed.state.runs.keys()];
+  const runs = args.runs ?? (args.run ? [args.run] : known.slice(-4));
+  const content = new RunView(context, { ...args, runs });
+  const widget = new MainAreaWidget({ content });
+  widget.id = content.id;
+  widget.toolbar.hide();
+  adopt(content);
+  content.changed.connect(() => void views.save(widget));
+  app.shell.add(widget, 'main', { mode: 'tab-after' });
+  void views.add(widget);
+  app.shell.activateById(widget.id);
+  return widget;
+}
 
 export default panel;
 export { IFineTuning } from './tokens';

@@ -34,6 +34,8 @@ export interface ICurve {
   tokens: number[];
   grad_norm: (number | null)[];
   learning_rate: (number | null)[];
+  /** Kullback-Leibler divergence from the policy that sampled, where the loss knows one. */
+  kl?: (number | null)[];
 }
 
 /** An adapter in training. */

@@ -1,16 +1,14 @@
 /** The sidebar panel: what {@link IFineTuning} knows, drawn a few times a second while somebody looks. */
-import { ReactWidget } from '@jupyterlab/apputils';
-import { TranslationBundle } from '@jupyterlab/translation';
-import { Message } from '@lumino/messaging';
 import * as React from 'react';
 import { Checkpoints, Samplers } from './checkpoints';
+import { CommandIDs } from './commandids';
 import { ConnectionHead, Missing, Welcome } from './connection';
 import { Metric } from './curves';
-import { Feed } from './feed';
 import { Resources } from './gpu';
 import { tuftIcon } from './icons';
+import { IContext, LiveWidget } from './live';
 import { IState } from './model';
-import { phaseOf, runNames } from './names';
+import { phaseOf } from './names';
 import { Curves } from './plots';
 import { Runs } from './runs';
 import { Sessions } from './sessions';
@@ -20,44 +18,29 @@ import { DEFAULTS, IPanelSettings } from './settings';
 const CHOSEN_RUNS = 4;
 
 /** See the head of the file. */
-export class TuftPanel extends ReactWidget {
-  constructor(
-    private readonly _feed: Feed,
-    private readonly _trans: TranslationBundle
-  ) {
-    super();
+export class TuftPanel extends LiveWidget {
+  constructor(context: IContext) {
+    super(context);
+    const title = context.trans.__('TuFT: fine-tuning');
     this.id = 'tuft-panel';
     this.addClass('jp-TuftPanel');
+    this.addClass('jp-Tuft');
     this.title.icon = tuftIcon;
-    this.title.caption = _trans.__('TuFT: fine-tuning');
+    this.title.caption = title;
     this.node.setAttribute('role', 'region');
-    this.node.setAttribute('aria-label', _trans.__('TuFT: fine-tuning'));
-    _feed.changed.connect(this._onChanged, this);
+    this.node.setAttribute('aria-label', title);
   }
 
-  /** Take new settings over. */
   configure(settings: IPanelSettings): void {
-    this._settings = settings;
     this._metric = settings.metric;
-    this.update();
-  }
-
-  /** Draw again in the colours of the present theme. */
-  themeChanged(): void {
-    this._theme += 1;
-    this.update();
+    super.configure(settings);
   }
 
   render(): JSX.Element {
-    const feed = this._feed;
-    const trans = this._trans;
+    const { feed, commands, trans } = this.context;
     const { state, status } = feed;
-    this._drawn = Date.now();
-    const names = runNames(state, trans);
-    const now = feed.now();
-    const locale = document.documentElement.lang || 'en';
-    const shown = this._shown(state, now);
-    const view = { state, names, shown, now, locale, trans };
+    const view = this.shown();
+    const shown = this._shown(state, view.now);
     const missing = feed.connection === 'missing';
     return (
       <>
@@ -74,11 +57,22 @@ export class TuftPanel extends ReactWidget {
           <>
             <Curves
               {...view}
+              shown={shown}
               metric={this._metric}
               onMetric={metric => this._setMetric(metric)}
-              theme={this._theme}
+              onOpen={() =>
+                void commands.execute(CommandIDs.openRuns, {
+                  runs: [...shown],
+                  metric: this._metric
+                })
+              }
+              theme={this.theme}
             />
-            <Runs {...view} onToggle={run => this._toggle(run, shown)} />
+            <Runs
+              {...view}
+              shown={shown}
+              onToggle={run => this._toggle(run, shown)}
+            />
             <Checkpoints {...view} />
           </>
         )}
@@ -86,50 +80,6 @@ export class TuftPanel extends ReactWidget {
         {!missing && status && <Resources gauges={feed.gauges} trans={trans} />}
         {state.sessions.size > 0 && <Sessions {...view} />}
       </>
-    );
-  }
-
-  dispose(): void {
-    this._feed.changed.disconnect(this._onChanged, this);
-    window.clearTimeout(this._timer);
-    super.dispose();
-  }
-
-  protected onAfterShow(msg: Message): void {
-    super.onAfterShow(msg);
-    this._feed.watched = true;
-    this.update();
-  }
-
-  protected onAfterHide(msg: Message): void {
-    super.onAfterHide(msg);
-    this._feed.watched = false;
-  }
-
-  protected onAfterAttach(msg: Message): void {
-    super.onAfterAttach(msg);
-    this._feed.watched = this.isVisible;
-  }
-
-  protected onBeforeDetach(msg: Message): void {
-    this._feed.watched = false;
-    super.onBeforeDetach(msg);
-  }
-
-  /** Draw now, or as soon as the rate allows. */
-  private _onChanged(): void {
-    if (this._timer || !this.isVisible) {
-      return;
-    }
-    const due = this._drawn + 1000 / this._settings.drawsPerSecond;
-    this._timer = window.setTimeout(
-      () => {
-        this._timer = 0;
-        if (this.isVisible) {
-          this.update();
-        }
-      },
-      Math.max(0, due - Date.now())
     );
   }
 
@@ -166,10 +116,6 @@ export class TuftPanel extends ReactWidget {
     this.update();
   }
 
-  private _settings = DEFAULTS;
   private _metric: Metric = DEFAULTS.metric;
   private readonly _chosen = new Map<string, boolean>();
-  private _theme = 0;
-  private _drawn = 0;
-  private _timer = 0;
 }

@@ -5,7 +5,8 @@ import {
   caretDownIcon,
   caretRightIcon,
   checkIcon,
-  copyIcon
+  copyIcon,
+  LabIcon
 } from '@jupyterlab/ui-components';
 import * as React from 'react';
 import { splitPath } from './format';
@@ -69,6 +70,27 @@ export function CopyButton(props: {
         Clipboard.copyToSystem(text);
         setCopied(true);
       }}
+    >
+      <Icon.react tag="span" />
+    </button>
+  );
+}
+
+/** A button that is an icon. `pressed` makes it a switch. */
+export function IconButton(props: {
+  icon: LabIcon;
+  label: string;
+  onClick: () => void;
+  pressed?: boolean;
+}): JSX.Element {
+  const { icon: Icon, label, pressed } = props;
+  return (
+    <button
+      className="jp-Tuft-iconButton"
+      title={label}
+      aria-label={label}
+      aria-pressed={pressed}
+      onClick={props.onClick}
     >
       <Icon.react tag="span" />
     </button>

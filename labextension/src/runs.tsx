@@ -1,23 +1,21 @@
 /** The run cards. Each is also the switch that puts its run on the chart. */
-import { TranslationBundle } from '@jupyterlab/translation';
+import { codeIcon, closeIcon, launchIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
+import { CommandIDs } from './commandids';
 import { latest, lineOf, throughput } from './curves';
 import { formatCount, formatValue } from './format';
-import { IRun, IState } from './model';
+import { IRun } from './model';
 import { phaseOf, phaseWord } from './names';
-import { Section } from './parts';
+import { IconButton, Section } from './parts';
+import { IShown, RUN_MIME } from './shown';
 
 /** Cards in front of the "show all" button. */
 const FIRST_CARDS = 5;
 
 /** Props of {@link Runs}. */
-export interface IRunsProps {
-  state: IState;
-  names: Map<string, string>;
+export interface IRunsProps extends IShown {
   shown: ReadonlySet<string>;
   onToggle: (run: string) => void;
-  now: number;
-  trans: TranslationBundle;
 }
 
 /** All runs, the newest first. */
@@ -56,8 +54,19 @@ function RunCard(
   const line = lineOf(props.index);
   const style = { '--tuft-line': `var(${line.colour})` } as React.CSSProperties;
   const dashed = line.dashed ? ' jp-mod-dashed' : '';
+  const open = () =>
+    void props.commands.execute(CommandIDs.openRuns, { runs: [run.id] });
   return (
-    <li className={`jp-Tuft-card${shown ? ' jp-mod-on' : ''}`} style={style}>
+    <li
+      className={`jp-Tuft-card${shown ? ' jp-mod-on' : ''}`}
+      style={style}
+      draggable
+      onDragStart={event => {
+        event.dataTransfer.setData(RUN_MIME, run.id);
+        event.dataTransfer.effectAllowed = 'copy';
+      }}
+      onDoubleClick={() => open()}
+    >
       <div className="jp-Tuft-cardHead">
         <button
           className="jp-Tuft-runName"
@@ -78,9 +87,47 @@ function RunCard(
           {phaseWord(phase, trans)}
         </span>
       </div>
-      <div className="jp-Tuft-cardSub jp-Tuft-ellipsis" title={run.base_model}>
-        {run.base_model}
-        {run.rank !== null && ` · ${trans.__('rank %1', run.rank)}`}
+      <div className="jp-Tuft-cardSub">
+        <span className="jp-Tuft-ellipsis" title={run.base_model}>
+          {[
+            run.base_model,
+            run.rank !== null && trans.__('rank %1', run.rank),
+            run.tenant
+          ]
+            .filter(Boolean)
+            .join(' · ')}
+        </span>
+        <div
+          className="jp-Tuft-actions"
+          role="group"
+          aria-label={trans.__('Actions on %1', name)}
+        >
+          <IconButton
+            icon={launchIcon}
+            label={trans.__('Open %1 in the run view', name)}
+            onClick={open}
+          />
+          <IconButton
+            icon={codeIcon}
+            label={trans.__('Insert code to resume %1', name)}
+            onClick={() =>
+              void props.commands.execute(CommandIDs.insertResume, {
+                run: run.id
+              })
+            }
+          />
+          {(run.status === 'ready' || run.status === 'creating') && (
+            <IconButton
+              icon={closeIcon}
+              label={trans.__('End %1', name)}
+              onClick={() =>
+                void props.commands.execute(CommandIDs.closeRun, {
+                  run: run.id
+                })
+              }
+            />
+          )}
+        </div>
       </div>
       {run.error && <p className="jp-Tuft-error">{run.error}</p>}
       {run.status !== 'failed' && (

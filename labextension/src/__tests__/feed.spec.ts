@@ -10,6 +10,8 @@ import {
   settle
 } from './support';
 
+const viewer = {};
+
 describe('the feed', () => {
   let api: FakeApi;
   let feed: Feed;
@@ -27,7 +29,7 @@ describe('the feed', () => {
   });
 
   async function live(): Promise<void> {
-    feed.watched = true;
+    feed.look(viewer, true);
     await settle();
     api.socket.accept();
   }
@@ -69,7 +71,7 @@ describe('the feed', () => {
   it('closes its socket while hidden and then asks for what it missed', async () => {
     await live();
     api.socket.send({ type: 'records', records: goldenFeed().slice(0, 12) });
-    feed.watched = false;
+    feed.look(viewer, false);
     expect(api.socket.closed).toBe(true);
     expect(feed.connection).toBe('asleep');
     await live();
@@ -89,7 +91,7 @@ describe('the feed', () => {
   it('does not listen to a socket that it has closed', async () => {
     await live();
     const old = api.socket;
-    feed.watched = false;
+    feed.look(viewer, false);
     await live();
     old.send({ type: 'records', records: goldenFeed() });
     old.lose();
@@ -115,7 +117,7 @@ describe('the feed', () => {
   it('waits longer each time while the server does not answer', async () => {
     api.answer = () =>
       Promise.reject(new ApiError('unreachable', 'no connection'));
-    feed.watched = true;
+    feed.look(viewer, true);
     const waits: number[] = [];
     for (let i = 0; i < 8; i++) {
       await settle();
@@ -130,7 +132,7 @@ describe('the feed', () => {
 
   it('tries at once when asked to', async () => {
     api.answer = () => Promise.reject(new ApiError('missing', '404'));
-    feed.watched = true;
+    feed.look(viewer, true);
     await settle();
     expect(feed.connection).toBe('missing');
     feed.retry();
@@ -142,7 +144,7 @@ describe('the feed', () => {
     'says that the server extension is %s',
     async reason => {
       api.answer = () => Promise.reject(new ApiError(reason, reason));
-      feed.watched = true;
+      feed.look(viewer, true);
       await settle();
       expect(feed.connection).toBe(reason);
       expect(api.sockets.length).toBe(0);

@@ -1,4 +1,5 @@
 import { nullTranslator } from '@jupyterlab/translation';
+import { CommandRegistry } from '@lumino/commands';
 import { Widget } from '@lumino/widgets';
 import { ApiError, IStateAnswer } from '../api';
 import { Feed } from '../feed';
@@ -23,6 +24,8 @@ jest.mock('uplot', () =>
       series: options.series,
       over: document.createElement('div'),
       setData: jest.fn(),
+      setScale: jest.fn(),
+      batch: (work: () => void) => work(),
       redraw: jest.fn(),
       destroy: jest.fn()
     };
@@ -46,7 +49,11 @@ describe('the panel', () => {
     Object.assign(globalThis, { ResizeObserver: FakeResizeObserver });
     api = new FakeApi();
     feed = new Feed(api);
-    panel = new TuftPanel(feed, nullTranslator.load('tuft_jupyter'));
+    panel = new TuftPanel({
+      feed,
+      commands: new CommandRegistry(),
+      trans: nullTranslator.load('tuft_jupyter')
+    });
     panel.configure({ metric: 'loss', drawsPerSecond: 1000 });
   });
 
@@ -148,10 +155,13 @@ describe('the panel', () => {
     expect(texts('[role="status"]')).toContain('step 1, loss 4.000');
     api.socket.send({ type: 'records', records: goldenFeed() });
     await eventually(() =>
-      expect(plots[0].setData).toHaveBeenLastCalledWith([
-        [1, 2],
-        [4, 2]
-      ])
+      expect(plots[0].setData).toHaveBeenLastCalledWith(
+        [
+          [1, 2],
+          [4, 2]
+        ],
+        false
+      )
     );
   });
 

@@ -1,0 +1,129 @@
+/**
+ * What a person can do with runs and checkpoints. Each action says what went wrong, and asks before it destroys.
+ *
+ * The server's part is the same table of routes that the SDK uses; nothing here changes the page's state, the feed does.
+ */
+import {
+  Clipboard,
+  Dialog,
+  Notification,
+  showDialog
+} from '@jupyterlab/apputils';
+import { URLExt } from '@jupyterlab/coreutils';
+import { TranslationBundle } from '@jupyterlab/translation';
+import { Api } from './api';
+import { ICheckpoint, IRun } from './model';
+
+/** See the head of the file. */
+export class Actions {
+  constructor(
+    private readonly _api: Api,
+    private readonly _trans: TranslationBundle
+  ) {}
+
+  /** Keep a checkpoint for good, or let it expire in `seconds`. */
+  async expire(checkpoint: ICheckpoint, seconds: number | null): Promise<void> {
+    await this._try(() =>
+      this._api.call('PUT', `${routeOf(checkpoint)}/ttl`, {
+        ttl_seconds: seconds
+      })
+    );
+  }
+
+  /** Let every tenant of the server load a checkpoint, or only its owner. */
+  async publish(checkpoint: ICheckpoint, open: boolean): Promise<void> {
+    await this._try(() =>
+      this._api.call(open ? 'POST' : 'DELETE', `${routeOf(checkpoint)}/publish`)
+    );
+  }
+
+  /** Delete a checkpoint, after a question. */
+  async remove(checkpoint: ICheckpoint): Promise<void> {
+    const trans = this._trans;
+    const { button } = await showDialog({
+      title: trans.__('Delete %1?', checkpoint.name),
+      body: trans.__(
+        'The weights at %1 are removed from the disk. This cannot be undone.',
+        checkpoint.path
+      ),
+      buttons: [
+        Dialog.cancelButton(),
+        Dialog.warnButton({ label: trans.__('Delete') })
+      ]
+    });
+    if (button.accept) {
+      await this._try(() => this._api.call('DELETE', routeOf(checkpoint)));
+    }
+  }
+
+  /** Save a checkpoint's adapter as a tar archive: a plain PEFT directory. */
+  async download(checkpoint: ICheckpoint): Promise<void> {
+    await this._try(async () => {
+      const route = `${routeOf(checkpoint)}/archive`;
+      const { url } = (await this._api.call('GET', route)) as { url: string };
+      const ticket = url.slice(url.lastIndexOf('/') + 1);
+      const address = this._api.address(
+        URLExt.join('tuft/api/v1/tuft/files', ticket)
+      );
+      save(address, `${checkpoint.name}.tar`);
+    });
+  }
+
+  /** End a run, after a question: its worker's memory is free again. */
+  async close(run: IRun, name: string): Promise<void> {
+    const trans = this._trans;
+    const { button } = await showDialog({
+      title: trans.__('End %1?', name),
+      body: trans.__(
+        'The run cannot be trained further. Its curve and its checkpoints stay.'
+      ),
+      buttons: [
+        Dialog.cancelButton(),
+        Dialog.warnButton({ label: trans.__('End run') })
+      ]
+    });
+    if (button.accept) {
+      await this._try(() =>
+        this._api.call('POST', 'unload_model', { model_id: run.id })
+      );
+    }
+  }
+
+  /** Put a text into the clipboard and say so. */
+  copy(text: string): void {
+    Clipboard.copyToSystem(text);
+    Notification.info(this._trans.__('Copied %1', text), { autoClose: 2000 });
+  }
+
+  /** Save a text as a file. */
+  saveText(text: string, type: string, name: string): void {
+    const address = URL.createObjectURL(new Blob([text], { type }));
+    save(address, name);
+    window.setTimeout(() => URL.revokeObjectURL(address), 10_000);
+  }
+
+  private async _try(work: () => Promise<unknown>): Promise<void> {
+    try {
+      await work();
+    } catch (error) {
+      const reason = error instanceof Error ? error.message : String(error);
+      Notification.error(reason, { autoClose: 8000 });
+    }
+  }
+}
+
+/** The route of a checkpoint in the table. */
+function routeOf({ path }: ICheckpoint): string {
+  const [run, kind, name] = path.replace('tinker://', '').split('/');
+  const parts = ['training_runs', run, 'checkpoints', kind, name];
+  return parts.map(encodeURIComponent).join('/');
+}
+
+function save(address: string, name: string): void {
+  const link = document.createElement('a');
+  link.href = address;
+  link.download = name;
+  document.body.appendChild(link);
+  link.click();
+  link.remove();
+}

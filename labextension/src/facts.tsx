@@ -1,0 +1,184 @@
+/** Beside the big chart: what a run is, what happened in one of its steps, and its checkpoints. */
+import { TranslationBundle } from '@jupyterlab/translation';
+import * as React from 'react';
+import { Entry } from './checkpoints';
+import { history, lineOf, seriesOf, throughput } from './curves';
+import {
+  formatCount,
+  formatDuration,
+  formatRelative,
+  formatValue
+} from './format';
+import { IRun } from './model';
+import { phaseOf, phaseWord } from './names';
+import { CopyButton } from './parts';
+import { lowest } from './readings';
+import { IShown } from './shown';
+
+type Fact = [string, React.ReactNode];
+
+function FactList({ facts }: { facts: Fact[] }): JSX.Element {
+  return (
+    <dl className="jp-Tuft-factList">
+      {facts.map(([term, value]) => (
+        <div key={term}>
+          <dt>{term}</dt>
+          <dd>{value}</dd>
+        </div>
+      ))}
+    </dl>
+  );
+}
+
+/** Props of {@link RunFacts}. */
+export interface IRunFactsProps extends IShown {
+  run: IRun;
+  index: number;
+  /** The step that is picked, or null. */
+  step: number | null;
+  onUnpick: () => void;
+}
+
+/** See the head of the file. */
+export function RunFacts(props: IRunFactsProps): JSX.Element {
+  const { run, index, state, names, now, locale, trans, step } = props;
+  const name = names.get(run.id) ?? run.id;
+  const phase = phaseOf(run, now);
+  const style = {
+    '--tuft-line': `var(${lineOf(index).colour})`
+  } as React.CSSProperties;
+  const saved = [...state.checkpoints.values()]
+    .filter(checkpoint => checkpoint.run === run.id)
+    .reverse();
+  const time = history(run.curve).map(i => run.curve.time[i]);
+  const loss = seriesOf(run, 'loss');
+  const best = lowest(loss);
+  const rate = throughput(run);
+  return (
+    <aside
+      className="jp-Tuft-aside"
+      style={style}
+      aria-label={trans.__('About %1', name)}
+    >
+      {step !== null && <StepFacts {...props} name={name} step={step} />}
+      <section className="jp-Tuft-sheet">
+        <div className="jp-Tuft-cardHead">
+          <h3 className="jp-Tuft-ellipsis" title={run.id}>
+            {name}
+          </h3>
+          <span className={`jp-Tuft-phase jp-mod-${phase}`}>
+            {phaseWord(phase, trans)}
+          </span>
+        </div>
+        {run.error && <p className="jp-Tuft-error">{run.error}</p>}
+        <FactList
+          facts={[
+            [trans.__('Steps'), formatCount(run.step)],
+            [trans.__('Tokens'), formatCount(run.tokens)],
+            [trans.__('Tokens/s'), rate === null ? '–' : formatCount(rate)],
+            [
+              trans.__('Lowest loss'),
+              best < 0
+                ? '–'
+                : trans.__(
+                    '%1 at step %2',
+                    formatValue(loss.y[best]),
+                    formatCount(loss.x[best])
+                  )
+            ],
+            [
+              trans.__('Trained for'),
+              time.length
+                ? formatDuration(time[time.length - 1] - time[0])
+                : '–'
+            ],
+            [
+              trans.__('Created'),
+              formatRelative(Math.min(0, run.created - now), locale)
+            ],
+            [trans.__('Base model'), run.base_model],
+            [trans.__('LoRA rank'), run.rank === null ? '–' : `${run.rank}`],
+            [trans.__('Owner'), run.tenant],
+            [trans.__('Waiting'), waiting(run, trans)]
+          ]}
+        />
+        <div className="jp-Tuft-pathLine">
+          <code className="jp-Tuft-runId jp-Tuft-ellipsis" title={run.id}>
+            {run.id}
+          </code>
+          <CopyButton text={run.id} trans={trans} />
+        </div>
+      </section>
+      <section className="jp-Tuft-sheet">
+        <h3>{trans.__('Checkpoints')}</h3>
+        {saved.length === 0 && (
+          <p className="jp-Tuft-quiet">
+            {trans.__('None yet: save_state or save_weights_for_sampler.')}
+          </p>
+        )}
+        <ul className="jp-Tuft-list">
+          {saved.map(checkpoint => (
+            <Entry key={checkpoint.path} {...props} checkpoint={checkpoint} />
+          ))}
+        </ul>
+      </section>
+    </aside>
+  );
+}
+
+function waiting(run: IRun, trans: TranslationBundle): string {
+  return run.pending > 0
+    ? trans._n('%1 operation', '%1 operations', run.pending, run.pending)
+    : '–';
+}
+
+function StepFacts(
+  props: IRunFactsProps & { name: string; step: number }
+): JSX.Element | null {
+  const { run, name, step, trans } = props;
+  const kept = history(run.curve);
+  const k = kept.findIndex(i => run.curve.step[i] === step);
+  if (k < 0) {
+    return null;
+  }
+  const { curve } = run;
+  const i = kept[k];
+  const before = k > 0 ? kept[k - 1] : null;
+  const took = before === null ? null : curve.time[i] - curve.time[before];
+  const change =
+    before === null || curve.loss[i] === null || curve.loss[before] === null
+      ? null
+      : curve.loss[i] - curve.loss[before];
+  const facts: Fact[] = [
+    [trans.__('Loss'), formatValue(curve.loss[i])],
+    [
+      trans.__('Change'),
+      change === null ? '–' : `${change > 0 ? '+' : ''}${formatValue(change)}`
+    ],
+    [trans.__('Gradient norm'), formatValue(curve.grad_norm[i])],
+    [trans.__('Learning rate'), formatValue(curve.learning_rate[i])],
+    [trans.__('Tokens'), formatCount(curve.tokens[i])],
+    [trans.__('Took'), took === null ? '–' : formatDuration(took)],
+    [trans.__('At'), new Date(curve.time[i] * 1000).toLocaleTimeString()]
+  ];
+  if (curve.kl) {
+    facts.splice(2, 0, [trans.__('KL'), formatValue(curve.kl[i] ?? null)]);
+  }
+  return (
+    <section className="jp-Tuft-sheet jp-mod-picked" aria-live="polite">
+      <div className="jp-Tuft-cardHead">
+        <h3 className="jp-Tuft-ellipsis">
+          {trans.__('Step %1 of %2', formatCount(step), name)}
+        </h3>
+        <button
+          className="jp-Tuft-textButton"
+          title={trans.__('Show the run only')}
+          onClick={props.onUnpick}
+        >
+          {trans.__('Close')}
+        </button>
+      </div>
+      <FactList facts={facts} />
+    </section>
+  );
+}

@@ -1,0 +1,34 @@
+/** From runs to the lines of a chart. Pure. */
+import type { ILine } from './chart';
+import { Axis, lineOf, Metric, seriesOf } from './curves';
+import { IRun, IState } from './model';
+import { phaseOf } from './names';
+
+/** The line of a run, in the colour that the run has everywhere. `index` counts runs in order of creation. */
+export function lineOfRun(
+  run: IRun,
+  index: number,
+  name: string,
+  now: number,
+  metric: Metric,
+  axis: Axis = 'step',
+  smoothing = 0
+): ILine {
+  return {
+    label: name,
+    ...lineOf(index),
+    live: phaseOf(run, now) === 'training',
+    ...seriesOf(run, metric, axis, smoothing),
+    raw: smoothing > 0 ? seriesOf(run, metric, axis) : undefined
+  };
+}
+
+/** The runs with the given ids, in order of creation, each with its place in that order. */
+export function chosenRuns(
+  state: IState,
+  chosen: ReadonlySet<string>
+): { run: IRun; index: number }[] {
+  return [...state.runs.values()]
+    .map((run, index) => ({ run, index }))
+    .filter(({ run }) => chosen.has(run.id));
+}

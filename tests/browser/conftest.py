@@ -1,0 +1,56 @@
+"""One notebook server and one browser for the tests that play the fine-tuning service themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.jupyterlab import Lab, lab_page, lab_server
+from tests.browser.stage import Stage, state
+
+EMPTY = {
+    "cells": [
+        {"cell_type": "code", "id": "a", "metadata": {}, "source": "", "outputs": [], "execution_count": None}
+    ],
+    "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+    "nbformat": 4,
+    "nbformat_minor": 5,
+}
+
+
+class Staged(Lab):
+    """A page of JupyterLab with a service that the test plays."""
+
+    stage: Stage
+
+    def play(self, runs: int = 3, steps: int = 400) -> Stage:
+        """Begin anew: a fresh page, an empty notebook, the panel open over so many runs."""
+        self.page.unroute_all()
+        self.stage = Stage(self.page, state(runs, steps))
+        self.complaints.clear()
+        self.page.set_viewport_size({"width": 1360, "height": 880})
+        self.open("empty.ipynb")
+        self.open_panel()
+        return self.stage
+
+
+@pytest.fixture(scope="session")
+def staged_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Staged]:
+    root = tmp_path_factory.mktemp("notebooks")
+    (root / "empty.ipynb").write_text(json.dumps(EMPTY))
+    work = tmp_path_factory.mktemp("work")
+    env = {"TUFT_HOME": str(work / "tuft"), "HF_HOME": str(work / "huggingface")}
+    with lab_server(Path(root), work, env) as server, lab_page(server) as lab:
+        lab.__class__ = Staged
+        assert isinstance(lab, Staged)
+        yield lab
+
+
+@pytest.fixture
+def staged(staged_session: Staged) -> Iterator[Staged]:
+    """The shared page. What a test opened is gone for the next one, which calls ``play`` first."""
+    yield staged_session
+    assert staged_session.complaints == []

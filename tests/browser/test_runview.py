@@ -1,0 +1,137 @@
+"""The run view: what a person does with the large chart."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from playwright.sync_api import Request
+
+from tests.browser.conftest import Staged
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+
+VIEW = ".jp-Tuft-view"
+CHIPS = f"{VIEW} .jp-Tuft-chip"
+ANOTHER_PICTURE = "([where, seen]) => !seen.includes(document.querySelector(where)?.toDataURL())"
+PICKED = f"{VIEW} .jp-mod-picked h3"
+
+
+def enlarge(lab: Staged) -> None:
+    lab.page.click("#tuft-panel >> text=Enlarge")
+    lab.page.wait_for_selector(f"{VIEW} canvas")
+
+
+def at(lab: Staged, x: float, y: float) -> tuple[float, float]:
+    """A place on the large chart, as shares of its width and height."""
+    box = lab.page.locator(f"{VIEW} .u-over").bounding_box()
+    assert box is not None
+    return box["x"] + x * box["width"], box["y"] + y * box["height"]
+
+
+def drawn(lab: Staged) -> str:
+    picture: str = lab.page.evaluate(f"() => document.querySelector('{VIEW} canvas').toDataURL()")
+    return picture
+
+
+def saves_the_metric(request: Request) -> bool:
+    """JupyterLab saves its layout a while after the last change."""
+    saves = request.method == "PUT" and "/api/workspaces/" in request.url
+    return saves and "grad_norm" in (request.post_data or "")
+
+
+def test_runs_are_compared_by_a_click_and_by_dragging(staged: Staged) -> None:
+    staged.play(runs=3)
+    page = staged.page
+    enlarge(staged)
+    assert page.locator(CHIPS).count() == 1
+    page.select_option(".jp-Tuft-select select", label="grpo maths")
+    assert page.locator(CHIPS).count() == 2
+    page.drag_and_drop("#tuft-panel .jp-Tuft-card:has-text('dpo beta 0.1')", VIEW)
+    assert page.locator(CHIPS).count() == 3
+    page.mouse.move(*at(staged, 0.5, 0.5))
+    tip = page.locator(f"{VIEW} .jp-Tuft-tooltip")
+    assert all(name in tip.inner_text() for name in ("pirate-sft", "dpo beta 0.1", "grpo maths"))
+    page.click(f"{CHIPS} >> nth=0 >> .jp-Tuft-chipClose")
+    assert page.locator(CHIPS).count() == 2
+
+
+def test_a_click_shows_the_facts_of_that_step_and_keys_walk_on(staged: Staged) -> None:
+    snapshot = staged.play(runs=1).snapshot
+    page = staged.page
+    enlarge(staged)
+    page.mouse.click(*at(staged, 0.5, 0.6))
+    heading = page.inner_text(PICKED)
+    step = int(heading.split()[1])
+    assert 190 <= step <= 210
+    loss = snapshot["runs"][0]["curve"]["loss"][step - 1]
+    assert f"{loss:.4g}" in page.inner_text(f"{VIEW} .jp-mod-picked")
+    page.focus(f"{VIEW} .jp-Tuft-chartHost")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text(PICKED).split()[1] == str(step + 1)
+    page.keyboard.press("End")
+    assert page.inner_text(PICKED).split()[1] == "400"
+
+
+def test_dragging_zooms_and_a_double_click_shows_everything(staged: Staged) -> None:
+    staged.play(runs=2)
+    page = staged.page
+    enlarge(staged)
+    page.mouse.move(5, 5)
+    whole = drawn(staged)
+    page.mouse.move(*at(staged, 0.2, 0.5))
+    page.mouse.down()
+    page.mouse.move(*at(staged, 0.3, 0.5), steps=4)
+    page.mouse.up()
+    page.wait_for_selector(f"{VIEW} >> text=Show everything")
+    assert page.locator(PICKED).count() == 0, "the end of a drag is no click"
+    assert drawn(staged) != whole
+    page.mouse.dblclick(*at(staged, 0.5, 0.1))
+    page.wait_for_selector(f"{VIEW} >> text=Show everything", state="detached")
+
+
+def test_metric_scale_smoothing_and_table_change_what_is_shown(staged: Staged) -> None:
+    staged.play(runs=2)
+    page = staged.page
+    enlarge(staged)
+    seen = {drawn(staged)}
+    for action in (
+        lambda: page.locator(".jp-Tuft-slider input").fill("0.9"),
+        lambda: page.click(f"{VIEW} >> text=Log scale"),
+        lambda: page.click(f"{VIEW} [role=radio]:has-text('Gradient norm')"),
+        lambda: page.click(f"{VIEW} [role=radio]:has-text('Tokens/s')"),
+        lambda: page.click(f"{VIEW} .jp-Tuft-segments >> text=Time"),
+    ):
+        action()
+        page.wait_for_function(ANOTHER_PICTURE, arg=[f"{VIEW} canvas", list(seen)])
+        seen.add(drawn(staged))
+    page.click(f"{VIEW} button:text-is('Table')")
+    assert page.locator(f"{VIEW} .jp-Tuft-table tbody tr").count() == 100
+
+
+def test_live_points_reach_the_view_and_a_download_has_them(staged: Staged) -> None:
+    stage = staged.play(runs=1, steps=5)
+    page = staged.page
+    enlarge(staged)
+    for loss in (0.5, 0.25):
+        stage.step(stage.snapshot["runs"][0]["id"], loss)
+    page.wait_for_selector(f"{VIEW} .jp-Tuft-reading >> text=step 7, loss 0.2500")
+    with page.expect_download() as download:
+        page.click(f"{VIEW} >> text=Export JSONL")
+    rows = [json.loads(line) for line in download.value.path().read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert rows[-1]["loss"] == 0.25
+
+
+def test_the_view_comes_back_after_a_reload(staged: Staged) -> None:
+    staged.play(runs=2)
+    page = staged.page
+    enlarge(staged)
+    page.click(f"{VIEW} >> text=Log scale")
+    with page.expect_request(saves_the_metric):
+        page.click(f"{VIEW} [role=radio]:has-text('Gradient norm')")
+    page.goto(f"{staged.server.url}lab")
+    page.wait_for_selector(f"{VIEW} canvas")
+    assert page.get_attribute(f"{VIEW} button:text-is('Log scale')", "aria-pressed") == "true"
+    assert page.inner_text(f"{VIEW} [aria-checked=true] .jp-Tuft-tileName") == "Gradient norm"
+    assert page.locator(CHIPS).count() == 1
