@@ -7,7 +7,6 @@ activity, so a panel that is left open does not keep a culled server alive.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -20,8 +19,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 from tuft_jupyter.core.feed import Subscription
 from tuft_jupyter.core.shown import public, public_record
 from tuft_jupyter.wire.api import Call
-from tuft_jupyter.wire.routes import OPENAI_ROUTES, ROUTES, Dialect, Route
-from tuft_jupyter_server.answering import Answering
+from tuft_jupyter.wire.routes import ROUTES
 from tuft_jupyter_server.host import Host
 
 COALESCE = 0.12
@@ -157,45 +155,10 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
         self._tasks.append(asyncio.get_running_loop().create_task(self._write(message)))
 
 
-class LabText(Answering, APIHandler):
-    """OpenAI-compatible inference for whoever is logged in to the notebook server: the panel's playground."""
-
-    auth_resource = "tuft"
-    dialect = Dialect.OPENAI
-
-    def initialize(self, host: Host, routes: Mapping[str, Route]) -> None:
-        self.host = host
-        self.api = host.api
-        self.routes = routes
-
-    @web.authenticated
-    @authorized
-    async def get(self, **parts: str) -> None:
-        await self._serve(parts)
-
-    @web.authenticated
-    @authorized
-    async def post(self, **parts: str) -> None:
-        await self._serve(parts)
-
-    async def _serve(self, parts: Mapping[str, str]) -> None:
-        route = self.routes.get(self.request.method or "")
-        if route is None:
-            raise web.HTTPError(405)
-        if len(self.request.body) > route.max_body:
-            raise web.HTTPError(413)
-        await self.answer(route, Call(self.host.owner, parts, body=self.request.body))
-
-
 def handlers(root: str, host: Host) -> list[tuple[str, type[web.RequestHandler], dict[str, Any]]]:
-    texts = {route.pattern: {route.method: route} for route in OPENAI_ROUTES}
     return [
         (root + "/lab/state", LabState, {"host": host}),
         (root + "/lab/keys", LabKeys, {"host": host}),
         (root + "/lab/keys/([^/]+)", LabKeys, {"host": host}),
         (root + "/lab/feed", LabFeed, {"host": host}),
-        *(
-            (root + "/lab/oai" + pattern, LabText, {"host": host, "routes": by})
-            for pattern, by in texts.items()
-        ),
     ]
