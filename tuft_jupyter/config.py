@@ -27,6 +27,14 @@ DEFAULT_PORT = 10610
 DEFAULT_RANK_LIMIT = 64
 DEMO_MODEL = "tuft/demo"
 LOCAL_USER = "local-user"
+_QUOTAS = {
+    "per_token_model_limit": "runs",
+    "rps_limit": "requests_per_second",
+    "tps_limit": "tokens_per_second",
+    "max_input_tokens": "input_tokens",
+    "max_checkpoint_bytes": "checkpoint_bytes",
+}
+"""Our settings, which are the seeds' words, and what they limit."""
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 MODES = {
     "disabled": "disabled", "disable": "disabled", "memory": "disabled",
@@ -111,13 +119,47 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantSettings:
+    """Other limits for one tenant, or for the members of a JupyterHub group; what is None stays as it is for all.
+
+    ``weight`` is the share of a busy engine beside tenants of weight 1.
+    """
+
+    tenant: str = ""
+    group: str = ""
+    per_token_model_limit: int | None = None
+    rps_limit: float | None = None
+    tps_limit: float | None = None
+    max_input_tokens: int | None = None
+    max_checkpoint_bytes: int | None = None
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.tenant) == bool(self.group):
+            raise ConfigError("tenant: name one tenant, or one group")
+        for name in _QUOTAS:
+            _at_least(name, getattr(self, name), 0)
+        if self.weight is not None and not 0 < self.weight <= 1000:
+            raise ConfigError(f"weight must be more than 0 and at most 1000, not {self.weight}")
+
+    def given(self) -> dict[str, float]:
+        """The limits that differ, by the names of :class:`tuft_jupyter.core.quotas.Quota`."""
+        named = {**_QUOTAS, "weight": "weight"}
+        values = {quota: getattr(self, name) for name, quota in named.items()}
+        return {quota: value for quota, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything a server is told. ``file`` is the configuration file that was read, None if there was none.
 
     ``max_lora_rank`` holds for models that no file lists (:meth:`rank_limit`). ``authorized_users`` maps keys
     to tenants. ``adapter_timeout`` and ``adapter_max_lifetime`` are seconds, ``max_body_bytes`` bounds one
-    request body. None means: ``micro_batch_tokens`` by device, ``ray_address`` a local Ray of our own,
-    ``trainer_threads`` by CPUs.
+    request body. ``per_token_model_limit`` (runs), ``rps_limit`` and ``tps_limit`` (requests and input tokens a
+    second), ``max_input_tokens`` (of one request) and ``max_checkpoint_bytes`` hold for each tenant,
+    ``max_loras`` for the runs in use on one base model; 0 means no limit, and ``tenants`` lists who has others.
+    None means: ``micro_batch_tokens`` by device, ``ray_address`` a local Ray of our own, ``trainer_threads`` by
+    CPUs.
     """
 
     home: Path
@@ -132,6 +174,13 @@ class Settings:
     adapter_timeout: float = 1800.0
     adapter_max_lifetime: float = 36000.0
     max_body_bytes: int = 64 * 1024 * 1024
+    per_token_model_limit: int = 0
+    rps_limit: float = 0.0
+    tps_limit: float = 0.0
+    max_input_tokens: int = 0
+    max_checkpoint_bytes: int = 0
+    max_loras: int = 0
+    tenants: tuple[TenantSettings, ...] = ()
     micro_batch_tokens: int | None = None
     ray_address: str | None = None
     trainer_threads: int | None = None
@@ -143,6 +192,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("max_lora_rank", "max_body_bytes", "micro_batch_tokens", "trainer_threads"):
             _at_least(name, getattr(self, name), 1)
+        for name in (*_QUOTAS, "max_loras"):
+            _at_least(name, getattr(self, name), 0)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be 0 (any free one) to 65535, not {self.port}")
         if self.log_level.lower() not in LOG_LEVELS:
@@ -260,7 +311,7 @@ _SET_ELSEWHERE = frozenset({"home", "file"})
 _FROM_ENVIRONMENT = [
     f.name
     for f in fields(Settings)
-    if f.name not in _SET_ELSEWHERE | {"supported_models", "authorized_users", "persistence"}
+    if f.name not in _SET_ELSEWHERE | {"supported_models", "tenants", "authorized_users", "persistence"}
 ]
 
 
@@ -284,6 +335,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
+def _at_least(name: str, value: float | None, least: int) -> None:
     if value is not None and value < least:
         raise ConfigError(f"{name} must be at least {least}, not {value}")

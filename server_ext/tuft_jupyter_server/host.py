@@ -12,6 +12,8 @@ import getpass
 import importlib.util
 import logging
 import os
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from typing import Any
 
 from tuft_jupyter import models
@@ -25,7 +27,7 @@ from tuft_jupyter.core.journal_redis import RedisJournal
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.keys import KeyBook
 from tuft_jupyter.core.ledger import Ledger
-from tuft_jupyter.core.runs import Limits
+from tuft_jupyter.core.quotas import Limits, Quota, Quotas
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import ModelCard, Principal
 from tuft_jupyter.home import ensure_key, ensure_secret, private_directory, private_file
@@ -102,6 +104,8 @@ class Host:
         self.key = os.environ.get("TUFT_API_KEY") or ensure_key(settings.home)
         self.tickets = Tickets(ensure_secret(settings.home))
         private_directory(settings.checkpoint_dir)
+        self.groups: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
+        """which groups a tenant is in, as far as somebody told us"""
         self.journal = open_journal(settings)
         self.ledger = Ledger(self.journal)
         self.keys = KeyRing(self.tickets.credential)
@@ -114,7 +118,13 @@ class Host:
             self.engines,
             settings.home,
             settings.checkpoint_dir,
-            Limits(max_rank=settings.max_lora_rank, idle_timeout=settings.adapter_timeout),
+            Limits(
+                max_rank=settings.max_lora_rank,
+                idle_timeout=settings.adapter_timeout,
+                max_lifetime=settings.adapter_max_lifetime,
+                owner=self.owner.tenant,
+            ),
+            quotas=_quotas(settings, self.groups.__getitem__),
         )
         self.api = Api(self.service, self)
         self.gauges = Gauges(self.engines.workers)
@@ -183,6 +193,7 @@ class Host:
             "durability": self.journal.durability.value,
             "backend": {"installed": not missing, "detail": backend},
             "models": states,
+            "ending": self.service.tenure.ending(principal.tenant, self.ledger.clock()),
         }
 
     async def add_model(self, principal: Principal, model: str) -> ModelCard:
@@ -207,6 +218,19 @@ class Host:
                 if part.status == status:
                     return {"name": card.name, "state": status, "detail": part.detail}
         return {"name": card.name, "state": "idle", "detail": ""}
+
+
+def _quotas(settings: Settings, members: Callable[[str], Collection[str]]) -> Quotas:
+    default = Quota(
+        runs=settings.per_token_model_limit,
+        requests_per_second=settings.rps_limit,
+        tokens_per_second=settings.tps_limit,
+        input_tokens=settings.max_input_tokens,
+        checkpoint_bytes=settings.max_checkpoint_bytes,
+    )
+    tenants = {each.tenant: each.given() for each in settings.tenants if each.tenant}
+    groups = {each.group: each.given() for each in settings.tenants if each.group}
+    return Quotas(default, tenants, groups, settings.max_loras, members)
 
 
 def open_journal(settings: Settings) -> Journal:

@@ -33,8 +33,9 @@ ROOT = "/user/alice/tuft/api/v1"
 class Server:
     """A host with scripted engines behind real Tornado handlers, below a path prefix."""
 
-    def __init__(self, home: Path) -> None:
-        settings = load_settings(None, {"TUFT_HOME": str(home)}, {"authorized_users": {BOB_KEY: "bob"}})
+    def __init__(self, home: Path, **overrides: Any) -> None:
+        given = {"authorized_users": {BOB_KEY: "bob"}, **overrides}
+        settings = load_settings(None, {"TUFT_HOME": str(home)}, given)
         self.host = Host(settings, engines=ScriptedEngines())
         self.http = HTTPServer(Application(handlers(ROOT, self.host.api, self.host.keys, 2**22)))
         socket, self.port = bind_unused_port()
@@ -79,9 +80,9 @@ class Server:
         return f"{session}:train:0"
 
 
-def on_server(tmp_path: Path, body: Callable[[Server], Awaitable[None]]) -> None:
+def on_server(tmp_path: Path, body: Callable[[Server], Awaitable[None]], **overrides: Any) -> None:
     async def scenario() -> None:
-        server = Server(tmp_path)
+        server = Server(tmp_path, **overrides)
         await server.host.start()
         try:
             async with asyncio.timeout(60):

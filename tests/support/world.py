@@ -12,6 +12,7 @@ from tuft_jupyter.core.driver import SnapshotRule
 from tuft_jupyter.core.journal import Journal, MemoryJournal
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import AdamParams, Principal
 
@@ -22,9 +23,19 @@ LORA = {"rank": 8, "seed": 1}
 class World:
     """A service with one scripted engine, and shorthand for what a client does."""
 
-    def __init__(self, home: Path, journal: Journal, engines: ScriptedEngines, rule: SnapshotRule) -> None:
+    def __init__(
+        self,
+        home: Path,
+        journal: Journal,
+        engines: ScriptedEngines,
+        rule: SnapshotRule,
+        limits: Limits | None = None,
+        quotas: Quotas | None = None,
+    ) -> None:
         self.engines = engines
-        self.service = Service(Ledger(journal), OneModel(), engines, home, home / "checkpoints", rule=rule)
+        self.service = Service(
+            Ledger(journal), OneModel(), engines, home, home / "checkpoints", limits, rule, quotas
+        )
         self.seq = 0
 
     @property
@@ -73,8 +84,17 @@ async def world(
     journal: Journal | None = None,
     engines: ScriptedEngines | None = None,
     rule: SnapshotRule | None = None,
+    limits: Limits | None = None,
+    quotas: Quotas | None = None,
 ) -> AsyncIterator[World]:
-    made = World(home, journal or MemoryJournal(), engines or ScriptedEngines(), rule or SnapshotRule(3, 1e9))
+    made = World(
+        home,
+        journal or MemoryJournal(),
+        engines or ScriptedEngines(),
+        rule or SnapshotRule(3, 1e9),
+        limits,
+        quotas,
+    )
     await made.service.start()
     try:
         yield made

@@ -87,15 +87,17 @@ class Grant:
 
 
 class Lanes:
-    """All lanes of one base model. ``weights`` gives a tenant a larger share than 1."""
+    """All lanes of one base model. ``weight`` says how large a share of a busy engine a tenant has beside others."""
 
     def __init__(
         self,
         budget: int,
         shared_budget: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        weight: Callable[[str], float] = lambda tenant: 1.0,
     ) -> None:
         self.budget = budget
+        self._weight = weight
         self.shared_budget = shared_budget or budget
         self.by_run: dict[str, Lane] = {}
         self._deficit: OrderedDict[str, float] = OrderedDict()
@@ -225,10 +227,12 @@ class Lanes:
         if due:
             waiting = {tenant: waiting[tenant] for tenant in due}
         budget = self.budget if len(self._deficit) <= 1 else self.shared_budget
-        quantum = max(1, budget // max(1, len(waiting)))
+        weights = {tenant: self._weight(tenant) for tenant in waiting}
+        shares = sum(weights.values())
         batch: list[Grant] = []
         left = budget
         for tenant in [name for name in self._deficit if name in waiting]:
+            quantum = max(1, int(budget * weights[tenant] / shares))
             self._deficit[tenant] = min(self._deficit[tenant] + quantum, 2.0 * budget)
             left = self._serve(tenant, waiting[tenant], left, batch, int(self._deficit[tenant]))
         for tenant in waiting:  # what nobody claimed goes to whoever still has work

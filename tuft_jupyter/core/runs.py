@@ -6,11 +6,13 @@ later through the op's promise. A refused request changes nothing. How ops are r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from tuft_jupyter.core.checkpoints import Checkpoints
 from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.errors import Overloaded, UserError
 from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.state import Checkpoint, Run
+from tuft_jupyter.core.tenure import LAST_CHECKPOINT, Tenure
 from tuft_jupyter.core.types import (
     JSON,
     AdamParams,
@@ -30,24 +34,15 @@ from tuft_jupyter.core.types import (
     Op,
     OpKind,
     Principal,
+    checkpoint_path,
     run_id,
     sampler_id,
 )
 
+log = logging.getLogger("tuft_jupyter.runs")
+
 ALPHA = 32.0
 """The LoRA numerator for every rank: the SDK never sends one, and Tinker documents this scaling."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one server grants. Tokens count model input tokens; times are seconds."""
-
-    max_rank: int = 64
-    queued_ops_per_tenant: int = 4096
-    batch_tokens: int = 512
-    shared_batch_tokens: int = 256
-    idle_timeout: float = 1800.0
-    ephemeral_per_session: int = 32
 
 
 class Runs:
@@ -62,11 +57,15 @@ class Runs:
         card: Callable[[Principal, str], Awaitable[ModelCard]],
         ephemeral: Path,
         limits: Limits,
+        quotas: Quotas,
+        tenure: Tenure,
     ) -> None:
         self.ledger = ledger
         self.sessions = sessions
         self.checkpoints = checkpoints
         self.limits = limits
+        self.quotas = quotas
+        self.tenure = tenure
         self._driver = driver
         self._card = card
         self._ephemeral = ephemeral
@@ -94,9 +93,9 @@ class Runs:
             "lora": asdict(spec),
             "user_metadata": dict(user_metadata),
         }
-        return await self._submit(
-            found.tenant, card.name, OpKind.CREATE_MODEL, run_id(session, number), 0, args, raw
-        )
+        run = run_id(session, number)
+        with self.quotas.opening(found.tenant, card.name, run, self._in_use()):
+            return await self._submit(found.tenant, card.name, OpKind.CREATE_MODEL, run, 0, args, raw)
 
     async def load_new_model(
         self,
@@ -120,9 +119,9 @@ class Runs:
             "facts": {"step": source.step if optimizer else 0},
             **self._load_args(source, optimizer),
         }
-        return await self._submit(
-            found.tenant, card.name, OpKind.LOAD_WEIGHTS, run_id(session, number), 0, args, raw
-        )
+        run = run_id(session, number)
+        with self.quotas.opening(found.tenant, card.name, run, self._in_use()):
+            return await self._submit(found.tenant, card.name, OpKind.LOAD_WEIGHTS, run, 0, args, raw)
 
     async def load_weights(
         self, principal: Principal, run: str, seq: int, path: str, optimizer: bool, raw: bytes
@@ -184,6 +183,7 @@ class Runs:
             user_metadata=user_metadata,
             recipients=recipients,
         )
+        self._check_storage(found, kind)
         training = kind is CheckpointKind.TRAINING
         args = {
             "directory": saved["directory"],
@@ -218,6 +218,7 @@ class Runs:
     async def resume(self, principal: Principal, run: str, session: str) -> Run:
         """Let another session of the same tenant go on with a run; the ops it has accepted are not disturbed."""
         found = self.get(principal, run)
+        self.tenure.check(found)
         self._usable(found)
         if self.sessions.live(principal, session).tenant != found.tenant:
             raise UserError(f"session_id: {session!r} belongs to somebody else than model {run!r}")
@@ -227,9 +228,27 @@ class Runs:
 
     def live(self, principal: Principal, run: str) -> Run:
         found = self.get(principal, run)
+        self.tenure.check(found)
         self._usable(found)
         self.sessions.live(principal, found.session)
         return found
+
+    async def close_over(self, now: float) -> None:
+        """Save the runs whose lifetime is over, then close those that are saved; accepted ops are done before."""
+        for run in self.tenure.over(now):
+            kind = CheckpointKind.TRAINING
+            last = self.ledger.state.checkpoints.get(checkpoint_path(run.id, kind, LAST_CHECKPOINT))
+            if last is not None and last.created > (self.tenure.end(run) or 0.0):
+                await self._accept(run, OpKind.UNLOAD_MODEL, -1, {}, b"")
+            elif not run.pending:
+                log.warning("run %s reached its longest lifetime: it is saved and closed", run.id)
+                saved = self.checkpoints.plan(
+                    run.id, kind, LAST_CHECKPOINT, ttl=None, overwrite=True, user_metadata=None
+                )
+                args = {"directory": saved["directory"], "optimizer": True, "path": saved["path"]}
+                facts = {"facts": {"checkpoint": saved}}
+                seq = -2 - int(now)  # another number each time: a save that failed is tried again
+                await self._accept(run, OpKind.SAVE_WEIGHTS, seq, {**args, **facts}, b"")
 
     @staticmethod
     def _usable(run: Run) -> None:
@@ -263,7 +282,21 @@ class Runs:
     async def _accept(
         self, run: Run, kind: OpKind, seq: int, args: Mapping[str, Any], raw: bytes, **op: Any
     ) -> str:
-        return await self._submit(run.tenant, run.base_model, kind, run.id, seq, args, raw, **op)
+        """An idle run that left its place to others needs one again."""
+        lane = self._driver(run.base_model).lanes.by_run.get(run.id)
+        with contextlib.ExitStack() as place:
+            if lane is None or not (lane.resident or lane.queue):
+                place.enter_context(self.quotas.opening(run.tenant, run.base_model, run.id, self._in_use()))
+            return await self._submit(run.tenant, run.base_model, kind, run.id, seq, args, raw, **op)
+
+    def _in_use(self) -> Iterator[tuple[str, str, str]]:
+        return self.tenure.in_use(self.ledger.clock())
+
+    def _check_storage(self, run: Run, kind: CheckpointKind) -> None:
+        """The last checkpoint of the same run and kind says how large the next one will be."""
+        mine = [c for c in self.ledger.state.checkpoints.values() if c.tenant == run.tenant]
+        alike = [c.size_bytes for c in mine if c.run == run.id and c.kind == kind]
+        self.quotas.check_storage(run.tenant, sum(c.size_bytes for c in mine), alike[-1] if alike else 0)
 
     async def _submit(
         self,

@@ -20,16 +20,19 @@ from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.lanes import Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer, Promise
-from tuft_jupyter.core.runs import Limits, Runs
+from tuft_jupyter.core.quotas import Limits, Quotas
+from tuft_jupyter.core.runs import Runs
 from tuft_jupyter.core.sampling import Sampling
 from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.state import State
+from tuft_jupyter.core.tenure import Tenure
 from tuft_jupyter.core.text import Text
 from tuft_jupyter.core.types import ModelCard, Principal
 from tuft_jupyter.core.watchdog import Watchdog
 
 log = logging.getLogger("tuft_jupyter.service")
 
+SWEEP_SECONDS = 15.0
 EPHEMERAL = "ephemeral"
 """Below ``home``: weights that were saved for one sampler, without a name."""
 
@@ -67,6 +70,7 @@ class Service:
         checkpoint_dir: Path,
         limits: Limits | None = None,
         rule: SnapshotRule | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self.ledger = ledger
         self.catalog = catalog
@@ -75,7 +79,9 @@ class Service:
         self.limits = limits or Limits()
         self.rule = rule or SnapshotRule()
         self.drivers: dict[str, Driver] = {}
+        self.quotas = quotas or Quotas()
         self.sessions = Sessions(ledger)
+        self.tenure = Tenure(ledger, self.sessions, self.limits)
         self.checkpoints = Checkpoints(ledger, checkpoint_dir)
         self.runs = Runs(
             ledger,
@@ -85,6 +91,8 @@ class Service:
             self.card,
             home / EPHEMERAL,
             self.limits,
+            self.quotas,
+            self.tenure,
         )
         self.sampling = Sampling(ledger, catalog, engines.sampling)
         self.text = Text(self.sampling, self.checkpoints)
@@ -124,7 +132,9 @@ class Service:
         card = self.catalog.resolve(base_model)
         driver = self.drivers.get(card.name)
         if driver is None:
-            lanes = Lanes(self.limits.batch_tokens, self.limits.shared_batch_tokens)
+            lanes = Lanes(
+                self.limits.batch_tokens, self.limits.shared_batch_tokens, weight=self.quotas.weight
+            )
             engine = Watchdog(self.engines.training(card), card.max_context_length)
             driver = Driver(card, engine, lanes, self.ledger, self.home / "snapshots", self.rule)
             self.drivers[card.name] = driver
@@ -147,22 +157,25 @@ class Service:
     async def _maintain(self) -> None:
         """Once in a while: drop expired checkpoints, and let idle adapters leave the workers."""
         while True:
-            await asyncio.sleep(15.0)
+            await asyncio.sleep(self._tick())
             try:
                 await self.sweep(self.ledger.clock())
             except Exception:
                 log.exception("maintenance failed; it is tried again")
 
+    def _tick(self) -> float:
+        """Seconds between two looks, as the shortest limit asks."""
+        spans = [span for span in (self.limits.idle_timeout, self.limits.max_lifetime) if span]
+        return min([SWEEP_SECONDS, *(max(span / 4, 0.25) for span in spans)])
+
     async def sweep(self, now: float) -> None:
         await self.checkpoints.expire(now)
+        await self.runs.close_over(now)
         await asyncio.to_thread(_remove, self.home / EPHEMERAL, self._spent_samplers(now))
         for driver in self.drivers.values():
             for lane in list(driver.lanes.by_run.values()):
                 run = self.ledger.state.runs.get(lane.run)
-                if run is None or not lane.resident or lane.queue:
-                    continue
-                seen = max(run.last_request, self.sessions.last_seen(run.session))
-                if now - seen > self.limits.idle_timeout:
+                if run is not None and lane.resident and not lane.queue and self.tenure.idle(run, now):
                     driver.release(run.id)
 
     def _spent_samplers(self, now: float) -> set[str]:
@@ -219,6 +232,10 @@ class Service:
         promise = self.ledger.promises.get(principal, request_id)
         answer = await self.ledger.promises.wait(promise, seconds)
         return None if answer is None else await self.ledger.answer(answer)
+
+    def queue_state(self, principal: Principal) -> str:
+        """In the protocol's words, whether something else than work in progress holds a tenant's requests up."""
+        return "paused_rate_limit" if self.quotas.paused(principal.tenant) else "active"
 
     def queue_reason(self, principal: Principal, request_id: str) -> str:
         """In words, what a promise waits for."""

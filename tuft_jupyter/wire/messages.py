@@ -199,6 +199,20 @@ class SampleEnvelope(Message):
     record_stability_info: bool = False
 
 
+class PromptChunk(Message):
+    tokens: list[int] | None = None
+
+
+class SamplePrompt(Message):
+    chunks: list[PromptChunk] = []
+
+
+class SampleSize(Message):
+    """As much of a sample request as tells how long its prompt is."""
+
+    prompt: SamplePrompt
+
+
 class RetrieveFuture(Message):
     request_id: str
     allow_metadata_only: bool = False

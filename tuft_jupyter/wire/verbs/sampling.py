@@ -21,7 +21,7 @@ class SamplingVerbs(Verbs):
             waiting = {
                 "type": "try_again",
                 "request_id": asked.request_id,
-                "queue_state": "active",
+                "queue_state": self.service.queue_state(call.principal),
                 "queue_state_reason": self.service.queue_reason(call.principal, asked.request_id),
             }
             return reply(waiting, 408)
@@ -87,9 +87,21 @@ class SamplingVerbs(Verbs):
                 f"num_samples: {asked.num_samples} is outside 1..{MAX_SAMPLES}: split the request"
             )
         sampler, seq = asked.sampling_session_id, asked.seq_id
+        await self.service.quotas.pace(call.principal.tenant, 1, self._prompt_tokens(call))
         request_id = self.service.sampling.submit(call.principal, sampler, seq, call.body)
         sequences = [f"{sampler}:{seq}:{i}" for i in range(asked.num_samples)]
         return reply({"request_id": request_id, "sample_sequence_ids": sequences})
+
+    def _prompt_tokens(self, call: Call) -> int:
+        """Tokens of the prompt, checked; 0 without looking where no limit asks for them."""
+        tenant = call.principal.tenant
+        quota = self.service.quotas.of(tenant)
+        if not (quota.tokens_per_second or quota.input_tokens):
+            return 0
+        chunks = m.decode(m.SampleSize, call.body).prompt.chunks
+        tokens = sum(len(chunk.tokens or ()) for chunk in chunks)
+        self.service.quotas.check_input(tenant, tokens)
+        return tokens
 
 
 def _answer(answer: Answer, call: Call) -> Reply:

@@ -54,6 +54,8 @@ class TrainingVerbs(Verbs):
 
     async def _pass(self, call: Call, kind: OpKind) -> Reply:
         peek = peek_forward_backward(call.body, call.content_type)
+        self.service.quotas.check_input(call.principal.tenant, peek.tokens)
+        await self.service.quotas.pace(call.principal.tenant, 1, peek.tokens)
         request_id = await self.service.runs.forward_backward(
             call.principal,
             peek.run,
@@ -73,6 +75,7 @@ class TrainingVerbs(Verbs):
                 f"optimizer_params: this run was created with adamw, not {kind!r}: send adam_params"
             )
         adam = (asked.adam_params or m.Adam()).checked()
+        await self.service.quotas.pace(call.principal.tenant, 1)
         request_id = await self.service.runs.optim_step(
             call.principal, asked.model_id, asked.seq_id, adam, call.body
         )

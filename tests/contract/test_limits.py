@@ -1,0 +1,64 @@
+"""Limits over real HTTP: requests are held, not failed, whichever key of a tenant they come with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+from tests.contract.test_http import Server, on_server, refusal
+
+
+def step(run: str, seq: int) -> dict[str, object]:
+    return {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-4}}
+
+
+def test_the_third_request_of_a_second_is_late_and_right_and_others_are_not(tmp_path: Path) -> None:
+    """S2-42, T12: two keys of one tenant share its rate; somebody else's requests pass."""
+
+    async def body(server: Server) -> None:
+        keys = [(await server.post("/tuft/keys", {"tenant": "carol"}))["key"] for _ in range(2)]
+        run, other = await server.new_run(keys[0]), await server.new_run()
+        began = time.monotonic()
+        asked = [
+            asyncio.ensure_future(server.post("/optim_step", step(run, seq), keys[seq % 2]))
+            for seq in range(1, 6)
+        ]
+        await server.post("/optim_step", step(other, 1))
+        assert time.monotonic() - began < 0.5
+        promises = await asyncio.gather(*asked)
+        assert 1.0 < time.monotonic() - began < 4.0
+        for promise in promises:
+            answer = await server.post("/retrieve_future", {"request_id": promise["request_id"]}, keys[1])
+            assert "error" not in answer
+        steps = [r.step for r in server.host.ledger.state.runs.values() if r.id == run]
+        assert steps == [5]
+
+    on_server(tmp_path, body, rps_limit=2)
+
+
+def test_too_much_at_once_is_answered_429_with_the_time_to_come_back(tmp_path: Path) -> None:
+    """S2-42, S2-44."""
+
+    async def body(server: Server) -> None:
+        key = (await server.post("/tuft/keys", {"tenant": "carol"}))["key"]
+        run = await server.new_run(key)
+        asked = [
+            asyncio.ensure_future(server.ask("POST", "/optim_step", step(run, seq), key))
+            for seq in range(1, 9)
+        ]
+        late = [answer for answer in await asyncio.gather(*asked) if answer.code != 200]
+        assert {answer.code for answer in late} == {429}
+        assert int(late[0].headers["Retry-After"]) >= 1
+        assert "paused_rate_limit" in refusal(late[0])
+        session = (await server.post("/create_session", {}, key))["session_id"]
+        made = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tuft/demo"}
+        sampler = (await server.post("/create_sampling_session", made, key))["sampling_session_id"]
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": [1] * 11}]}
+        sample = {"sampling_session_id": sampler, "seq_id": 1, "prompt": prompt, "num_samples": 1}
+        answer = await server.ask("POST", "/asample", {**sample, "sampling_params": {"max_tokens": 1}}, key)
+        assert answer.code == 400
+        assert "Input tokens (11) exceed maximum allowed (10)" in json.loads(answer.body)["error"]
+
+    on_server(tmp_path, body, rps_limit=0.2, max_input_tokens=10)

@@ -1,0 +1,158 @@
+"""What a tenant may hold, and for how long: places, idle runs, lifetimes, checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.support.world import ALICE, BOB, LORA, World, scenario, until, world
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.journal import MemoryJournal
+from tuft_jupyter.core.quotas import Limits, Quota, Quotas
+from tuft_jupyter.core.types import CheckpointKind, Principal
+
+OWNER = Principal("owner", admin=True)
+
+
+async def create(here: World, session: str, number: int, who: Principal = ALICE) -> str:
+    body = f"create{session}{number}".encode()
+    made = await here.service.runs.create_model(who, session, number, "tiny", LORA, {}, body)
+    await here.answer(made, who)
+    return f"{session}:train:{number}"
+
+
+async def unload(here: World, run: str, who: Principal = ALICE) -> None:
+    await here.answer(await here.service.runs.unload(who, run, b"unload"), who)
+
+
+def test_S2_29_per_token_model_limit(tmp_path: Path) -> None:
+    """S2-29: three runs, the fourth is refused, one is unloaded, and it goes on."""
+
+    async def body() -> None:
+        async with world(tmp_path, quotas=Quotas(Quota(runs=3))) as here:
+            session = await here.service.sessions.open(ALICE, {"tags": []})
+            runs = [await create(here, session, n) for n in range(3)]
+            with pytest.raises(UserError, match="Model limit exceeded: 3/3"):
+                await create(here, session, 3)
+            await create(here, await here.service.sessions.open(BOB, {"tags": []}), 0, BOB)
+            await unload(here, runs[1])
+            await create(here, session, 4)
+
+    scenario(body)
+
+
+def test_of_ten_creates_at_once_exactly_three_pass_whatever_their_sessions(tmp_path: Path) -> None:
+    """S2-29, T12: per tenant, not per key or session."""
+
+    async def body() -> None:
+        async with world(tmp_path, quotas=Quotas(Quota(runs=3))) as here:
+            sessions = [await here.service.sessions.open(ALICE, {"tags": []}) for _ in range(10)]
+            outcomes = await asyncio.gather(
+                *(create(here, session, 0) for session in sessions), return_exceptions=True
+            )
+            assert sum(isinstance(outcome, str) for outcome in outcomes) == 3
+            assert sum("Model limit exceeded: 3/3" in str(outcome) for outcome in outcomes) == 7
+            assert len(here.service.state.runs) == 3
+
+    scenario(body)
+
+
+def test_a_base_model_with_all_places_taken_says_so_until_one_is_free(tmp_path: Path) -> None:
+    """S2-47."""
+
+    async def body() -> None:
+        async with world(tmp_path, quotas=Quotas(max_loras=1)) as here:
+            run = await here.connect(ALICE)
+            with pytest.raises(UserError, match=r"paused_capacity.*1 of 1"):
+                await here.connect(BOB)
+            await unload(here, run)
+            await here.connect(BOB)
+
+    scenario(body)
+
+
+def test_an_idle_run_leaves_the_worker_and_its_place_and_comes_back_whole(tmp_path: Path) -> None:
+    """S2-45: idle is no heartbeat and no op; the state is kept, an active run is never sent away."""
+    limits = Limits(idle_timeout=30.0)
+
+    async def body() -> None:
+        async with world(tmp_path, limits=limits, quotas=Quotas(Quota(runs=1))) as here:
+            now = [here.service.ledger.clock()]
+            here.service.ledger.clock = lambda: now[0]
+            idle = await here.connect(ALICE)
+            await here.train(idle, 2)
+            lane = here.service.drivers["tiny"].lanes.by_run[idle]
+            before = here.trained[:]
+            now[0] += 25
+            here.service.sessions.heartbeat(ALICE, idle.split(":")[0])
+            now[0] += 25
+            await here.service.sweep(now[0])
+            assert lane.resident
+            with pytest.raises(UserError, match="1/1"):
+                await here.connect(ALICE)
+            now[0] += 31
+            await here.service.sweep(now[0])
+            await until(lambda: not lane.resident)
+            other = await here.connect(ALICE)
+            with pytest.raises(UserError, match="1/1"):
+                await here.forward_backward(idle)
+            await unload(here, other)
+            await here.train(idle, 1)
+            assert here.engines.trainer.runs[idle][: len(before)] == before
+
+    scenario(body)
+
+
+def test_a_run_past_its_lifetime_is_saved_and_closed_and_says_where_it_is(tmp_path: Path) -> None:
+    """S2-46: also while it is in use; its owner is warned before, and the server's own runs go on."""
+    limits = Limits(max_lifetime=100.0, owner="owner")
+
+    async def body() -> None:
+        now = [1e9]
+        journal = MemoryJournal(lambda: now[0])
+        async with world(tmp_path, journal=journal, limits=limits) as here:
+            here.service.ledger.clock = lambda: now[0]
+            run, own = await here.connect(ALICE), await here.connect(OWNER)
+            await here.train(run, 2)
+            assert here.service.tenure.ending("alice", now[0]) == []
+            now[0] += 95
+            (warned,) = here.service.tenure.ending("alice", now[0])
+            assert warned["run"] == run
+            assert 0 < float(warned["seconds_left"]) <= 6
+            await here.service.sweep(now[0])
+            await here.train(run, 1)
+            now[0] += 10
+            last = f"tinker://{run}/weights/lifetime"
+            with pytest.raises(UserError, match=last):
+                await here.forward_backward(run)
+            for _ in range(3):
+                await here.service.sweep(now[0])
+                await until(lambda: not here.service.state.runs[run].pending)
+            assert here.service.state.runs[run].status == "closed"
+            assert here.service.state.checkpoints[last].step == 3
+            await here.forward_backward(own, who=OWNER)
+            session = await here.service.sessions.open(ALICE, {"tags": []})
+            again = await here.service.runs.load_new_model(ALICE, session, 0, last, True, {}, b"load")
+            assert not (await here.answer(again)).category
+
+    scenario(body)
+
+
+def test_checkpoints_have_their_share_of_the_disk(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, quotas=Quotas(Quota(checkpoint_bytes=2))) as here:
+            run = await here.connect(ALICE)
+            kind = CheckpointKind.TRAINING
+            for n in range(2):
+                saved = await here.service.runs.save_weights(ALICE, run, 50 + n, f"c{n}", kind, b"%d" % n)
+                await here.answer(saved)
+            before = len(here.service.state.checkpoints)
+            with pytest.raises(UserError, match="2 of 2 bytes"):
+                await here.service.runs.save_weights(ALICE, run, 60, "c9", kind, b"9")
+            assert len(here.service.state.checkpoints) == before
+            await here.service.checkpoints.delete(ALICE, f"tinker://{run}/weights/c0")
+            await here.answer(await here.service.runs.save_weights(ALICE, run, 61, "c9", kind, b"9"))
+
+    scenario(body)
