@@ -19,7 +19,7 @@ from typing import Any
 from tuft_jupyter.core.access import owned
 from tuft_jupyter.core.checkpoints import Checkpoints
 from tuft_jupyter.core.driver import Driver
-from tuft_jupyter.core.errors import Overloaded, UserError
+from tuft_jupyter.core.errors import Overloaded, TuftError, UserError
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.sessions import Sessions
@@ -236,19 +236,25 @@ class Runs:
     async def close_over(self, now: float) -> None:
         """Save the runs whose lifetime is over, then close those that are saved; accepted ops are done before."""
         for run in self.tenure.over(now):
-            kind = CheckpointKind.TRAINING
-            last = self.ledger.state.checkpoints.get(checkpoint_path(run.id, kind, LAST_CHECKPOINT))
-            if last is not None and last.created > (self.tenure.end(run) or 0.0):
-                await self._accept(run, OpKind.UNLOAD_MODEL, -1, {}, b"")
-            elif not run.pending:
-                log.warning("run %s reached its longest lifetime: it is saved and closed", run.id)
-                saved = self.checkpoints.plan(
-                    run.id, kind, LAST_CHECKPOINT, ttl=None, overwrite=True, user_metadata=None
-                )
-                args = {"directory": saved["directory"], "optimizer": True, "path": saved["path"]}
-                facts = {"facts": {"checkpoint": saved}}
-                seq = -2 - int(now)  # another number each time: a save that failed is tried again
-                await self._accept(run, OpKind.SAVE_WEIGHTS, seq, {**args, **facts}, b"")
+            try:
+                await self._close(run, now)
+            except TuftError as error:  # a base model that is not on offer, a full disk: it is tried again
+                log.warning("run %s is past its lifetime and cannot be closed: %s", run.id, error)
+
+    async def _close(self, run: Run, now: float) -> None:
+        kind = CheckpointKind.TRAINING
+        last = self.ledger.state.checkpoints.get(checkpoint_path(run.id, kind, LAST_CHECKPOINT))
+        if last is not None and last.created > (self.tenure.end(run) or 0.0):
+            await self._submit(run.tenant, run.base_model, OpKind.UNLOAD_MODEL, run.id, -1, {}, b"")
+        elif not run.pending:
+            log.warning("run %s reached its longest lifetime: it is saved and closed", run.id)
+            saved = self.checkpoints.plan(
+                run.id, kind, LAST_CHECKPOINT, ttl=None, overwrite=True, user_metadata=None
+            )
+            args = {"directory": saved["directory"], "optimizer": True, "path": saved["path"]}
+            args["facts"] = {"checkpoint": saved}
+            seq = -2 - int(now)  # another number each time: a save that failed is tried again
+            await self._submit(run.tenant, run.base_model, OpKind.SAVE_WEIGHTS, run.id, seq, args, b"")
 
     @staticmethod
     def _usable(run: Run) -> None:
