@@ -142,8 +142,27 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetIds:
+    """Token ids to be scored at places of a prompt, a matrix of ``shape`` [P - 1, K] given cell by cell.
+
+    Cell c stands in row ``rows[c]`` and asks for ``ids[c]`` at prompt position ``rows[c] + 1``; -1 asks for nothing.
+    ``columns`` None is a dense matrix, row by row; else the columns of a sparse one, its cells in the order of CSR.
+    """
+
+    ids: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    shape: tuple[int, int]
+    columns: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """A decoded sample request: ``prompt`` is int32 [P], ``num_samples`` sequences are drawn from it."""
+    """A decoded sample request: ``prompt`` is int32 [P], ``num_samples`` sequences are drawn from it.
+
+    What is to be told of the prompt: the log-probabilities of its own tokens, and of the ``topk`` likeliest in their
+    places (both only of the last ``prompt_logprobs_last_n`` positions if that is given), those of ``targets``, and
+    ``prompt_alt_tokens_k`` tokens drawn at the request's temperature in each place after the first.
+    """
 
     prompt: Int32Array
     num_samples: int
@@ -151,6 +170,9 @@ class SampleRequest:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    targets: TargetIds | None = None
+    prompt_alt_tokens_k: int = 0
 
 
 class StopReason(StrEnum):
@@ -192,12 +214,18 @@ class SampleResult:
 
     ``prompt_logprobs`` float32 [P] with NaN at 0. ``topk_prompt_ids`` int32 [P, k] and
     ``topk_prompt_logprobs`` float32 [P, k]; row 0 is id 0 and -99999.0 (nothing predicts the first token).
+    ``target_prompt_logprobs`` float32 has one number for each cell of ``targets``, 0 where nothing was asked.
+    ``alt_tokens`` int64 and ``alt_logprobs`` float32 are [P - 1, k]; row i stands for position i + 1.
     """
 
     sequences: Sequence[SampledSequence]
     prompt_logprobs: FloatArray | None = None
     topk_prompt_ids: Int32Array | None = None
     topk_prompt_logprobs: FloatArray | None = None
+    targets: TargetIds | None = None
+    target_prompt_logprobs: FloatArray | None = None
+    alt_tokens: NDArray[np.int64] | None = None
+    alt_logprobs: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ No torch here: a job is what is asked and what has come of it; the sampler moves
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,6 @@ from tuft_jupyter.core.engine import Listener
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import (
     Drawn,
-    FloatArray,
-    Int32Array,
     SampledSequence,
     SampleRequest,
     SampleResult,
@@ -57,10 +55,41 @@ class Limits:
             raise UserError(f"num_samples must be between 1 and {self.samples}, got {request.num_samples}")
         if params.max_tokens < 1:
             raise UserError(f"sampling_params.max_tokens must be at least 1, got {params.max_tokens}")
+        self._check_scores(request)
         for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
             k = getattr(request, name)
             if not 0 <= k <= self.vocab_size:
                 raise UserError(f"{name} must be between 0 and {self.vocab_size} (the vocabulary), got {k}")
+
+    def _check_scores(self, request: SampleRequest) -> None:
+        """What is asked of the prompt must lie in it, and in bounds of memory."""
+        length, last = len(request.prompt), request.prompt_logprobs_last_n
+        if last is not None and not 1 <= last < length:
+            raise UserError(
+                f"prompt_logprobs_last_n must be between 1 and {length - 1} (the prompt), got {last}"
+            )
+        wide = max(request.topk_prompt_logprobs, request.prompt_alt_tokens_k)
+        if length * wide > MAX_CELLS:
+            raise UserError(
+                f"{wide} tokens at each of {length} prompt positions are over the limit of {MAX_CELLS}: ask for fewer"
+            )
+        if request.prompt_alt_tokens_k and length == 1:
+            raise UserError("prompt_alt_tokens_k needs a prompt of two tokens or more")
+        if request.targets is None:
+            return
+        ids, rows = request.targets.ids, request.targets.shape[0]
+        if rows != length - 1:
+            raise UserError(f"target_prompt_logprobs must have {length - 1} rows (prompt - 1), got {rows}")
+        if ids.max() >= self.vocab_size or ids.min() < -1:
+            raise UserError(
+                f"target_prompt_logprobs has an id outside the vocabulary (0..{self.vocab_size - 1}, or -1 for nothing)"
+            )
+        if not (ids >= 0).any():
+            raise UserError("target_prompt_logprobs names no token id")
+
+
+MAX_CELLS = 1 << 22
+"""Tokens that one request may be told in place of the prompt's own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +97,8 @@ class Job:
     """One request: ``waiting`` samples not yet begun, ``live`` ones being decoded, ``sequences`` ended.
 
     ``limit`` is how many tokens a sample may have; ``decode`` is there if text is looked at for stops;
-    ``adapter`` is the name of the loaded adapter; ``broken`` that its logits are not numbers.
+    ``adapter`` is the name of the loaded adapter; ``broken`` that its logits are not numbers; ``scored`` what is to be
+    told of the prompt.
     """
 
     key: str
@@ -82,8 +112,7 @@ class Job:
     adapter: str | None = None
     broken: bool = False
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
-    prompt_logprobs: FloatArray | None = None
-    topk: tuple[Int32Array, FloatArray] | None = None
+    scored: SampleResult = field(default_factory=lambda: SampleResult(()))
     heard: Listener | None = None
 
     @property
@@ -99,13 +128,8 @@ class Job:
 
     def result(self) -> SampleResult:
         """Of a job that has ended."""
-        ids, logprobs = self.topk or (None, None)
-        return SampleResult(
-            sequences=[self.sequences[index] for index in range(self.request.num_samples)],
-            prompt_logprobs=self.prompt_logprobs,
-            topk_prompt_ids=ids,
-            topk_prompt_logprobs=logprobs,
-        )
+        sequences = [self.sequences[index] for index in range(self.request.num_samples)]
+        return replace(self.scored, sequences=sequences)
 
 
 @dataclass(slots=True, eq=False)

@@ -1,5 +1,4 @@
-"""Drawing tokens from logits, row by row with each row's own temperature, filters and random numbers; and
-scoring the tokens of a prompt.
+"""Drawing tokens from logits, row by row with each row's own temperature, filters and random numbers.
 
 A token is drawn by inverting the cumulative distribution at one uniform number in [0, 1). That number comes
 from the row's own generator and the distribution is laid out in the order of the vocabulary, so what a row
@@ -9,23 +8,21 @@ Log-probabilities are those of the model itself: temperature 1, no filters. Filt
 temperature, then the ``top_k`` likeliest, then of these the fewest whose mass reaches ``top_p`` (nucleus
 sampling, Holtzman et al. 2019, arXiv 1904.09751).
 
-Shapes: N rows, M rows with filters or positions of a prompt, V vocabulary, K candidates.
+Shapes: N rows, M rows with filters, V vocabulary, K candidates or draws.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tuft_jupyter.core.types import FloatArray, Int32Array, SamplingParams
+from tuft_jupyter.core.types import SamplingParams
 
 _FIRST_CANDIDATES = 256
-_SCORED_AT_ONCE = 512  # positions of a prompt
-_NOTHING = -99999.0  # the protocol's logprob of a cell that holds no token
 
 
 Top = list[list[tuple[int, float]]]
@@ -85,7 +82,8 @@ class Picker:
         probs_NV = logp_NV.exp() if heat_N1 is None else torch.softmax(logp_NV / heat_N1, -1)
         if self._filtered is not None:
             probs_NV[self._filtered] = self._truncated(probs_NV[self._filtered])
-        tokens_N = _invert(probs_NV, torch.tensor(uniforms, dtype=torch.float64, device=self._device))
+        uniforms_N1 = torch.tensor(uniforms, dtype=torch.float64, device=self._device)[:, None]
+        tokens_N = invert(probs_NV, uniforms_N1)[:, 0]
         if self._greedy is not None:
             tokens_N[self._greedy] = logp_NV[self._greedy].argmax(-1)
         return tokens_N
@@ -114,8 +112,8 @@ class Picker:
             count = min(count * 8, vocab)
 
 
-def _invert(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
-    """The token at which each row's cumulative probability passes its uniform number.
+def invert(probs_NV: Tensor, uniforms_NK: Tensor) -> Tensor:
+    """The tokens [N, K] at which each row's cumulative probability passes its uniform numbers.
 
     Any token where probabilities are NaN; its log-probability shows it.
     """
@@ -123,29 +121,6 @@ def _invert(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     total_N1 = cdf_NV[:, -1:]
     below_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
     # Strictly below the total, so that the token found always has a probability above 0.
-    target_N1 = torch.minimum(uniforms_N[:, None] * total_N1, below_N1)
-    tokens_N = torch.searchsorted(cdf_NV, target_N1, right=True)[:, 0]
-    return tokens_N.clamp_(max=probs_NV.shape[1] - 1)  # NaN is found nowhere
-
-
-def score_prompt(
-    prompt: Int32Array, k: int, logits: Callable[[int, int], Tensor]
-) -> tuple[FloatArray, Int32Array, FloatArray]:
-    """Log-probabilities of a prompt's own tokens [P], and the ids and log-probabilities of the k likeliest
-    [P, k].
-
-    ``logits(start, end)`` are those that follow these positions, [M, V]. Nothing predicts the first token:
-    its log-probability is NaN, its cells hold id 0.
-    """
-    length = len(prompt)
-    logprobs = np.full(length, np.nan, np.float32)
-    ids, top = np.zeros((length, k), np.int32), np.full((length, k), _NOTHING, np.float32)
-    for start in range(0, length - 1, _SCORED_AT_ONCE):
-        end = min(start + _SCORED_AT_ONCE, length - 1)
-        logp_MV = torch.log_softmax(logits(start, end), -1, dtype=torch.float32)
-        next_M = torch.from_numpy(prompt[start + 1 : end + 1]).to(logp_MV.device, torch.int64)
-        logprobs[start + 1 : end + 1] = logp_MV.gather(1, next_M[:, None])[:, 0].cpu()
-        if k:
-            top_MK, ids_MK = logp_MV.topk(k, dim=1)
-            top[start + 1 : end + 1], ids[start + 1 : end + 1] = top_MK.cpu(), ids_MK.cpu()
-    return logprobs, ids, top
+    targets_NK = torch.minimum(uniforms_NK * total_N1, below_N1)
+    tokens_NK = torch.searchsorted(cdf_NV, targets_NK, right=True)
+    return tokens_NK.clamp_(max=probs_NV.shape[1] - 1)  # NaN is found nowhere

@@ -33,8 +33,9 @@ from tuft_jupyter.engine import head, packing
 from tuft_jupyter.engine.adapter_cache import AdapterCache
 from tuft_jupyter.engine.base import load_base
 from tuft_jupyter.engine.kv_cache import DecodeAttention, KVCache, PrefillAttention
+from tuft_jupyter.engine.prompt_scores import score_prompt
 from tuft_jupyter.engine.sample_job import Decode, Job, Limits, Live, shares
-from tuft_jupyter.engine.sampling import Picker, generator, score_prompt
+from tuft_jupyter.engine.sampling import Picker, generator
 
 log = logging.getLogger(__name__)
 
@@ -298,20 +299,12 @@ class TorchSampler:
             self._adapters.give_back(job.adapter)
 
     def _score_prompt(self, job: Job, hidden_MD: Tensor) -> None:
-        request = job.request
-        if not (request.prompt_logprobs or request.topk_prompt_logprobs):
-            return
-
         def logits(start: int, end: int) -> Tensor:
             segments = ((0, end - start, job.adapter),)
             logits_MV = head.logits(self.base.lm_head, hidden_MD[start:end], segments)
             return logits_MV[:, : self.base.vocab_size]
 
-        logprobs, ids, top = score_prompt(request.prompt, request.topk_prompt_logprobs, logits)
-        if request.prompt_logprobs:
-            job.prompt_logprobs = logprobs
-        if request.topk_prompt_logprobs:
-            job.topk = ids, top
+        job.scored = score_prompt(job.request, logits)
 
     @cached_property
     def _eos(self) -> frozenset[int]:

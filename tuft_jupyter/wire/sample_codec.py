@@ -15,10 +15,20 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.core.types import Int32Array, SampleRequest, SampleResult, SamplingParams, StopReason
+from tuft_jupyter.core.types import (
+    FloatArray,
+    Int32Array,
+    SampleRequest,
+    SampleResult,
+    SamplingParams,
+    StopReason,
+    TargetIds,
+)
 from tuft_jupyter.wire import tuft_wire_pb2 as pb
+from tuft_jupyter.wire.tensors import csr_rows
 
 _MAX_TOPK = 1024
 
@@ -32,6 +42,14 @@ class _Prompt(msgspec.Struct):
     chunks: list[_Chunk] = []
 
 
+class _Tensor(msgspec.Struct):
+    data: list[int]
+    dtype: str = "int64"
+    shape: list[int] | None = None
+    sparse_crow_indices: list[int] | None = None
+    sparse_col_indices: list[int] | None = None
+
+
 class _Request(msgspec.Struct):
     prompt: _Prompt
     sampling_params: dict[str, Any] | None = None
@@ -41,7 +59,7 @@ class _Request(msgspec.Struct):
     topk_sample_logprobs: int | None = 0
     prompt_alt_tokens_k: int | None = 0
     prompt_logprobs_last_n: int | None = None
-    target_prompt_logprobs: Any = None
+    target_prompt_logprobs: _Tensor | None = None
 
 
 class _Params(msgspec.Struct):
@@ -55,12 +73,7 @@ class _Params(msgspec.Struct):
 
 _decoder = msgspec.json.Decoder(_Request)
 _KNOWN_PARAMS = frozenset(_Params.__struct_fields__)
-_NOT_OFFERED = (
-    "topk_sample_logprobs",
-    "prompt_alt_tokens_k",
-    "prompt_logprobs_last_n",
-    "target_prompt_logprobs",
-)
+_WIDTHS = ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k")
 
 
 def decode_sample_request(body: bytes, *, default_max_tokens: int) -> SampleRequest:
@@ -74,21 +87,51 @@ def decode_sample_request(body: bytes, *, default_max_tokens: int) -> SampleRequ
         request = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"the sample request is not valid: {error}") from None
-    for name in _NOT_OFFERED:
-        if getattr(request, name):
-            raise UserError(f"{name} is not offered by this server; leave it out")
     if request.num_samples < 1:
         raise UserError(f"num_samples must be at least 1, got {request.num_samples}")
-    topk = request.topk_prompt_logprobs or 0
-    if not 0 <= topk <= _MAX_TOPK:
-        raise UserError(f"topk_prompt_logprobs must be between 0 and {_MAX_TOPK}, got {topk}")
+    for name in _WIDTHS:
+        if not 0 <= (getattr(request, name) or 0) <= _MAX_TOPK:
+            raise UserError(f"{name} must be between 0 and {_MAX_TOPK}, got {getattr(request, name)}")
+    if request.prompt_logprobs_last_n is not None and not request.prompt_logprobs:
+        raise UserError(
+            "prompt_logprobs_last_n says how many prompt_logprobs to score; set prompt_logprobs too"
+        )
+    targets = request.target_prompt_logprobs
     return SampleRequest(
         prompt=_prompt(request.prompt),
         num_samples=request.num_samples,
         params=_params(request.sampling_params or {}, default_max_tokens),
         prompt_logprobs=bool(request.prompt_logprobs),
-        topk_prompt_logprobs=topk,
+        topk_prompt_logprobs=request.topk_prompt_logprobs or 0,
+        topk_sample_logprobs=request.topk_sample_logprobs or 0,
+        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+        targets=None if targets is None else _targets(targets),
+        prompt_alt_tokens_k=request.prompt_alt_tokens_k or 0,
     )
+
+
+def _targets(tensor: _Tensor) -> TargetIds:
+    where = "target_prompt_logprobs"
+    shape = tensor.shape or []
+    if tensor.dtype != "int64" or len(shape) != 2 or min(shape) < 1:
+        raise UserError(f"{where} must be an int64 tensor of shape [prompt - 1, K]")
+    ids = _int64(tensor.data, f"{where}.data")
+    if tensor.sparse_crow_indices is None or tensor.sparse_col_indices is None:
+        if ids.size != shape[0] * shape[1]:
+            raise UserError(
+                f"{where}: shape {shape} asks for {shape[0] * shape[1]} ids, but {ids.size} were sent"
+            )
+        return TargetIds(ids, np.repeat(np.arange(shape[0]), shape[1]), (shape[0], shape[1]))
+    crow = _int64(tensor.sparse_crow_indices, f"{where}.sparse_crow_indices")
+    columns = _int64(tensor.sparse_col_indices, f"{where}.sparse_col_indices")
+    return TargetIds(ids, csr_rows(ids, crow, columns, shape, where), (shape[0], shape[1]), columns)
+
+
+def _int64(numbers: list[int], where: str) -> NDArray[np.int64]:
+    try:
+        return np.array(numbers, np.int64)
+    except OverflowError:
+        raise UserError(f"{where} has a number that does not fit int64") from None
 
 
 def _prompt(prompt: _Prompt) -> Int32Array:
@@ -181,23 +224,50 @@ def encode_sample_response(result: SampleResult) -> bytes:
                 stop_reason=_STOP_REASONS[sequence.stop_reason],
                 tokens=np.ascontiguousarray(sequence.tokens, "<i4").tobytes(),
                 logprobs=np.ascontiguousarray(sequence.logprobs, "<f4").tobytes(),
+                topk_sampled_logprobs=_topk(sequence.topk_ids, sequence.topk_logprobs),
             )
             for sequence in result.sequences
         ]
     )
     if result.prompt_logprobs is not None:
         response.prompt_logprobs = np.ascontiguousarray(result.prompt_logprobs, "<f4").tobytes()
-    if result.topk_prompt_ids is not None and result.topk_prompt_logprobs is not None:
-        length, k = result.topk_prompt_ids.shape
-        response.topk_prompt_logprobs.CopyFrom(
-            pb.TopkLogprobs(
-                token_ids=np.ascontiguousarray(result.topk_prompt_ids, "<i4").tobytes(),
-                logprobs=np.ascontiguousarray(result.topk_prompt_logprobs, "<f4").tobytes(),
-                k=k,
-                length=length,
-            )
-        )
+    topk = _topk(result.topk_prompt_ids, result.topk_prompt_logprobs)
+    if topk is not None:
+        response.topk_prompt_logprobs.CopyFrom(topk)
+    if result.targets is not None and result.target_prompt_logprobs is not None:
+        response.target_prompt_logprobs.CopyFrom(_scored(result.targets, result.target_prompt_logprobs))
+    if result.alt_tokens is not None and result.alt_logprobs is not None:
+        response.prompt_alt_tokens.tokens.CopyFrom(_dense(result.alt_tokens, "<i8", pb.DTYPE_INT64))
+        response.prompt_alt_tokens.logprobs.CopyFrom(_dense(result.alt_logprobs, "<f4", pb.DTYPE_FLOAT32))
     return response.SerializeToString()
+
+
+def _topk(ids: Int32Array | None, logprobs: FloatArray | None) -> pb.TopkLogprobs | None:
+    if ids is None or logprobs is None:
+        return None
+    return pb.TopkLogprobs(
+        token_ids=np.ascontiguousarray(ids, "<i4").tobytes(),
+        logprobs=np.ascontiguousarray(logprobs, "<f4").tobytes(),
+        k=ids.shape[1],
+        length=ids.shape[0],
+    )
+
+
+def _dense(array: NDArray[Any], dtype: str, tag: pb.DType.ValueType) -> pb.Tensor:
+    return pb.Tensor(dense=np.ascontiguousarray(array, dtype).tobytes(), dtype=tag, shape=array.shape)
+
+
+def _scored(targets: TargetIds, logprobs: FloatArray) -> pb.Tensor:
+    """In the shape and layout in which the ids came."""
+    if targets.columns is None:
+        return _dense(logprobs.reshape(targets.shape), "<f4", pb.DTYPE_FLOAT32)
+    crow = np.searchsorted(targets.rows, np.arange(targets.shape[0] + 1))
+    csr = pb.SparseCsr(
+        values=np.ascontiguousarray(logprobs, "<f4").tobytes(),
+        crow_indices=crow.astype("<i8").tobytes(),
+        col_indices=targets.columns.astype("<i8").tobytes(),
+    )
+    return pb.Tensor(sparse_csr=csr, dtype=pb.DTYPE_FLOAT32, shape=targets.shape)
 
 
 def sample_response_as_json(encoded: bytes) -> bytes:

@@ -84,6 +84,22 @@ def densify(
     room: Room,
 ) -> NDArray[Any]:
     """Write out a CSR matrix; cells that are not listed are 0."""
+    cell_rows = csr_rows(values, crow, col, shape, where)
+    rows, columns = shape
+    room.take(where, rows * columns)
+    dense = np.zeros(shape, dtype=values.dtype)
+    dense[cell_rows, col] = values
+    return dense
+
+
+def csr_rows(
+    values: NDArray[Any],
+    crow: NDArray[np.int64],
+    col: NDArray[np.int64],
+    shape: Sequence[int],
+    where: str,
+) -> NDArray[np.int64]:
+    """The row of each listed cell of a CSR matrix; UserError if its parts do not fit together."""
     if len(shape) != 2:
         raise UserError(f"{where}: a sparse tensor needs a shape of two dimensions, got {list(shape)}")
     rows, columns = shape
@@ -96,10 +112,7 @@ def densify(
         raise UserError(f"{where}: {values.size} values for {col.size} col_indices")
     if col.size and not (0 <= int(col.min()) and int(col.max()) < columns):
         raise UserError(f"{where}.col_indices must lie in 0..{columns - 1}")
-    room.take(where, rows * columns)
-    dense = np.zeros(shape, dtype=values.dtype)
-    dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
-    return dense
+    return np.repeat(np.arange(rows), np.diff(crow))
 
 
 def check_shape(shape: Sequence[int], where: str) -> tuple[int, ...]:

@@ -147,10 +147,6 @@ def test_fields_of_later_sdks_do_not_disturb(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("params", "fields", "words"),
     [
-        ({}, {"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k is not offered"),
-        ({}, {"prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n is not offered"),
-        ({}, {"topk_sample_logprobs": 1}, "topk_sample_logprobs is not offered"),
-        ({}, {"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "target_prompt_logprobs is not"),
         ({"repetition_penalty": 1.2}, {}, "repetition_penalty is not known"),
         ({"beam_search": True}, {}, "beam_search is not known"),
         ({"max_tokens": 0}, {}, "max_tokens must be at least 1"),
