@@ -37,6 +37,17 @@ __all__ = [
     "shutdown",
 ]
 
+WIDGETS = ("CheckpointTable", "GpuMeter", "LossCurve", "RunTable")
+
+
+def __getattr__(name: str) -> Any:
+    """The widgets, imported when one is asked for: anywidget takes a moment."""
+    if name in WIDGETS:
+        from tuft_jupyter.kernel import widgets
+
+        return getattr(widgets, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext tuft_jupyter``: register ``%tuft``."""

@@ -88,10 +88,10 @@ class Client:
         files = self.call("GET", f"tuft/tokenizer?{query}")["files"]
         return {str(name): str(text) for name, text in files.items()}
 
-    def outlook(self, seen: str = "", timeout: float = CALL_SECONDS) -> dict[str, Any]:
-        """How the key's own work stands. With the ``version`` last seen, the answer waits for another (20 s)."""
-        query = f"?{urllib.parse.urlencode({'seen': seen})}" if seen else ""
-        return self.call("GET", f"tuft/outlook{query}", timeout=timeout)
+    def outlook(self, seen: str = "", wait: float = 0.0) -> dict[str, Any]:
+        """How the key's own work stands. With the ``version`` last seen, another is waited for, ``wait`` seconds."""
+        query = f"?{urllib.parse.urlencode({'seen': seen, 'wait': int(wait)})}" if seen else ""
+        return self.call("GET", f"tuft/outlook{query}", timeout=CALL_SECONDS + wait)
 
     def curve(self, run: str, start: int = 0) -> dict[str, list[Any]]:
         """The columns of a run's curve, one entry per optimizer step, from entry ``start`` on."""

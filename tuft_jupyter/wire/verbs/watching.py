@@ -18,11 +18,11 @@ from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, number, reply
 
 class WatchingVerbs(Verbs):
     async def outlook(self, call: Call) -> Reply:
-        """``version`` names the content; a caller that sends it as ``seen`` waits for another, at most 20 s."""
+        """``version`` names the content; a caller that sends it as ``seen`` waits for another, ``wait`` seconds."""
         tenant = call.principal.tenant
         subscription = self.service.ledger.feed.subscribe(tenant)
         try:
-            async with asyncio.timeout(self.hold_seconds):
+            async with asyncio.timeout(min(number(call.query, "wait", 20), self.hold_seconds)):
                 while True:
                     body, version = self._outlook(tenant)
                     if version != call.query.get("seen"):
