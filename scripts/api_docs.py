@@ -24,7 +24,7 @@ What fails after it was accepted is answered by `retrieve_future` as `{"error", 
 """
 
 MIDDLE = """
-Bodies of %d MiB at most may be set lower by `max_body_bytes`.
+Bodies of %d MiB at most may be set lower by `max_body_bytes`; uploads have `max_upload_bytes`.
 
 ## Request fields
 

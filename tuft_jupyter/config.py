@@ -155,8 +155,8 @@ class Settings:
 
     ``max_lora_rank`` holds for models that no file lists (:meth:`rank_limit`). ``authorized_users`` maps keys
     to tenants. ``adapter_timeout`` and ``adapter_max_lifetime`` are seconds, ``max_body_bytes`` bounds one
-    request body. ``per_token_model_limit`` (runs), ``rps_limit`` and ``tps_limit`` (requests and input tokens a
-    second), ``max_input_tokens`` (of one request) and ``max_checkpoint_bytes`` hold for each tenant,
+    request body, ``max_upload_bytes`` an adapter that is uploaded. ``per_token_model_limit`` (runs), ``rps_limit``
+    and ``tps_limit`` (requests and input tokens a second), ``max_input_tokens`` (of one request) and ``max_checkpoint_bytes`` hold for each tenant,
     ``max_loras`` for the runs in use on one base model; 0 means no limit, and ``tenants`` lists who has others.
     None means: ``micro_batch_tokens`` by device, ``ray_address`` a local Ray of our own, ``trainer_threads`` by
     CPUs.
@@ -174,6 +174,7 @@ class Settings:
     adapter_timeout: float = 1800.0
     adapter_max_lifetime: float = 36000.0
     max_body_bytes: int = 64 * 1024 * 1024
+    max_upload_bytes: int = 1024 * 1024 * 1024
     per_token_model_limit: int = 0
     rps_limit: float = 0.0
     tps_limit: float = 0.0
@@ -190,7 +191,13 @@ class Settings:
     file: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_lora_rank", "max_body_bytes", "micro_batch_tokens", "trainer_threads"):
+        for name in (
+            "max_lora_rank",
+            "max_body_bytes",
+            "max_upload_bytes",
+            "micro_batch_tokens",
+            "trainer_threads",
+        ):
             _at_least(name, getattr(self, name), 1)
         for name in (*_QUOTAS, "max_loras"):
             _at_least(name, getattr(self, name), 0)

@@ -56,7 +56,8 @@ class TuftExtension(ExtensionApp):
         self.handlers.extend(lab.handlers(root, self.host))
         self.handlers.extend(lab_calls.handlers(root, self.host))
         limit = self.host.settings.max_body_bytes
-        self.handlers.extend(tinker.handlers(root + "/api/v1", self.host.api, self.host.keys, limit))
+        uploads = self.host.settings.max_upload_bytes
+        self.handlers.extend(tinker.handlers(root + "/api/v1", self.host.api, self.host.keys, limit, uploads))
         self.handlers.extend(
             tinker.openai_handlers(root + "/oai/api/v1", self.host.api, self.host.keys, limit)
         )

@@ -43,7 +43,7 @@ async def _serve(settings: Settings) -> None:
         ) from None
     host = Host(settings)
     limit = settings.max_body_bytes
-    rules = tinker.handlers(r"(?:/tuft)?/api/v1", host.api, host.keys, limit)
+    rules = tinker.handlers(r"(?:/tuft)?/api/v1", host.api, host.keys, limit, settings.max_upload_bytes)
     rules += tinker.openai_handlers(r"(?:/tuft)?/oai/api/v1", host.api, host.keys, limit)
     server = HTTPServer(Application(rules), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20)
     server.add_sockets(sockets)

@@ -22,6 +22,7 @@ from tuft_jupyter.wire.routes import OPENAI_ROUTES, ROUTES, Access, Route
 from tuft_jupyter.wire.verbs.base import ANYTHING
 from tuft_jupyter_server.answering import Answering
 from tuft_jupyter_server.host import Host
+from tuft_jupyter_server.uploads import LabUpload
 
 TINKER, OPENAI = "/lab/api/v1", "/lab/oai"
 OF_A_KEY = {"auth_token", "key_info", "revoke_key"}
@@ -95,11 +96,15 @@ class LabCall(Answering, APIHandler):
         self.finish(reply.body, set_content_type=reply.content_type)
 
 
-def handlers(root: str, host: Host) -> list[tuple[str, type[LabCall], dict[str, Any]]]:
+def handlers(root: str, host: Host) -> list[tuple[str, type[APIHandler], dict[str, Any]]]:
     """Tornado rules for what the lab may call."""
+    rules: list[tuple[str, type[APIHandler], dict[str, Any]]] = []
     by_path: dict[str, dict[str, Route]] = {}
     for prefix, routes in ((TINKER, ROUTES), (OPENAI, OPENAI_ROUTES)):
         for route in routes:
-            if route.access is Access.KEY and route.verb not in OF_A_KEY:
+            if route.upload:
+                rules.append((root + prefix + route.pattern, LabUpload, {"host": host, "route": route}))
+            elif route.access is Access.KEY and route.verb not in OF_A_KEY:
                 by_path.setdefault(prefix + route.pattern, {})[route.method] = route
-    return [(root + path, LabCall, {"host": host, "routes": methods}) for path, methods in by_path.items()]
+    rules += [(root + path, LabCall, {"host": host, "routes": methods}) for path, methods in by_path.items()]
+    return rules

@@ -2,7 +2,8 @@
 
 A handler authenticates by the ``X-API-Key`` header alone (also ``Authorization: Bearer``); cookies are ignored, so a
 page of another site can do nothing here and XSRF tokens are not needed. It refuses oversized bodies while they arrive,
-undoes zstd within the same limit, and gives everything else to :class:`tuft_jupyter.wire.api.Api`.
+undoes zstd within the same limit, keeps uploads in a file, and gives everything else to
+:class:`tuft_jupyter.wire.api.Api`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tuft_jupyter.wire.routes import (
     NOT_OFFERED,
     OPENAI_ROUTES,
     ROUTES,
+    UPLOAD,
     Access,
     Dialect,
     Route,
@@ -39,6 +41,7 @@ from tuft_jupyter.wire.routes import (
 )
 from tuft_jupyter.wire.verbs.base import ANYTHING
 from tuft_jupyter_server.answering import Answering
+from tuft_jupyter_server.uploads import Spool
 
 log = logging.getLogger("tuft_jupyter.http")
 
@@ -57,6 +60,7 @@ class TinkerHandler(Answering):
         not_offered: Mapping[str, str],
         max_body: int,
         dialect: Dialect,
+        max_upload: int = UPLOAD,
     ) -> None:
         self.dialect = dialect
         self.api = api
@@ -64,11 +68,13 @@ class TinkerHandler(Answering):
         self.routes = routes
         self.not_offered = not_offered
         self.max_body = max_body
+        self.max_upload = max_upload
         self.principal = Principal("")
         self.credential = ""
         self.grant: Grant | None = None
         self._chunks: list[bytes] = []
         self._size = 0
+        self._spool: Spool | None = None
 
     def check_xsrf_cookie(self) -> None:
         """Nothing to check: only a header that other sites cannot set gives access."""
@@ -85,16 +91,21 @@ class TinkerHandler(Answering):
                 self.grant = self.keys.grant(key)
                 self.principal = self.grant.principal
                 self.credential = "" if not key or key.startswith(TOKEN_PREFIX) else self.grant.digest
-            self.limit = min(self.route.max_body, self.max_body)
+            self.limit = self.max_upload if self.route.upload else min(self.route.max_body, self.max_body)
             announced = self.request.headers.get("Content-Length", "0")
             if announced.isdecimal() and int(announced) > self.limit:
                 raise self._too_large(int(announced))
+            if self.route.upload:
+                self._spool = Spool(self.api.service.checkpoints.root, self.limit)
+                self.request.connection.set_max_body_size(self.limit + 1)  # type: ignore[union-attr]
         except TuftError as error:
             self.send(error_reply(error, self.dialect))
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         self._size += len(chunk)
-        if self._size <= self.limit:
+        if self._spool is not None:
+            self._spool.write(chunk)
+        elif self._size <= self.limit:
             self._chunks.append(chunk)
         else:
             self._chunks.clear()
@@ -115,6 +126,11 @@ class TinkerHandler(Answering):
     @allow_unauthenticated
     async def delete(self, **parts: str) -> None:
         await self._serve_while_good(parts)
+
+    def on_finish(self) -> None:
+        super().on_finish()
+        if self._spool is not None:
+            self._spool.close()
 
     async def _serve_while_good(self, parts: Mapping[str, str]) -> None:
         """Serve, and break off when the caller's key ends, also where a poll is parked or bytes are on their way."""
@@ -145,6 +161,7 @@ class TinkerHandler(Answering):
                 headers.get("Accept", ANYTHING),
                 self._root(),
                 self.credential,
+                None if self._spool is None else self._spool.file,
             )
         except TuftError as error:
             self.send(error_reply(error, self.dialect))
@@ -178,12 +195,14 @@ class TinkerHandler(Answering):
     def _body(self) -> bytes:
         if self._size > self.limit:
             raise self._too_large(self._size)
+        if self._spool is not None:
+            self._spool.check(self.route.path)
         body = b"".join(self._chunks)
         self._chunks.clear()
         encoding = self.request.headers.get("Content-Encoding", "identity").lower()
         if encoding == "identity":
             return body
-        if encoding != "zstd":
+        if encoding != "zstd" or self._spool is not None:
             raise UnsupportedMedia(f"Content-Encoding {encoding!r} is not read here: send zstd or nothing")
         return self._decompressed(body)
 
@@ -216,9 +235,10 @@ class TinkerHandler(Answering):
 Rule = tuple[str, type[TinkerHandler], dict[str, Any]]
 
 
-def handlers(root: str, api: Api, keys: KeyRing, max_body: int) -> list[Rule]:
+def handlers(root: str, api: Api, keys: KeyRing, max_body: int, max_upload: int = UPLOAD) -> list[Rule]:
     """Tornado rules for the whole table below ``root`` (ending in ``/api/v1``), and for what it does not have."""
-    shared = {"api": api, "keys": keys, "max_body": max_body, "dialect": Dialect.TINKER}
+    shared = {"api": api, "keys": keys, "max_body": max_body, "max_upload": max_upload}
+    shared["dialect"] = Dialect.TINKER
     return _rules(root, ROUTES, NOT_OFFERED, shared)
 
 

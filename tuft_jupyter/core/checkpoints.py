@@ -42,11 +42,7 @@ class Checkpoints:
         recipients: Sequence[str] = (),
     ) -> dict[str, Any]:
         """What a checkpoint about to be saved will be; UserError if the name is bad or taken."""
-        if not NAME.match(name):
-            raise UserError(
-                f"path: {name!r} is not a checkpoint name: use 1 to 128 letters, digits, '.', '_' or '-', "
-                "beginning with a letter or digit"
-            )
+        check_name(name)
         path = checkpoint_path(run, kind, name)
         if not overwrite and path in self.ledger.state.checkpoints:
             raise UserError(f"path: {path} exists already: choose another name, or save with overwrite=True")
@@ -119,6 +115,33 @@ class Checkpoints:
             raise
         return path
 
+    async def adopt(
+        self,
+        session: Session,
+        run: str,
+        name: str,
+        base_model: str,
+        lora: Mapping[str, Any],
+        directory: Path,
+        size: int,
+        ttl: float | None,
+    ) -> str:
+        """Keep an adapter made elsewhere under ``run``, a closed run of its own; returns its path.
+
+        ``directory`` lies below the root already, and ``size`` is what its files take, in bytes.
+        """
+        kind = CheckpointKind.TRAINING
+        saved = self.plan(run, kind, name, ttl=ttl, overwrite=False, user_metadata=None)
+        data = {
+            "run": run,
+            "step": 0,
+            "args": {"session": session.id, "base_model": base_model, "lora": dict(lora)},
+            "facts": {"checkpoint": {**saved, "directory": str(directory)}, "size_bytes": size},
+            "source": "upload",
+        }
+        await self.ledger.record("weights_copied", session.tenant, data)
+        return str(saved["path"])
+
     async def change(self, principal: Principal, path: str, change: Mapping[str, Any]) -> None:
         """Set ``expires`` (seconds since the epoch, or None) or ``public``."""
         found = owned(principal, self.ledger.state.checkpoints, path, "checkpoint")
@@ -140,6 +163,15 @@ class Checkpoints:
         used = {sampler.directory for sampler in self.ledger.state.samplers.values()}
         if checkpoint.directory not in used:
             await asyncio.to_thread(shutil.rmtree, checkpoint.directory, True)
+
+
+def check_name(name: str) -> None:
+    """UserError unless a checkpoint may be called that."""
+    if not NAME.match(name):
+        raise UserError(
+            f"path: {name!r} is not a checkpoint name: use 1 to 128 letters, digits, '.', '_' or '-', "
+            "beginning with a letter or digit"
+        )
 
 
 def _link(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ Record kinds and their ``data``:
 ``run_resumed``           ``run``, ``session``: the session that trains it from now on
 ``session_changed``       ``session``, ``project_id``
 ``sampler_joined``        ``sampler``, ``client`` (the number of the client that joined; the first one is 0)
-``weights_copied``        ``run`` (a closed one that holds the copy), ``args``, ``step``, ``facts``
+``weights_copied``        ``run`` (a closed one), ``args``, ``step``, ``facts``, ``source`` (a path, or "upload")
 ``key_created``           ``id``, ``digest``, ``name``, ``admin``, ``expires``: a key of the record's tenant
 ``key_changed``           ``id``, ``digest``, ``expires``
 ``key_revoked``           ``id``, ``digest``

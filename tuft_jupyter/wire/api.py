@@ -22,6 +22,7 @@ from tuft_jupyter.wire.verbs.search import SearchVerbs
 from tuft_jupyter.wire.verbs.sessions import SessionVerbs
 from tuft_jupyter.wire.verbs.training import TrainingVerbs
 from tuft_jupyter.wire.verbs.transfer import TransferVerbs
+from tuft_jupyter.wire.verbs.upload import UploadVerbs
 from tuft_jupyter.wire.verbs.watching import WatchingVerbs
 
 HOLD_SECONDS = 20.0
@@ -34,6 +35,7 @@ class Api(
     SamplingVerbs,
     RestVerbs,
     TransferVerbs,
+    UploadVerbs,
     AccountVerbs,
     KeyVerbs,
     SearchVerbs,

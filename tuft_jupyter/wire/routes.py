@@ -53,6 +53,8 @@ class Route:
     access: Access = Access.KEY
     max_body: int = 1 * MIB
     dialect: Dialect = Dialect.TINKER
+    upload: bool = False
+    """the body goes into a file, and the limit is that of uploads"""
 
     @property
     def pattern(self) -> str:
@@ -61,6 +63,9 @@ class Route:
 
 BULK = 64 * MIB
 """Bodies that carry training data or prompts; the server's configuration may set it lower."""
+
+UPLOAD = 2**30
+"""Adapters that are uploaded, unless the server's configuration says otherwise."""
 
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/healthz", "healthz", "Liveness: the server answers.", access=Access.OPEN),
@@ -252,6 +257,14 @@ ROUTES: tuple[Route, ...] = (
         m.SessionOnly,
     ),
     Route("GET", "/tuft/gauges", "gauges", "What the machine does: processors, memory, workers."),
+    Route(
+        "POST",
+        "/tuft/adapters",
+        "upload_adapter",
+        "Keep an adapter made elsewhere: a tar archive of a PEFT directory (?base_model=, ?name=, ?ttl_seconds=).",
+        max_body=UPLOAD,
+        upload=True,
+    ),
     Route("GET", "/tuft/tokenizer", "tokenizer", "A base model's tokenizer files (?model=NAME), as text."),
 )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import msgspec
 
@@ -38,7 +38,7 @@ class Call:
     """One request: who asks, the route's path parts and query, the body (decompressed), what may be answered.
 
     ``root`` is the API's address as the caller reached it, without a slash at the end; ``credential`` the digest of
-    the caller's key, empty where a token stood for it.
+    the caller's key, empty where a token stood for it; ``upload`` the body where it is kept in a file.
     """
 
     principal: Principal
@@ -49,6 +49,7 @@ class Call:
     accept: str = ANYTHING
     root: str = ""
     credential: str = field(default="", repr=False)
+    upload: BinaryIO | None = None
 
     def accepts(self, media: str) -> bool:
         """Whether the caller reads this media type (RFC 9110, section 12.5.1; weights are not looked at)."""

@@ -1,0 +1,94 @@
+"""Request bodies too large for memory, kept in a file without a name that is gone when it is closed.
+
+A body over the limit is no longer written, only counted, so that the refusal can name its size. Both the API's handler
+and the panel's own (:class:`LabUpload`) keep bodies so; what becomes of them is the verb's affair.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from jupyter_server.auth.decorator import authorized
+from jupyter_server.base.handlers import APIHandler
+from tornado import web
+
+from tuft_jupyter.core.errors import ServerError, TooLarge, TuftError
+from tuft_jupyter.wire.api import Call, error_reply
+from tuft_jupyter.wire.routes import Route
+from tuft_jupyter_server.answering import Answering
+from tuft_jupyter_server.host import Host
+
+
+class Spool:
+    """``file`` holds what has come so far, at most ``limit`` bytes; it lies in ``directory``."""
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file = cast("BinaryIO", tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - closed by close()
+        self.limit = limit
+        self.size = 0
+        self._failed: OSError | None = None
+
+    def write(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        if self.size <= self.limit and self._failed is None:
+            try:
+                self.file.write(chunk)
+            except OSError as error:  # said once the body has been read: nobody listens before
+                self._failed = error
+
+    def check(self, path: str) -> None:
+        """TooLarge if more came than ``path`` takes, ServerError if the disk did not take it."""
+        if self.size > self.limit:
+            raise TooLarge(f"the body has {self.size} bytes or more, the limit of {path} is {self.limit}")
+        if self._failed is not None:
+            raise ServerError(f"the upload could not be kept: {self._failed.strerror}")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@web.stream_request_body
+class LabUpload(Answering, APIHandler):
+    """The one method of an upload's path, for the panel: Jupyter's identity, XSRF check and authorizer apply."""
+
+    auth_resource = "tuft"
+
+    def initialize(self, host: Host, route: Route) -> None:
+        self.host = host
+        self.api = host.api
+        self.route = route
+        self._spool: Spool | None = None
+
+    async def prepare(self, **options: Any) -> None:  # type: ignore[override]
+        await super().prepare(**options)
+        if self._finished:
+            return
+        if not self.current_user:  # before a byte of the body is read
+            raise web.HTTPError(403)
+        limit = self.host.settings.max_upload_bytes
+        self._spool = Spool(self.host.settings.checkpoint_dir, limit)
+        self.request.connection.set_max_body_size(limit + 1)  # type: ignore[union-attr]
+
+    def data_received(self, chunk: bytes) -> None:
+        if self._spool is not None:
+            self._spool.write(chunk)
+
+    @web.authenticated
+    @authorized
+    async def post(self) -> None:
+        assert self._spool is not None
+        try:
+            self._spool.check(self.route.path)
+        except TuftError as error:
+            self.send(error_reply(error))
+            return
+        query = {name: self.get_query_argument(name) for name in self.request.query_arguments}
+        await self.answer(self.route, Call(self.host.owner, query=query, upload=self._spool.file))
+
+    def on_finish(self) -> None:
+        super().on_finish()
+        if self._spool is not None:
+            self._spool.close()
