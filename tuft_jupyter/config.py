@@ -156,10 +156,10 @@ class Settings:
     ``max_lora_rank`` holds for models that no file lists (:meth:`rank_limit`). ``authorized_users`` maps keys
     to tenants. ``adapter_timeout`` and ``adapter_max_lifetime`` are seconds, ``max_body_bytes`` bounds one
     request body, ``max_upload_bytes`` an adapter that is uploaded. ``per_token_model_limit`` (runs), ``rps_limit``
-    and ``tps_limit`` (requests and input tokens a second), ``max_input_tokens`` (of one request) and ``max_checkpoint_bytes`` hold for each tenant,
-    ``max_loras`` for the runs in use on one base model; 0 means no limit, and ``tenants`` lists who has others.
-    None means: ``micro_batch_tokens`` by device, ``ray_address`` a local Ray of our own, ``trainer_threads`` by
-    CPUs.
+    and ``tps_limit`` (requests and input tokens a second), ``max_input_tokens`` (of one request) and
+    ``max_checkpoint_bytes`` hold for each tenant, ``max_loras`` for the runs in use on one base model; 0 means no
+    limit, and ``tenants`` lists who has others. None means: ``micro_batch_tokens`` by device, ``ray_address`` a
+    local Ray of our own, ``trainer_threads`` by CPUs.
     """
 
     home: Path
