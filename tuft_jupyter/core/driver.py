@@ -124,8 +124,7 @@ class Driver:
 
     async def _wait_for_company(self) -> None:
         """Give a light tenant that works step by step the moment it needs, before a heavy part is begun."""
-        pause = self.lanes.pause()
-        if pause > 0:
+        while (pause := self.lanes.pause()) > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self.lanes.arrival()

@@ -31,8 +31,11 @@ COMPANY = 4
 PATIENCE = 8
 """How often in a row a heavy tenant yields to lighter ones before it is served."""
 
-GRACE = 0.025
-"""Seconds within which a client that works step by step asks again after an answer."""
+GRACE = 0.1
+"""Seconds that a light tenant is waited for at most: about what a heavy part would make it wait instead."""
+
+LEEWAY = 0.005
+"""Seconds by which a request may come later than expected, whatever the pauses before it were."""
 
 ADDITIVE = {OpKind.FORWARD, OpKind.FORWARD_BACKWARD}
 REMEMBERED = 4096
@@ -69,12 +72,17 @@ class Lane:
 
 @dataclass(slots=True)
 class Habit:
-    """When a tenant last got an answer, the size of its last pass, and whether it then asked again at once."""
+    """When a tenant last asked and got an answer, the size of its last pass, and its last two pauses in between."""
 
     asked: float = -1e9
     answered: float = -1e9
     tokens: int = 0
-    prompt: bool = False
+    pauses: tuple[float, float] = (1e9, 1e9)
+
+    @property
+    def expected(self) -> float:
+        """When it will have asked again if it does as before; by the shorter pause, since the longer may be a whim."""
+        return self.answered + min(LEEWAY + 2 * min(self.pauses), GRACE)
 
 
 @dataclass(slots=True, eq=False)
@@ -143,11 +151,9 @@ class Lanes:
     def push(self, op: Op, record: int) -> Entry:
         entry = Entry(op, record)
         habit = self._habits.setdefault(op.tenant, Habit())
-        now = self._clock()
-        if (
-            habit.asked <= habit.answered
-        ):  # the first request after an answer, not the second of a pipelined pair
-            habit.asked, habit.prompt = now, now - habit.answered < GRACE
+        if habit.asked <= habit.answered:  # the first after an answer, not the second of a pipelined pair
+            habit.asked = self._clock()
+            habit.pauses = (habit.pauses[1], habit.asked - habit.answered)
         self.lane(op.run, op.tenant).queue.append(entry)
         self._deficit.setdefault(op.tenant, 0.0)
         self._work.set()
@@ -229,17 +235,22 @@ class Lanes:
         budget = self.budget if len(self._deficit) <= 1 else self.shared_budget
         weights = {tenant: self._weight(tenant) for tenant in waiting}
         shares = sum(weights.values())
+        quanta = {tenant: max(1, int(budget * weights[tenant] / shares)) for tenant in waiting}
         batch: list[Grant] = []
         left = budget
-        for tenant in [name for name in self._deficit if name in waiting]:
-            quantum = max(1, int(budget * weights[tenant] / shares))
-            self._deficit[tenant] = min(self._deficit[tenant] + quantum, 2.0 * budget)
+        for tenant in self._modest_first(waiting, quanta):
+            self._deficit[tenant] = min(self._deficit[tenant] + quanta[tenant], 2.0 * budget)
             left = self._serve(tenant, waiting[tenant], left, batch, int(self._deficit[tenant]))
         for tenant in waiting:  # what nobody claimed goes to whoever still has work
             left = self._serve(tenant, waiting[tenant], left, batch, left)
         if self._deficit:
             self._deficit.move_to_end(next(iter(self._deficit)))
         return batch
+
+    def _modest_first(self, waiting: dict[str, list[Lane]], quanta: dict[str, int]) -> list[str]:
+        """The tenants in turn, but first who wants no more than its share: savings of others must not crowd it out."""
+        turn = [tenant for tenant in self._deficit if tenant in waiting]
+        return sorted(turn, key=lambda tenant: _demand(waiting[tenant], quanta[tenant]) > quanta[tenant])
 
     def _in_company(self, batch: list[Grant]) -> list[Grant]:
         """Leave out whose work is so much larger that the others would mostly wait for it; they come next."""
@@ -271,8 +282,9 @@ class Lanes:
             return 0.0
         now, lightest = self._clock(), min(heads.values())
         for tenant, habit in self._habits.items():
-            left = habit.answered + GRACE - now
-            if tenant not in heads and habit.prompt and left > 0 and lightest > COMPANY * habit.tokens:
+            left = habit.expected - now
+            prompt = min(habit.pauses) < GRACE
+            if tenant not in heads and prompt and left > 0 and lightest > COMPANY * habit.tokens:
                 for heavy in heads:
                     self._yielded[heavy] = self._yielded.get(heavy, 0) + 1
                 return left
@@ -312,6 +324,17 @@ class Lanes:
                 if taken + share < entry.cost:
                     break  # the rest of this op comes first in its lane
         return left
+
+
+def _demand(lanes: list[Lane], enough: int) -> int:
+    """Tokens that these lanes could use in one step, counted until they are more than ``enough``."""
+    tokens = 0
+    for lane in lanes:
+        for entry in _runnable(lane):
+            tokens += entry.cost
+            if tokens > enough:
+                return tokens
+    return tokens
 
 
 def _runnable(lane: Lane) -> list[Entry]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.core.lanes import GRACE, PATIENCE, Grant, Lanes
+from tuft_jupyter.core.lanes import GRACE, LEEWAY, PATIENCE, Grant, Lanes
 from tuft_jupyter.core.types import Op, OpKind
 
 
@@ -91,16 +91,36 @@ def test_a_light_tenant_that_asks_again_at_once_is_waited_for_before_a_heavy_par
     work_off(lanes, lanes.next_batch())
     lanes.push(op("heavy", 0, 100_000), 2)
     assert lanes.pause() == 0.0, "nothing is known of its habit yet"
-    now += GRACE / 3
+    now += GRACE / 4
     lanes.push(op("light", 1, 16), 3)
     work_off(lanes, lanes.next_batch())
-    now += GRACE / 3
-    assert lanes.pause() == pytest.approx(GRACE * 2 / 3)
-    now += GRACE
+    assert lanes.pause() == pytest.approx(GRACE / 2 + LEEWAY), "twice the pause that it made before"
+    now += 2 * GRACE
     assert lanes.pause() == 0.0
     lanes.push(op("light", 2, 16), 4)
     work_off(lanes, lanes.next_batch())
-    assert lanes.pause() == 0.0, "it took its time, so nobody waits for it"
+    assert lanes.pause() == pytest.approx(GRACE / 2 + LEEWAY), "one long pause is a whim"
+    now += 2 * GRACE
+    lanes.push(op("light", 3, 16), 5)
+    work_off(lanes, lanes.next_batch())
+    assert lanes.pause() == 0.0, "two are a habit, so nobody waits for it"
+
+
+def test_savings_of_a_heavy_tenant_do_not_crowd_a_light_one_out() -> None:
+    """L6: it yields, and is served when its patience ends, not before."""
+    lanes = Lanes(512, 256)
+    lanes.push(op("heavy", 0, 100_000), 0)
+    turns = []
+    for seq in range(2 * (PATIENCE + 1)):
+        lanes.push(op("light", seq, 16), seq)
+        batch = lanes.next_batch()
+        turns.append({grant.lane.tenant for grant in batch})
+        if turns[-1] == {"heavy"}:
+            work_off(lanes, batch)
+            batch = lanes.next_batch()
+        work_off(lanes, batch)
+    assert turns[:PATIENCE] == [{"light"}] * PATIENCE
+    assert turns.count({"heavy"}) == 2
 
 
 def test_nobody_waits_for_company_beyond_patience() -> None:
