@@ -107,7 +107,7 @@ class Host:
         self.groups: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
         """which groups a tenant is in, as far as somebody told us"""
         self.journal = open_journal(settings)
-        self.ledger = Ledger(self.journal)
+        self.ledger = Ledger(self.journal, result_seconds=settings.persistence.future_ttl_seconds)
         self.keys = KeyRing(self.tickets.credential)
         given = {key: Principal(tenant) for key, tenant in settings.authorized_users.items()}
         self.keybook = KeyBook(self.ledger, self.keys, (self.key, self.owner), given)

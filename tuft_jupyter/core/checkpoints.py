@@ -159,10 +159,18 @@ class Checkpoints:
     async def _delete(self, checkpoint: Checkpoint) -> None:
         data = {"path": checkpoint.path, "deleted": True}
         await self.ledger.record("checkpoint_changed", checkpoint.tenant, data)
-        # A sampler that was opened from the checkpoint may still have to read its files.
-        used = {sampler.directory for sampler in self.ledger.state.samplers.values()}
-        if checkpoint.directory not in used:
-            await asyncio.to_thread(shutil.rmtree, checkpoint.directory, True)
+        await self.collect()
+
+    async def collect(self) -> None:
+        """Remove the files of checkpoints that were deleted or overwritten, once nobody may read them any more."""
+        state = self.ledger.state
+        used = {s.directory for s in state.samplers.values() if state.sessions[s.session].finished is None}
+        used.update(directory for run in state.runs.values() for directory in run.sources)
+        spent = sorted(state.garbage - used)
+        if spent:
+            for directory in spent:
+                await asyncio.to_thread(shutil.rmtree, directory, True)
+            await self.ledger.record("files_removed", "", {"directories": spent})
 
 
 def check_name(name: str) -> None:

@@ -1,12 +1,10 @@
 """Lanes: the ordered ops of each run, and the one place that decides what runs next.
 
-A lane is first in, first out, in order of arrival. It remembers every accepted (seq, digest), so a repeated request
-gets the same request id and is not run again; sequence numbers have holes by nature and nothing waits for them.
-:meth:`Lanes.next_batch` shares the engine by deficit round robin over tenants (Shreedhar & Varghese 1995), counted
-in tokens: a large op is granted in parts, so a small op of another tenant waits for at most one batch, and is not
-packed together with a part that would take much longer than itself. Before a heavy part is begun, a light tenant that
-just got an answer and is known to ask again at once is waited for, for a moment (anticipatory scheduling, Iyer &
-Druschel 2001); :data:`PATIENCE` bounds how often a heavy tenant yields.
+A lane is first in, first out, in order of arrival. :meth:`Lanes.next_batch` shares the engine by deficit round robin
+over tenants (Shreedhar & Varghese 1995), counted in tokens: a large op is granted in parts, so a small op of another
+tenant waits for at most one batch, and is not packed together with a part that would take much longer than itself.
+Before a heavy part is begun, a light tenant that just got an answer and is known to ask again at once is waited for,
+for a moment (anticipatory scheduling, Iyer & Druschel 2001); :data:`PATIENCE` bounds how often a heavy tenant yields.
 
 The module knows neither the journal nor the engine: it is a plain data structure for the event loop.
 """
@@ -19,7 +17,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import Op, OpKind
 
 FLAT_COST = 16
@@ -38,8 +35,6 @@ LEEWAY = 0.005
 """Seconds by which a request may come later than expected, whatever the pauses before it were."""
 
 ADDITIVE = {OpKind.FORWARD, OpKind.FORWARD_BACKWARD}
-REMEMBERED = 4096
-"""(seq, digest) pairs a lane remembers: far more than a client can have in flight."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +60,6 @@ class Lane:
     run: str
     tenant: str
     queue: deque[Entry] = field(default_factory=deque)
-    seen: OrderedDict[int, tuple[str, str]] = field(default_factory=OrderedDict)
     resident: bool = False
     deaths: int = 0
 
@@ -119,34 +113,6 @@ class Lanes:
     def lane(self, run: str, tenant: str) -> Lane:
         """The lane of a run, made when first asked for."""
         return self.by_run.setdefault(run, Lane(run, tenant))
-
-    def seen(self, run: str, seq: int, digest: str) -> str | None:
-        """The request id of an op accepted before under this number; UserError if it was a different op."""
-        lane = self.by_run.get(run)
-        known = lane.seen.get(seq) if lane else None
-        if known is None:
-            return None
-        if known[0] != digest:
-            raise UserError(
-                f"seq_id {seq} of {run} was already used by a different request: "
-                "send each request with its own seq_id (create a new training client if two programs share one)"
-            )
-        return known[1]
-
-    def remember(self, run: str, tenant: str, seq: int, digest: str, request_id: str) -> None:
-        seen = self.lane(run, tenant).seen
-        seen[seq] = (digest, request_id)
-        while len(seen) > REMEMBERED:
-            seen.popitem(last=False)
-
-    def next_seq(self, run: str) -> int:
-        """A number that no op of this run was sent under: what a client that takes over begins with."""
-        lane = self.by_run.get(run)
-        return max(lane.seen, default=0) + 1 if lane else 1
-
-    def forget(self, run: str, seq: int) -> None:
-        """Undo :meth:`remember` for a request that could not be accepted after all."""
-        self.by_run[run].seen.pop(seq, None)
 
     def push(self, op: Op, record: int) -> Entry:
         entry = Entry(op, record)

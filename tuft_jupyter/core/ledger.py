@@ -6,33 +6,55 @@ before a restart is true after it, and what a client was told is never ahead of 
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tuft_jupyter.core import state as fold
+from tuft_jupyter.core.errors import Overloaded
 from tuft_jupyter.core.feed import Feed
-from tuft_jupyter.core.journal import Journal
-from tuft_jupyter.core.promises import Answer, Promises
+from tuft_jupyter.core.image import plain, state_of
+from tuft_jupyter.core.journal import FOLDED, Journal
+from tuft_jupyter.core.promises import Answer, Promise, Promises
+from tuft_jupyter.core.seen import Seen
 from tuft_jupyter.core.types import JSON, Op, OpKind, Record
+
+RESULT_SECONDS = 86400.0
+"""How long a result waits for its client."""
+FETCHED_SECONDS = 600.0
+"""How long a result stays after its client had it: the answer may have been lost on its way."""
+SLACK = 2**20
+"""Characters of records below which the journal is not compacted."""
 
 
 class Ledger:
-    """``state``, ``promises`` and ``feed`` may be read by anybody; only :meth:`record` changes them."""
+    """``state``, ``promises``, ``seen`` and ``feed`` may be read by anybody; only :meth:`record` changes them.
 
-    def __init__(self, journal: Journal, clock: Callable[[], float] = time.time) -> None:
+    ``result_seconds`` is how long a result waits for its client (None: for ever).
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        clock: Callable[[], float] | None = None,
+        result_seconds: float | None = RESULT_SECONDS,
+    ) -> None:
         self.journal = journal
-        self.clock = clock
+        self.clock = clock or steady_clock()
+        self.result_seconds = result_seconds
         self.state = fold.State()
         self.promises = Promises()
+        self.seen = Seen()
         self.feed = Feed()
-        self.accepted: list[tuple[str, int, str, str]] = []
-        """(run, seq, digest, request id) of the ops that the journal held when it was opened, for the lanes"""
         self._answers: dict[str, Answer] = {}
+        self._spent: list[int] = []
 
     async def open(self) -> None:
-        """Read the journal; afterwards ``state`` and ``promises`` are as they were."""
-        await self.journal.open(self._recover)
+        """Read the journal; afterwards ``state``, ``promises`` and ``seen`` are as they were."""
+        await self.journal.open(self._follow)
 
     async def close(self) -> None:
         await self.journal.close()
@@ -49,7 +71,7 @@ class Ledger:
         if answer is not None:
             self._answers[data["request_id"]] = answer
         try:
-            return await self.journal.append(Record(kind, tenant, data, blob=blob))
+            return await self.journal.append(Record(kind, tenant, data, self.clock(), blob=blob))
         finally:
             if answer is not None:
                 self._answers.pop(data["request_id"], None)
@@ -79,25 +101,81 @@ class Ledger:
             body = record.blob if record is not None else None
             if body is None:
                 return Answer(category="server", error="the result of this request has expired")
-            return Answer(body, answer.content_type, record=answer.record)
+            return Answer(body, answer.content_type, record=answer.record, time=answer.time)
         return answer
 
-    def _recover(self, record: Record) -> None:
-        self._follow(record)
-        if record.kind == "op_accepted":
-            data = record.data
-            self.accepted.append((data["run"], data["seq"], data["digest"], data["request_id"]))
+    async def tidy(self) -> None:
+        """Let go of results and bodies that nobody needs, and compact the journal when it has grown enough."""
+        gone = self.promises.expire(self.clock(), self.result_seconds, FETCHED_SECONDS)
+        spent, self._spent = self._spent, []
+        try:
+            await self.journal.drop_blobs([*gone, *spent])
+        except Overloaded:
+            self._spent += [*gone, *spent]  # they are asked for again
+            raise
+        since, image = self.journal.weight
+        if since > image + SLACK:
+            await self.compact()
+
+    async def compact(self) -> None:
+        """Put an image of all that is known into the place of the records that told it."""
+        promises = self.promises.kept()
+        at = self.state.n
+        keep = set(self.state.accepted.values()) | {p.answer.record for p in promises if p.answer is not None}
+        for run in self.state.runs.values():
+            keep.update(run.replay)
+        live = {run.id for run in self.state.runs.values() if run.status in ("creating", "ready")}
+        image = {
+            "state": plain(self.state),
+            "seen": self.seen.image(live),
+            "promises": [
+                [p.request_id, p.tenant, p.owner, plain(p.answer and _kept(p.answer))] for p in promises
+            ],
+        }
+        # Many megabytes may take a second: not on the loop.
+        text = await asyncio.to_thread(json.dumps, image, separators=(",", ":"), allow_nan=False)
+        await self.journal.compact(at, text, keep)
 
     def _follow(self, record: Record) -> None:
-        fold.apply(self.state, record)
+        if record.kind == FOLDED:
+            self._restore(record.data)
+            return
         data = record.data
+        accepted = self.state.accepted.get(data.get("request_id", ""), 0)
+        fold.apply(self.state, record)
         if record.kind == "op_accepted":
             self.promises.open(data["request_id"], record.tenant, data["run"])
+            self.seen.add(data["run"], data["seq"], data["digest"], data["request_id"])
         elif record.kind == "op_done":
             answer = self._answers.get(data["request_id"]) or Answer(content_type=data["content_type"])
-            answer.record = record.n
+            answer.record, answer.time = record.n, record.time
             self.promises.settle(data["request_id"], answer)
+            self._forget_body(data["run"], accepted)
         elif record.kind == "op_failed":
-            failed = Answer(category=data["category"], error=data["error"], record=record.n)
+            failed = Answer(None, "", data["category"], data["error"], record.n, record.time)
             self.promises.settle(data["request_id"], failed)
+            self._forget_body(data["run"], accepted)
         self.feed.publish(record)
+
+    def _forget_body(self, run: str, accepted: int) -> None:
+        if accepted and accepted not in self.state.runs[run].replay[-1:]:
+            self._spent.append(accepted)
+
+    def _restore(self, image: Mapping[str, Any]) -> None:
+        self.state = state_of(image["state"])
+        self.seen.restore(image["seen"])
+        for request_id, tenant, owner, answer in image["promises"]:
+            self.promises.restore(
+                Promise(request_id, tenant, owner, None if answer is None else Answer(**answer))
+            )
+
+
+def _kept(answer: Answer) -> Answer:
+    """Without the body: it has its own place in the journal."""
+    return replace(answer, body=None)
+
+
+def steady_clock() -> Callable[[], float]:
+    """Seconds since the epoch, counted from now on: setting the machine's clock makes nothing older or younger."""
+    began = time.time() - time.monotonic()
+    return lambda: began + time.monotonic()

@@ -39,7 +39,7 @@ def now(service: Service, run: Run) -> dict[str, Any]:
 
 
 def next_seq(service: Service, run: Run) -> int:
-    return service.driver(run.base_model).lanes.next_seq(run.id) if _offered(service, run) else 1
+    return service.ledger.seen.next_seq(run.id)
 
 
 def points(run: Run, start: int) -> dict[str, list[float | None]]:

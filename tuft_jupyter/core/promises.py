@@ -27,6 +27,8 @@ class Answer:
     category: str = ""
     error: str = ""
     record: int = 0
+    time: float = 0.0
+    """when it was there, in seconds since the epoch"""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +39,8 @@ class Promise:
     """The run or sampler the request belongs to."""
     answer: Answer | None = None
     waiters: asyncio.Event | None = None
+    fetched: float | None = None
+    """when its client first had the answer"""
 
 
 class Promises:
@@ -86,6 +90,31 @@ class Promises:
                 return None
         return promise.answer
 
+    def expire(self, now: float, unfetched: float | None, fetched: float) -> list[int]:
+        """Forget answers that wait for longer than that many seconds (None: for ever), or were fetched so long ago.
+
+        Returns the records of those that the journal may forget as well.
+        """
+        gone = []
+        for promise in list(self._promises.values()):
+            answer = promise.answer
+            if answer is None:
+                continue
+            answer.time = answer.time or now
+            late = unfetched is not None and now - answer.time > unfetched
+            if late or (promise.fetched is not None and now - promise.fetched > fetched):
+                self._drop(promise.request_id)
+                if answer.record:
+                    gone.append(answer.record)
+        return gone
+
+    def kept(self) -> list[Promise]:
+        """The promises that outlive a restart: not those of samples."""
+        return [p for p in self._promises.values() if p.answer is None or p.answer.record]
+
+    def restore(self, promise: Promise) -> None:
+        self._promises[promise.request_id] = promise
+
     def pending(self, owner: str) -> int:
         return sum(1 for p in self._promises.values() if p.owner == owner and p.answer is None)
 
@@ -108,5 +137,8 @@ class Promises:
             if self._promises[oldest].answer is None:
                 self._promises.move_to_end(oldest)
                 return
-            del self._promises[oldest]
-            self._bytes -= self._held.pop(oldest, 0)
+            self._drop(oldest)
+
+    def _drop(self, request_id: str) -> None:
+        del self._promises[request_id]
+        self._bytes -= self._held.pop(request_id, 0)

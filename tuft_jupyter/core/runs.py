@@ -6,6 +6,7 @@ later through the op's promise. A refused request changes nothing. How ops are r
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -20,8 +21,10 @@ from tuft_jupyter.core.access import owned
 from tuft_jupyter.core.checkpoints import Checkpoints
 from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.errors import Overloaded, TuftError, UserError
+from tuft_jupyter.core.lanes import Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.quotas import Limits, Quotas
+from tuft_jupyter.core.seen import already_used
 from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.state import Checkpoint, Run
 from tuft_jupyter.core.tenure import LAST_CHECKPOINT, Tenure
@@ -69,6 +72,7 @@ class Runs:
         self._driver = driver
         self._card = card
         self._ephemeral = ephemeral
+        self._accepting: dict[tuple[str, int], tuple[str, asyncio.Task[str]]] = {}
 
     def get(self, principal: Principal, run: str) -> Run:
         return owned(principal, self.ledger.state.runs, run, "model")
@@ -320,30 +324,42 @@ class Runs:
         """Journal an op and put it into its lane. The same (run, seq) and bytes give the same request id."""
         lanes = self._driver(base_model).lanes
         digest = hashlib.sha256(kind.value.encode() + raw).hexdigest()
-        known = lanes.seen(run, seq, digest)
+        known = self.ledger.seen.find(run, seq, digest)
         if known is not None:
             return known
-        queued = sum(len(lane.queue) for lane in lanes.by_run.values() if lane.tenant == tenant)
-        if queued >= self.limits.queued_ops_per_tenant:
-            raise Overloaded(
-                f"{queued} requests of yours wait already, the limit of this server: wait for results"
-            )
-        request_id = secrets.token_hex(16)
-        lanes.remember(run, tenant, seq, digest, request_id)
+        waiting = self._accepting.get((run, seq))
+        if waiting is None:
+            queued = sum(len(lane.queue) for lane in lanes.by_run.values() if lane.tenant == tenant)
+            if queued >= self.limits.queued_ops_per_tenant:
+                raise Overloaded(
+                    f"{queued} requests of yours wait already, the limit of this server: wait for results"
+                )
+            op = Op(secrets.token_hex(16), run, seq, kind, tenant, tokens, args, body, content_type)
+            # A task of its own: a client that goes away leaves no op that is on record and in no lane.
+            task = asyncio.get_running_loop().create_task(self._record(op, digest, lanes))
+            waiting = self._accepting[run, seq] = (digest, task)
+            task.add_done_callback(lambda done: self._accepted(run, seq, done))
+        elif waiting[0] != digest:
+            raise already_used(run, seq)
+        # Asked twice at once: nobody hears of it before it is durable.
+        return await asyncio.shield(waiting[1])
+
+    def _accepted(self, run: str, seq: int, done: asyncio.Task[str]) -> None:
+        del self._accepting[run, seq]
+        if not done.cancelled():
+            done.exception()  # those who asked may all have gone away
+
+    async def _record(self, op: Op, digest: str, lanes: Lanes) -> str:
         data = {
-            "request_id": request_id,
-            "run": run,
-            "seq": seq,
-            "op": kind.value,
-            "tokens": tokens,
+            "request_id": op.request_id,
+            "run": op.run,
+            "seq": op.seq,
+            "op": op.kind.value,
+            "tokens": op.tokens,
             "digest": digest,
-            "args": args,
-            "content_type": content_type,
+            "args": op.args,
+            "content_type": op.content_type,
         }
-        try:
-            record = await self.ledger.record("op_accepted", tenant, data, body)
-        except Overloaded:
-            lanes.forget(run, seq)
-            raise
-        lanes.push(Op(request_id, run, seq, kind, tenant, tokens, args, body, content_type), record.n)
-        return request_id
+        record = await self.ledger.record("op_accepted", op.tenant, data, op.body)
+        lanes.push(op, record.n)
+        return op.request_id

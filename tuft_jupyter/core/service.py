@@ -107,11 +107,6 @@ class Service:
     async def start(self) -> None:
         """Read the journal and queue again what was accepted but has no outcome."""
         await self.ledger.open()
-        for run, seq, digest, request_id in self.ledger.accepted:
-            driver = self._driver_of(run)
-            if driver is not None:
-                tenant = self.ledger.state.runs[run].tenant
-                driver.lanes.remember(run, tenant, seq, digest, request_id)
         for n in sorted(self.ledger.state.accepted.values()):
             op = await self.ledger.op(n)
             driver = self._driver_of(op.run)
@@ -171,6 +166,8 @@ class Service:
     async def sweep(self, now: float) -> None:
         await self.checkpoints.expire(now)
         await self.runs.close_over(now)
+        await self.checkpoints.collect()
+        await self.ledger.tidy()
         await asyncio.to_thread(_remove, self.home / EPHEMERAL, self._spent_samplers(now))
         for driver in self.drivers.values():
             for lane in list(driver.lanes.by_run.values()):
@@ -231,7 +228,10 @@ class Service:
         """The answer to a promise, waiting up to that many seconds; None if it is not there yet."""
         promise = self.ledger.promises.get(principal, request_id)
         answer = await self.ledger.promises.wait(promise, seconds)
-        return None if answer is None else await self.ledger.answer(answer)
+        if answer is None:
+            return None
+        promise.fetched = promise.fetched or self.ledger.clock()
+        return await self.ledger.answer(answer)
 
     def queue_state(self, principal: Principal) -> str:
         """In the protocol's words, whether something else than work in progress holds a tenant's requests up."""

@@ -83,7 +83,11 @@ def _public_run(run: Run) -> dict[str, Any]:
 
 def public_record(record: Record) -> dict[str, Any]:
     """A record as a live event: what the browser needs to fold it, without bodies and directories."""
-    data = {k: v for k, v in record.data.items() if k not in ("directory", "digest", "content_type")}
+    data = {
+        k: v
+        for k, v in record.data.items()
+        if k not in ("directory", "directories", "digest", "content_type")
+    }
     if "args" in data:
         shown = ("session", "base_model", "lora")
         data["args"] = {k: v for k, v in data["args"].items() if k in shown}

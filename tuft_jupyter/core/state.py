@@ -14,6 +14,7 @@ Record kinds and their ``data``:
 ``op_failed``             ``request_id``, ``run``, ``seq``, ``op``, ``category``, ``error``
 ``sampler_opened``        ``sampler``, ``session``, ``base_model``, ``model_path``, ``directory``
 ``checkpoint_changed``    ``path`` and any of ``expires``, ``public``, ``deleted``
+``files_removed``         ``directories`` of checkpoints that are gone from disk
 ``run_snapshot``          ``run``, ``directory``, ``covers`` (the highest record whose op the snapshot contains)
 ``run_closed``            ``run``, ``reason``
 ``run_resumed``           ``run``, ``session``: the session that trains it from now on
@@ -30,122 +31,19 @@ Record kinds and their ``data``:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from tuft_jupyter.core.objects import CURVE_COLUMNS, Checkpoint, IssuedKey, Run, Sampler, Session, State
 from tuft_jupyter.core.types import OpKind, Record
+
+__all__ = [
+    "CREATES_RUN", "CURVE_COLUMNS", "SAVES",
+    "Checkpoint", "IssuedKey", "Run", "Sampler", "Session", "State",
+    "apply", "fold",
+]  # fmt: skip
 
 CREATES_RUN = {OpKind.CREATE_MODEL, OpKind.LOAD_WEIGHTS}
 SAVES = {OpKind.SAVE_WEIGHTS, OpKind.SAVE_WEIGHTS_FOR_SAMPLER}
-CURVE_COLUMNS = ("step", "time", "loss", "tokens", "grad_norm", "learning_rate")
-
-
-@dataclass(slots=True)
-class Session:
-    id: str
-    tenant: str
-    created: float
-    sdk_version: str = ""
-    display_name: str | None = None
-    project_id: str | None = None
-    tags: list[str] = field(default_factory=list)
-    user_metadata: dict[str, str] = field(default_factory=dict)
-    finished: str | None = None
-
-
-@dataclass(slots=True)
-class Run:
-    """An adapter in training. ``curve`` holds one entry per optimizer step in each column.
-
-    ``loss`` of a step is the loss per weighted token (nats) over the passes since the step before.
-    ``pending`` counts accepted ops without an outcome. ``snapshot`` is the directory that replay can start
-    from and ``covers`` the record it contains; ops done after it are in ``replay`` (record numbers of their
-    acceptance). ``error`` says why a run failed, ``last_error`` why its last op did (None if that one succeeded).
-    """
-
-    id: str
-    session: str
-    tenant: str
-    base_model: str
-    created: float
-    lora: dict[str, Any] = field(default_factory=dict)
-    user_metadata: dict[str, str] = field(default_factory=dict)
-    status: str = "creating"
-    error: str | None = None
-    last_error: str | None = None
-    last_request: float = 0.0
-    step: int = 0
-    tokens: int = 0
-    engine_ms: float = 0.0
-    pending: int = 0
-    curve: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in CURVE_COLUMNS})
-    snapshot: str | None = None
-    covers: int = 0
-    replay: list[int] = field(default_factory=list)
-    loss_sum: float = 0.0
-    weight_sum: float = 0.0
-    step_tokens: int = 0
-    passes: int = 0
-
-
-@dataclass(slots=True)
-class Sampler:
-    id: str
-    session: str
-    tenant: str
-    base_model: str
-    created: float
-    model_path: str | None = None
-    directory: str | None = None
-    clients: int = 1
-
-
-@dataclass(slots=True)
-class Checkpoint:
-    path: str
-    run: str
-    tenant: str
-    kind: str
-    name: str
-    base_model: str
-    created: float
-    directory: str
-    size_bytes: int = 0
-    lora: dict[str, Any] = field(default_factory=dict)
-    user_metadata: dict[str, str] = field(default_factory=dict)
-    expires: float | None = None
-    public: bool = False
-    step: int = 0
-    recipients: list[str] = field(default_factory=list)
-    """whom an export is encrypted for; empty: it leaves as it is"""
-
-
-@dataclass(slots=True)
-class IssuedKey:
-    """What is kept of a key, by its digest; ``expires`` in seconds since the epoch, None: never."""
-
-    tenant: str
-    created: float
-    name: str = ""
-    admin: bool = False
-    expires: float | None = None
-
-
-@dataclass(slots=True)
-class State:
-    """Everything the journal tells, keyed by id. ``n`` is the last record applied."""
-
-    n: int = 0
-    sessions: dict[str, Session] = field(default_factory=dict)
-    runs: dict[str, Run] = field(default_factory=dict)
-    samplers: dict[str, Sampler] = field(default_factory=dict)
-    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
-    models: dict[str, str] = field(default_factory=dict)
-    accepted: dict[str, int] = field(default_factory=dict)
-    """request id -> record that accepted it, while the op has no outcome"""
-    keys: dict[str, IssuedKey] = field(default_factory=dict)
-    revoked: set[str] = field(default_factory=set)
-    """digests of keys that are not accepted any more"""
 
 
 def fold(records: Iterable[Record]) -> State:
@@ -197,6 +95,8 @@ def _op_accepted(state: State, record: Record, data: Mapping[str, Any]) -> None:
     run = state.runs[data["run"]]
     run.pending += 1
     run.last_request = record.time
+    if data["op"] == OpKind.LOAD_WEIGHTS:
+        run.sources.append(args["directory"])
     state.accepted[data["request_id"]] = record.n
 
 
@@ -230,6 +130,8 @@ def _op_done(state: State, record: Record, data: Mapping[str, Any]) -> None:
             _sampler_opened(state, record, facts["sampler"])
     elif kind is OpKind.UNLOAD_MODEL:
         run.status = "closed"
+        run.replay.clear()
+        run.sources.clear()
 
 
 def _forget_gradients(run: Run) -> None:
@@ -255,6 +157,9 @@ def _step(run: Run, time: float, facts: Mapping[str, Any]) -> None:
 
 def _saved(state: State, run: Run, record: Record, facts: Mapping[str, Any]) -> None:
     saved = facts["checkpoint"]
+    overwritten = state.checkpoints.get(saved["path"])
+    if overwritten is not None and overwritten.directory != saved["directory"]:
+        state.garbage.add(overwritten.directory)
     state.checkpoints[saved["path"]] = Checkpoint(
         path=saved["path"],
         run=run.id,
@@ -300,6 +205,7 @@ def _checkpoint_changed(state: State, record: Record, data: Mapping[str, Any]) -
     if checkpoint is None:
         return
     if data.get("deleted"):
+        state.garbage.add(checkpoint.directory)
         del state.checkpoints[data["path"]]
         return
     if "expires" in data:
@@ -308,11 +214,17 @@ def _checkpoint_changed(state: State, record: Record, data: Mapping[str, Any]) -
         checkpoint.public = data["public"]
 
 
+def _files_removed(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    state.garbage.difference_update(data["directories"])
+
+
 def _run_snapshot(state: State, record: Record, data: Mapping[str, Any]) -> None:
     run = state.runs[data["run"]]
     run.snapshot = data["directory"]
     run.covers = data["covers"]
     run.replay = [n for n in run.replay if n > data["covers"]]
+    if not run.pending:
+        run.sources.clear()
 
 
 def _run_closed(state: State, record: Record, data: Mapping[str, Any]) -> None:
@@ -389,6 +301,7 @@ _HANDLERS = {
     "op_failed": _op_failed,
     "sampler_opened": _sampler_opened,
     "checkpoint_changed": _checkpoint_changed,
+    "files_removed": _files_removed,
     "run_snapshot": _run_snapshot,
     "run_closed": _run_closed,
     "run_resumed": _run_resumed,

@@ -36,14 +36,14 @@ class Book:
         records = self.records[:]
         self.open()
         for record in records:
-            self.ledger._recover(record)
+            self.ledger._follow(record)
         await self.start()
         self.book.recovered()
 
     async def start(self) -> None:
         def sink(record: Record) -> None:
             self.records.append(record)
-            self.ledger._recover(record)
+            self.ledger._follow(record)
 
         await self.journal.open(sink)
 

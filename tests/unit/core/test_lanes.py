@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.lanes import GRACE, LEEWAY, PATIENCE, Grant, Lanes
 from tuft_jupyter.core.types import Op, OpKind
 
@@ -26,17 +25,6 @@ def work_off(lanes: Lanes, batch: list[Grant]) -> list[str]:
             lanes.finish(grant)
             ended.append(grant.entry.op.request_id)
     return ended
-
-
-def test_the_same_seq_and_bytes_give_the_same_request_id_and_others_are_refused() -> None:
-    lanes = Lanes(512)
-    assert lanes.seen("r", 1, "d1") is None
-    lanes.remember("r", "t", 1, "d1", "id1")
-    assert lanes.seen("r", 1, "d1") == "id1"
-    with pytest.raises(UserError, match="seq_id 1"):
-        lanes.seen("r", 1, "d2")
-    lanes.forget("r", 1)
-    assert lanes.seen("r", 1, "d2") is None
 
 
 def test_a_lane_runs_in_order_of_arrival_and_holes_are_passed_over() -> None:

@@ -139,10 +139,10 @@ def test_an_op_that_kills_the_worker_twice_fails_alone(tmp_path: Path) -> None:
     async def body() -> None:
         async with world(tmp_path) as w:
             poisoned, other = await w.connect(), await w.connect(BOB)
+            w.engines.trainer.dies_on = lambda task: task.body.startswith(b"poison")
             before = await w.forward_backward(poisoned)
             poison = await w.forward_backward(poisoned, text="poison:8")
             after = await w.forward_backward(poisoned)
-            w.engines.trainer.dies_on = lambda task: task.request_id == poison
             bobs = await w.forward_backward(other, who=BOB)
             assert (await w.answer(bobs, BOB)).body == b"done"
             answer = await w.answer(poison)

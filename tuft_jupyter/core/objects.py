@@ -1,0 +1,123 @@
+"""What a state holds: sessions, runs, samplers, checkpoints and keys, as plain values that JSON can carry.
+
+:mod:`~tuft_jupyter.core.state` makes and changes them from records, and nobody else does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+CURVE_COLUMNS = ("step", "time", "loss", "tokens", "grad_norm", "learning_rate")
+
+
+@dataclass(slots=True)
+class Session:
+    id: str
+    tenant: str
+    created: float
+    sdk_version: str = ""
+    display_name: str | None = None
+    project_id: str | None = None
+    tags: list[str] = field(default_factory=list)
+    user_metadata: dict[str, str] = field(default_factory=dict)
+    finished: str | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """An adapter in training. ``curve`` holds one entry per optimizer step in each column.
+
+    ``loss`` of a step is the loss per weighted token (nats) over the passes since the step before.
+    ``pending`` counts accepted ops without an outcome. ``snapshot`` is the directory that replay can start
+    from and ``covers`` the record it contains; ops done after it are in ``replay`` (record numbers of their
+    acceptance). ``error`` says why a run failed, ``last_error`` why its last op did (None if that one succeeded).
+    """
+
+    id: str
+    session: str
+    tenant: str
+    base_model: str
+    created: float
+    lora: dict[str, Any] = field(default_factory=dict)
+    user_metadata: dict[str, str] = field(default_factory=dict)
+    status: str = "creating"
+    error: str | None = None
+    last_error: str | None = None
+    last_request: float = 0.0
+    step: int = 0
+    tokens: int = 0
+    engine_ms: float = 0.0
+    pending: int = 0
+    curve: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in CURVE_COLUMNS})
+    snapshot: str | None = None
+    covers: int = 0
+    replay: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    """directories of checkpoints that its ops load, until a snapshot makes it independent of them"""
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    step_tokens: int = 0
+    passes: int = 0
+
+
+@dataclass(slots=True)
+class Sampler:
+    id: str
+    session: str
+    tenant: str
+    base_model: str
+    created: float
+    model_path: str | None = None
+    directory: str | None = None
+    clients: int = 1
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    path: str
+    run: str
+    tenant: str
+    kind: str
+    name: str
+    base_model: str
+    created: float
+    directory: str
+    size_bytes: int = 0
+    lora: dict[str, Any] = field(default_factory=dict)
+    user_metadata: dict[str, str] = field(default_factory=dict)
+    expires: float | None = None
+    public: bool = False
+    step: int = 0
+    recipients: list[str] = field(default_factory=list)
+    """whom an export is encrypted for; empty: it leaves as it is"""
+
+
+@dataclass(slots=True)
+class IssuedKey:
+    """What is kept of a key, by its digest; ``expires`` in seconds since the epoch, None: never."""
+
+    tenant: str
+    created: float
+    name: str = ""
+    admin: bool = False
+    expires: float | None = None
+
+
+@dataclass(slots=True)
+class State:
+    """Everything the journal tells, keyed by id. ``n`` is the last record applied."""
+
+    n: int = 0
+    sessions: dict[str, Session] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+    samplers: dict[str, Sampler] = field(default_factory=dict)
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+    """request id -> record that accepted it, while the op has no outcome"""
+    keys: dict[str, IssuedKey] = field(default_factory=dict)
+    revoked: set[str] = field(default_factory=set)
+    """digests of keys that are not accepted any more"""
+    garbage: set[str] = field(default_factory=set)
+    """directories of checkpoints that were deleted or overwritten, until they are gone from disk"""
