@@ -98,31 +98,20 @@ export class Api implements IApi {
 
   /** A request to one route of the table, with Jupyter's identity. Rejects with the server's own words. */
   async call(method: string, route: string, body?: unknown): Promise<unknown> {
-    const response = await this.request(method, route, body);
+    const path = URLExt.join('tuft/lab/api/v1', route);
+    const response = await this._request(method, path, body);
     const text = await response.text();
     return text ? JSON.parse(text) : null;
   }
 
-  /** Like {@link call}, but the answer as it comes, for those that are streamed. */
-  async request(
-    method: string,
-    route: string,
-    body?: unknown,
-    signal?: AbortSignal
-  ): Promise<Response> {
-    const response = await ServerConnection.makeRequest(
-      this.address(URLExt.join('tuft/lab/api/v1', route)),
-      {
-        method,
-        signal,
-        body: body === undefined ? undefined : JSON.stringify(body)
-      },
-      this._server
+  /** A request for text; the answer is a stream of events. */
+  text(route: string, body: unknown, signal: AbortSignal): Promise<Response> {
+    return this._request(
+      'POST',
+      URLExt.join('tuft/lab/oai', route),
+      body,
+      signal
     );
-    if (!response.ok) {
-      throw new Error(await reason(response));
-    }
-    return response;
   }
 
   async state(): Promise<IStateAnswer> {
@@ -155,6 +144,27 @@ export class Api implements IApi {
     }
     const url = URLExt.join(wsUrl, 'tuft/lab/feed');
     return new this._server.WebSocket(`${url}?${query}`);
+  }
+
+  private async _request(
+    method: string,
+    path: string,
+    body?: unknown,
+    signal?: AbortSignal
+  ): Promise<Response> {
+    const response = await ServerConnection.makeRequest(
+      this.address(path),
+      {
+        method,
+        signal,
+        body: body === undefined ? undefined : JSON.stringify(body)
+      },
+      this._server
+    );
+    if (!response.ok) {
+      throw new Error(await reason(response));
+    }
+    return response;
   }
 }
 

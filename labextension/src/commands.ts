@@ -19,6 +19,7 @@ const ARGUMENTS = {
   checkpoint: 'The path of a checkpoint',
   run: 'The id of a run',
   runs: 'The ids of several runs',
+  metric: 'What the chart shows',
   format: 'csv or jsonl'
 };
 

@@ -14,10 +14,10 @@ import { ILauncher } from '@jupyterlab/launcher';
 import { INotebookTracker } from '@jupyterlab/notebook';
 import { ISettingRegistry } from '@jupyterlab/settingregistry';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
-import { ReadonlyPartialJSONObject } from '@lumino/coreutils';
 import { Actions } from './actions';
 import { Api } from './api';
 import { CommandIDs } from './commandids';
+import { Ask } from './complete';
 import { addActions, Commands } from './commands';
 import { Feed } from './feed';
 import { tuftIcon } from './icons';
@@ -25,9 +25,12 @@ import { IContext, LiveWidget } from './live';
 import { TuftPanel } from './panel';
 import { DEFAULTS, readSettings } from './settings';
 import { IFineTuning } from './tokens';
-import { RunView } from './views';
+import { Playground, RunView, TabView } from './views';
 
 const PANEL = 'tuft-jupyter:panel';
+
+/** What a tab of ours can say about itself, whatever it shows. */
+type ITab = Pick<TabView<object>, 'arguments' | 'changed'>;
 
 const panel: JupyterFrontEndPlugin<IFineTuning> = {
   id: PANEL,
@@ -77,28 +80,58 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
       execute: () => app.shell.activateById(sidebar.id)
     });
 
-    const views = new WidgetTracker<MainAreaWidget<RunView>>({
-      namespace: 'tuft-runs'
-    });
+    /** Show a view in a tab; the tracker brings it back after a reload. */
+    const tabs = (namespace: string, command: string) => {
+      const tracker = new WidgetTracker<MainAreaWidget<LiveWidget & ITab>>({
+        namespace
+      });
+      void restorer?.restore(tracker, {
+        command,
+        args: widget => widget.content.arguments,
+        name: widget => widget.content.id
+      });
+      return (content: LiveWidget & ITab) => {
+        const widget = new MainAreaWidget({ content });
+        widget.toolbar.hide();
+        adopt(content);
+        content.changed.connect(() => void tracker.save(widget));
+        app.shell.add(widget, 'main', { mode: 'tab-after' });
+        void tracker.add(widget);
+        app.shell.activateById(widget.id);
+        return widget;
+      };
+    };
+    const showRuns = tabs('tuft-runs', CommandIDs.openRuns);
     commands.add(CommandIDs.openRuns, {
       label: trans.__('Compare Runs'),
       caption: trans.__('Open a large chart of fine-tuning runs'),
       icon: tuftIcon,
-      takes: ['runs'],
-      execute: args => openRuns(app, context, views, adopt, args)
+      takes: ['runs', 'metric'],
+      execute: args => {
+        const newest = [...feed.state.runs.keys()].slice(-4);
+        return showRuns(new RunView(context, { runs: newest, ...args }));
+      }
+    });
+    const showPlayground = tabs('tuft-playground', CommandIDs.openPlayground);
+    commands.add(CommandIDs.openPlayground, {
+      label: trans.__('Playground'),
+      caption: trans.__('Ask the base model and checkpoints side by side'),
+      icon: tuftIcon,
+      takes: ['checkpoint'],
+      execute: args => {
+        const base = feed.status?.models[0]?.name;
+        const models = [base, args.checkpoint].filter(Boolean) as string[];
+        const ask: Ask = (route, body, signal) => api.text(route, body, signal);
+        return showPlayground(
+          new Playground(context, ask, { models, ...args })
+        );
+      }
     });
     addActions(commands, context, new Actions(api, trans), notebooks);
 
-    void restorer?.restore(views, {
-      command: CommandIDs.openRuns,
-      args: widget => widget.content.arguments,
-      name: widget => widget.content.id
-    });
-    launcher?.add({
-      command: CommandIDs.openRuns,
-      category: trans.__('Fine-Tuning'),
-      rank: 1
-    });
+    const category = trans.__('Fine-Tuning');
+    launcher?.add({ command: CommandIDs.openRuns, category, rank: 1 });
+    launcher?.add({ command: CommandIDs.openPlayground, category, rank: 2 });
     themes?.themeChanged.connect(() =>
       widgets.forEach(widget => widget.themeChanged())
     );
@@ -115,28 +148,6 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
     return feed;
   }
 };
-
-/** Open a run view; without runs, one of what trains now or was trained last. */
-function openRuns(
-  app: JupyterFrontEnd,
-  context: IContext,
-  views: WidgetTracker<MainAreaWidget<RunView>>,
-  adopt: (widget: LiveWidget) => void,
-  args: ReadonlyPartialJSONObject
-): MainAreaWidget<RunView> {
-  const known = [...context.feed.state.runs.keys()];
-  const runs = args.runs ?? (args.run ? [args.run] : known.slice(-4));
-  const content = new RunView(context, { ...args, runs });
-  const widget = new MainAreaWidget({ content });
-  widget.id = content.id;
-  widget.toolbar.hide();
-  adopt(content);
-  content.changed.connect(() => void views.save(widget));
-  app.shell.add(widget, 'main', { mode: 'tab-after' });
-  void views.add(widget);
-  app.shell.activateById(widget.id);
-  return widget;
-}
 
 export default panel;
 export { IFineTuning } from './tokens';

@@ -49,6 +49,8 @@ export function Section(props: ISectionProps): JSX.Element {
 /** A button that copies `text` and says so. */
 export function CopyButton(props: {
   text: string;
+  /** What the button is called, where the text itself is too long for a name. */
+  label?: string;
   trans: TranslationBundle;
 }): JSX.Element {
   const { text, trans } = props;
@@ -60,7 +62,9 @@ export function CopyButton(props: {
     }
   }, [copied]);
   const Icon = copied ? checkIcon : copyIcon;
-  const label = copied ? trans.__('Copied') : trans.__('Copy %1', text);
+  const label = copied
+    ? trans.__('Copied')
+    : (props.label ?? trans.__('Copy %1', text));
   return (
     <button
       className="jp-Tuft-iconButton"

@@ -290,22 +290,25 @@ function Legend(
         </HTMLSelect>
       )}
       <span className="jp-Tuft-space" />
-      {chosen.length > 0 &&
-        ['csv', 'jsonl'].map(format => (
-          <button
-            key={format}
-            className="jp-Tuft-textButton"
-            title={trans.__('Save the compared metrics as a file')}
-            onClick={() =>
-              void commands.execute(CommandIDs.exportMetrics, {
-                runs: view.runs,
-                format
-              })
-            }
-          >
-            {trans.__('Export %1', format.toUpperCase())}
-          </button>
-        ))}
+      {chosen.length > 0 && (
+        <div className="jp-Tuft-controls">
+          {['csv', 'jsonl'].map(format => (
+            <button
+              key={format}
+              className="jp-Tuft-textButton"
+              title={trans.__('Save the compared metrics as a file')}
+              onClick={() =>
+                void commands.execute(CommandIDs.exportMetrics, {
+                  runs: view.runs,
+                  format
+                })
+              }
+            >
+              {trans.__('Export %1', format.toUpperCase())}
+            </button>
+          ))}
+        </div>
+      )}
     </header>
   );
 }

@@ -5,26 +5,30 @@ import * as React from 'react';
 import { METRICS } from './curves';
 import { tuftIcon } from './icons';
 import { IContext, LiveWidget } from './live';
+import { Ask } from './complete';
+import { IPlaygroundState, PlaygroundBody } from './playground';
 import { IRunViewState, RunViewBody } from './runview';
 
-/** See `runview.tsx`. */
-export class RunView extends LiveWidget {
-  constructor(context: IContext, args: ReadonlyPartialJSONObject = {}) {
+/** A view in a tab of its own, which says what it shows in the words of the command that opens it. */
+export abstract class TabView<T extends object> extends LiveWidget {
+  constructor(
+    context: IContext,
+    args: ReadonlyPartialJSONObject,
+    kind: string,
+    protected view: T
+  ) {
     super(context);
-    this.id = String(args.id ?? `tuft-runs-${UUID.uuid4()}`);
-    this._view = readRunView(args);
+    this.id = String(args.id ?? `tuft-${kind}-${UUID.uuid4()}`);
     this.addClass('jp-Tuft');
     this.addClass('jp-TuftView');
     this.title.icon = tuftIcon;
     this.title.closable = true;
-    this.title.label = context.trans.__('Runs');
     this.node.setAttribute('role', 'region');
-    this.node.setAttribute('aria-label', context.trans.__('Compared runs'));
   }
 
-  /** What the view shows, as the arguments of the command that opens it. */
+  /** What the view shows, as the arguments of its command. */
   get arguments(): ReadonlyPartialJSONObject {
-    return { id: this.id, ...this._view };
+    return { id: this.id, ...this.view };
   }
 
   /** Emitted after {@link arguments} has changed. */
@@ -32,14 +36,26 @@ export class RunView extends LiveWidget {
     return this._changed;
   }
 
-  /** Show one more run. */
-  add(runs: readonly string[]): void {
-    this._set({ runs: [...new Set([...this._view.runs, ...runs])] });
+  protected set(change: Partial<T>): void {
+    this.view = { ...this.view, ...change };
+    this._changed.emit();
+    this.update();
+  }
+
+  private readonly _changed = new Signal<this, void>(this);
+}
+
+/** See `runview.tsx`. */
+export class RunView extends TabView<IRunViewState> {
+  constructor(context: IContext, args: ReadonlyPartialJSONObject = {}) {
+    super(context, args, 'runs', readRunView(args));
+    this.title.label = context.trans.__('Runs');
+    this.node.setAttribute('aria-label', context.trans.__('Compared runs'));
   }
 
   render(): JSX.Element {
     const shown = this.shown();
-    const [first, ...others] = this._view.runs
+    const [first, ...others] = this.view.runs
       .map(run => shown.names.get(run))
       .filter(Boolean);
     this.title.label = first
@@ -50,21 +66,38 @@ export class RunView extends LiveWidget {
     return (
       <RunViewBody
         {...shown}
-        view={this._view}
+        view={this.view}
         theme={this.theme}
-        onView={change => this._set(change)}
+        onView={change => this.set(change)}
       />
     );
   }
+}
 
-  private _set(change: Partial<IRunViewState>): void {
-    this._view = { ...this._view, ...change };
-    this._changed.emit();
-    this.update();
+/** See `playground.tsx`. */
+export class Playground extends TabView<IPlaygroundState> {
+  constructor(
+    context: IContext,
+    private readonly _ask: Ask,
+    args: ReadonlyPartialJSONObject = {}
+  ) {
+    super(context, args, 'playground', readPlayground(args));
+    const name = context.trans.__('Playground');
+    this.title.label = name;
+    this.node.setAttribute('aria-label', name);
   }
 
-  private _view: IRunViewState;
-  private readonly _changed = new Signal<this, void>(this);
+  render(): JSX.Element {
+    return (
+      <PlaygroundBody
+        {...this.shown()}
+        view={this.view}
+        bases={this.context.feed.status?.models ?? []}
+        ask={this._ask}
+        onView={change => this.set(change)}
+      />
+    );
+  }
 }
 
 /** What is written in the arguments of a command, in values that can be used. */
@@ -76,5 +109,21 @@ function readRunView(args: ReadonlyPartialJSONObject): IRunViewState {
     axis: args.axis === 'time' ? 'time' : 'step',
     smoothing: smoothing >= 0 && smoothing < 1 ? smoothing : 0,
     log: args.log === true
+  };
+}
+
+function readPlayground(args: ReadonlyPartialJSONObject): IPlaygroundState {
+  const number = (value: unknown, otherwise: number) =>
+    typeof value === 'number' && Number.isFinite(value) ? value : otherwise;
+  const text = (value: unknown) => (typeof value === 'string' ? value : '');
+  return {
+    mode: args.mode === 'text' ? 'text' : 'chat',
+    system: text(args.system),
+    prompt: text(args.prompt),
+    models: Array.isArray(args.models) ? args.models.map(String) : [],
+    temperature: number(args.temperature, 0.7),
+    topP: number(args.topP, 1),
+    maxTokens: number(args.maxTokens, 128),
+    seed: typeof args.seed === 'number' ? args.seed : null
   };
 }

@@ -11,6 +11,7 @@ import math
 import random
 import time
 from typing import Any
+from urllib.parse import unquote
 
 from playwright.sync_api import Page, Route, WebSocketRoute
 
@@ -135,6 +136,11 @@ def gauges() -> dict[str, Any]:
     }
 
 
+def below(url: str, prefix: str) -> str:
+    """The path after a prefix; JupyterLab adds a query against caches."""
+    return unquote(url.partition(prefix)[2].partition("?")[0])
+
+
 class Stage:
     """Plays the server for every page that is opened after this one was made. ``frames`` counts what was sent."""
 
@@ -147,6 +153,7 @@ class Stage:
         self._sockets: list[WebSocketRoute] = []
         page.route("**/tuft/lab/state*", self._answer)
         page.route("**/tuft/lab/api/v1/**", self._call)
+        page.route("**/tuft/lab/oai/**", self._complete)
         page.route_web_socket("**/tuft/lab/feed*", self._open)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -176,9 +183,23 @@ class Stage:
 
     def _call(self, route: Route) -> None:
         request = route.request
-        path = request.url.partition("/tuft/lab/api/v1/")[2]
+        path = below(request.url, "/tuft/lab/api/v1/")
         self.calls.append((request.method, path, request.post_data_json if request.post_data else None))
         route.fulfill(json={})
+
+    def _complete(self, route: Route) -> None:
+        asked = route.request.post_data_json
+        self.calls.append(("POST", below(route.request.url, "/tuft/lab/oai/"), asked))
+        model = asked["model"]
+        words = (
+            ["Ahoy", " matey,", " the", " sky", " be", " blue."]
+            if "tinker" in model
+            else ["The", " sky", "."]
+        )
+        chunks = [{"choices": [{"index": 0, "delta": {"content": word}, "text": word}]} for word in words]
+        chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+        route.fulfill(body="".join(events), content_type="text/event-stream")
 
     def _open(self, socket: WebSocketRoute) -> None:
         self._sockets.append(socket)
