@@ -17,7 +17,8 @@ below `/api/v1` in a daemon. Send the key as `X-API-Key` (or `Authorization: Bea
 path needs no key: it holds a permission that expires. A refusal is a JSON object `{"detail", "error", "category"}`:
 401 without a key, 403 with one that is unknown or revoked, 404 for what is missing or somebody else's, 413 over the
 size limit, 429 with `Retry-After` where a limit is reached for now, 400 for everything that the caller can mend.
-What fails after it was accepted is answered by `retrieve_future` as `{"error", "category"}`.
+What fails after it was accepted is answered by `retrieve_future` as `{"error", "category"}`. The same table, with the
+schemas of all bodies, is served as an OpenAPI document at `/openapi.json`.
 
 | method | path | what it does | access | body limit |
 | --- | --- | --- | --- | --- |

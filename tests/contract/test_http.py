@@ -375,3 +375,36 @@ def test_one_poll_tells_which_samples_ended(tmp_path: Path) -> None:
         assert "does not exist" in refusal(foreign)
 
     on_server(tmp_path, body)
+
+
+def test_the_table_is_served_for_programs_without_a_key(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        answer = await server.ask("GET", "/openapi.json", key=None)
+        document = json.loads(answer.body)
+        assert document["servers"] == [
+            {"url": f"http://127.0.0.1:{server.port}{ROOT.removesuffix('/api/v1')}"}
+        ]
+        assert server.host.key not in answer.body.decode()
+        assert str(tmp_path) not in answer.body.decode()
+
+    on_server(tmp_path, body)
+
+
+def test_telemetry_is_counted_by_kind_and_its_content_is_nowhere(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        secret = "/home/somebody/secret.py"
+        events = [
+            {"event": "SESSION_START", "severity": "INFO", "event_data": {"path": secret}},
+            {"event": "UNHANDLED_EXCEPTION", "severity": "ERROR", "traceback": secret},
+            {"event": "UNHANDLED_EXCEPTION", "severity": "ERROR", "traceback": secret},
+            {"event": secret, "severity": secret},
+        ]
+        sent = {"events": events, "platform": "Linux", "sdk_version": "0.38.0", "session_id": "s"}
+        assert await server.post("/telemetry", sent) == {"status": "accepted"}
+        assert await server.post("/telemetry", {}) == {"status": "accepted"}
+        series = server.host.service.counters.series()
+        counted = {dict(s.labels)["event"]: s.value for s in series if s.name == "sdk_events"}
+        assert counted == {"SESSION_START": 1, "UNHANDLED_EXCEPTION": 2, "other": 1}
+        assert secret not in repr(series)
+
+    on_server(tmp_path, body)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuft_jupyter.core.checkpoints import Checkpoints
+from tuft_jupyter.core.counters import Counters
 from tuft_jupyter.core.driver import Driver, SnapshotRule
 from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
 from tuft_jupyter.core.errors import UserError
@@ -78,6 +79,7 @@ class Service:
         self.home = home
         self.limits = limits or Limits()
         self.rule = rule or SnapshotRule()
+        self.counters = Counters()
         self.drivers: dict[str, Driver] = {}
         self.quotas = quotas or Quotas()
         self.sessions = Sessions(ledger)

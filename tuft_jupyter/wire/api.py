@@ -51,9 +51,11 @@ class Api(
         """Answer one request; a refusal comes back as a reply, never as an exception."""
         verb: Callable[[Call], Awaitable[Reply]] = getattr(self, route.verb)
         try:
-            return await verb(call)
+            answer = await verb(call)
         except TuftError as error:
-            return error_reply(error, route.dialect)
+            answer = error_reply(error, route.dialect)
+        self.service.counters.add("requests", route=route.verb, status=str(answer.status))
+        return answer
 
 
 __all__ = ["Api", "Call", "Host", "Reply", "error_reply"]

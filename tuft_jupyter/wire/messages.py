@@ -52,6 +52,15 @@ class Project(Message):
     project_id: str
 
 
+class TelemetryEvent(Message):
+    event: str = ""
+    severity: str = ""
+
+
+class Telemetry(Message):
+    events: list[TelemetryEvent] = []
+
+
 class SearchOwner(Message):
     type: str = "own"
     owner_urns: list[str] = []

@@ -69,6 +69,7 @@ UPLOAD = 2**30
 
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/healthz", "healthz", "Liveness: the server answers.", access=Access.OPEN),
+    Route("GET", "/openapi.json", "openapi", "This table, for programs.", access=Access.OPEN),
     Route("POST", "/client/config", "client_config", "Flags that steer the SDK.", m.ClientConfig),
     Route(
         "POST",
@@ -96,7 +97,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "GET", "/sessions/{session}/trace_export", "trace_export", "Says that this server keeps no traces."
     ),
-    Route("POST", "/telemetry", "telemetry", "Accepted and not kept.", m.Nothing, max_body=8 * MIB),
+    Route("POST", "/telemetry", "telemetry", "Counted by kind, and not kept.", m.Telemetry, max_body=8 * MIB),
     Route("POST", "/create_model", "create_model", "Start a run with a fresh LoRA adapter.", m.CreateModel),
     Route("POST", "/get_info", "get_info", "What a run is: base model, rank, tokenizer.", m.ModelOnly),
     Route("POST", "/unload_model", "unload_model", "End a run and free its memory.", m.ModelOnly),

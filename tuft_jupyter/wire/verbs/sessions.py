@@ -5,12 +5,19 @@ from __future__ import annotations
 import msgspec
 
 from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.openapi import document
 from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, page_of, reply
+
+EVENTS = frozenset(("SESSION_START", "SESSION_END", "UNHANDLED_EXCEPTION", "GENERIC_EVENT"))
+SEVERITIES = frozenset(("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
 
 
 class SessionVerbs(Verbs):
     async def healthz(self, call: Call) -> Reply:
         return reply({"status": "ok", "server": "tuft-jupyter"})
+
+    async def openapi(self, call: Call) -> Reply:
+        return reply(document(call.root.removesuffix("/api/v1")))
 
     async def client_config(self, call: Call) -> Reply:
         m.decode(m.ClientConfig, call.body)
@@ -89,4 +96,9 @@ class SessionVerbs(Verbs):
         return reply({})
 
     async def telemetry(self, call: Call) -> Reply:
+        """Events carry paths and tracebacks of the user's own code: only their kind is looked at."""
+        for event in m.decode(m.Telemetry, call.body).events:
+            kind = event.event if event.event in EVENTS else "other"
+            severity = event.severity if event.severity in SEVERITIES else "other"
+            self.service.counters.add("sdk_events", event=kind, severity=severity)
         return reply({"status": "accepted"})
