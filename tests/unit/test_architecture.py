@@ -33,7 +33,7 @@ FORBIDDEN_IN_CORE = {
 MAY_IMPORT = {
     # package: the packages of ours that it stands on
     "tuft_jupyter.core": {"tuft_jupyter.core"},
-    "tuft_jupyter.wire": {"tuft_jupyter.core", "tuft_jupyter.wire"},
+    "tuft_jupyter.wire": {"tuft_jupyter.core", "tuft_jupyter.wire", "tuft_jupyter._version"},
     "tuft_jupyter.engine": {"tuft_jupyter.core", "tuft_jupyter.engine", "tuft_jupyter._version"},
     "tuft_jupyter.kernel": {
         "tuft_jupyter.kernel",
