@@ -1,8 +1,8 @@
 """From a parsed document (YAML, environment, flags) to the fields of a dataclass, with errors that say where.
 
-Knows text, numbers, paths, maps of text to text, dataclasses and lists of dataclasses; knows nothing of what
-the fields mean. Promises: nothing is dropped and nothing is guessed. An unknown key, a missing key or a value
-of the wrong type is a :class:`ConfigError` that names the source, the place in it, and what would be right.
+Knows text, numbers, true and false, paths, maps of text to text, dataclasses and lists of dataclasses; knows
+nothing of what the fields mean. Promises: nothing is dropped and nothing is guessed. An unknown key, a missing key
+or a value of the wrong type is a :class:`ConfigError` that names the source, the place in it, and what would be right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-WANTED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+WANTED = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
+SAID = {"true": True, "1": True, "false": False, "0": False}
 
 
 class ConfigError(ValueError):
@@ -25,7 +26,7 @@ class ConfigError(ValueError):
 class Reader:
     """``source`` is how errors call the document; relative paths are taken from ``base``.
 
-    ``text`` allows numbers written as text, as the environment and the command line have them.
+    ``text`` allows numbers, true and false written as text, as the environment and the command line have them.
     """
 
     source: str
@@ -87,6 +88,11 @@ class Reader:
             return self.base / Path(value).expanduser()
         if hint is str and isinstance(value, str):
             return value
+        if hint is bool:
+            if isinstance(value, bool):
+                return value
+            if self.text and str(value).lower() in SAID:
+                return SAID[str(value).lower()]
         numbers = (int,) if hint is int else (int, float)
         if hint in (int, float) and not isinstance(value, bool):
             if isinstance(value, numbers):

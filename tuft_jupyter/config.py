@@ -93,7 +93,7 @@ class ModelSettings:
 
     ``max_model_len`` in tokens; None: as far as the model itself goes. ``temperature`` to
     ``min_response_tokens`` are the sampler's defaults, ``max_lora_rank`` and ``max_loras`` its limits. Names
-    and defaults are those of TuFT 0.1.
+    and defaults are those of TuFT 0.1. ``trust_remote_code`` None: as the server's setting of that name.
     """
 
     model_name: str
@@ -108,6 +108,7 @@ class ModelSettings:
     min_response_tokens: int = 0
     max_lora_rank: int = 16
     max_loras: int = 1
+    trust_remote_code: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.model_name:
@@ -158,7 +159,8 @@ class Settings:
     request body, ``max_upload_bytes`` an adapter that is uploaded. ``per_token_model_limit`` (runs), ``rps_limit``
     and ``tps_limit`` (requests and input tokens a second), ``max_input_tokens`` (of one request) and
     ``max_checkpoint_bytes`` hold for each tenant, ``max_loras`` for the runs in use on one base model; 0 means no
-    limit, and ``tenants`` lists who has others. None means: ``micro_batch_tokens`` by device, ``ray_address`` a
+    limit, and ``tenants`` lists who has others. ``trust_remote_code`` lets models run Python
+    that they bring. None means: ``micro_batch_tokens`` by device, ``ray_address`` a
     local Ray of our own, ``trainer_threads`` by CPUs.
     """
 
@@ -185,6 +187,7 @@ class Settings:
     micro_batch_tokens: int | None = None
     ray_address: str | None = None
     trainer_threads: int | None = None
+    trust_remote_code: bool = False
     log_level: str = "info"
     toy_backend_seed: int = 0
     """accepted as TuFT 0.1 has it; without effect, because there is no toy engine"""
@@ -213,6 +216,11 @@ class Settings:
             seen.add(model.model_name)
         if "" in self.authorized_users:
             raise ConfigError("authorized_users has an empty key")
+
+    def trusts_code(self, model_name: str) -> bool:
+        """Whether Python code that lies beside a model may be run: as the model says, else as is said for all."""
+        said = {model.model_name: model.trust_remote_code for model in self.supported_models}.get(model_name)
+        return self.trust_remote_code if said is None else said
 
     def rank_limit(self, model_name: str) -> int:
         """The highest LoRA rank that may be trained on a model."""

@@ -22,6 +22,7 @@ from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine import llama, packing
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.llama import LlamaDecoder
+from tuft_jupyter.engine.pretrained import reading, refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,9 @@ def load_base(
     disable_progress_bar()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, **reading())
     except (OSError, ValueError) as error:
-        raise UserError(f"base model {path!r} cannot be read: {error}") from error
+        raise refusal(path, "read", error) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"base model {path!r} is quantized; use its unquantized weights")
     try:
@@ -80,10 +81,10 @@ def load_base(
             config=config,
             dtype=dtype or "auto",
             attn_implementation=packing.ATTENTION,
-            local_files_only=True,
+            **reading(),
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"base model {path!r} cannot be loaded: {error}") from error
+        raise refusal(path, "loaded", error) from error
     hf.requires_grad_(False)
     hf.eval()
     hf.to(device)

@@ -22,6 +22,7 @@ from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.errors import ServerError, failure
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actors import ActorOptions, EngineActor, Loaded, SamplingActor, TrainingActor
+from tuft_jupyter.engine.pretrained import TRUST
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
 
 if TYPE_CHECKING:
@@ -78,10 +79,17 @@ class _ClusterEngine:
     concurrency: int | None = None
 
     def __init__(
-        self, card: ModelCard, runtime: Runtime, threads: int, options: Mapping[str, Any] | None = None
+        self,
+        card: ModelCard,
+        runtime: Runtime,
+        threads: int,
+        options: Mapping[str, Any] | None = None,
+        *,
+        trusted: bool = False,
     ) -> None:
         self.card = card
         self.threads = threads
+        self.trusted = trusted
         self._runtime = runtime
         self._options = ActorOptions(card, threads, options or {})
         self._actor: _Actor | None = None
@@ -150,6 +158,7 @@ class _ClusterEngine:
 
         on_gpu = session.gpus > 0
         environment = dict.fromkeys(SECRETS, "") | {"OMP_NUM_THREADS": str(self.threads)}
+        environment[TRUST] = "1" if self.trusted else "0"
         if not on_gpu:
             environment |= CPU_MALLOC
         options: dict[str, Any] = {
@@ -303,11 +312,13 @@ class Engines:
             "max_length": card.max_context_length,
             "micro_batch_tokens": settings.micro_batch_tokens,
         }
-        return self._keep(ClusterTrainingEngine(card, self._runtime, threads, options))
+        trusted = settings.trusts_code(card.name)
+        return self._keep(ClusterTrainingEngine(card, self._runtime, threads, options, trusted=trusted))
 
     def sampling(self, card: ModelCard) -> ClusterSamplingEngine:
         options = {"max_context": card.max_context_length}
-        return self._keep(ClusterSamplingEngine(card, self._runtime, 1, options))
+        trusted = self.settings.trusts_code(card.name)
+        return self._keep(ClusterSamplingEngine(card, self._runtime, 1, options, trusted=trusted))
 
     def workers(self) -> list[tuple[str, int]]:
         """(name, pid) of the worker processes on this machine."""

@@ -1,7 +1,7 @@
 """Text for a model: prompts and chats to tokens, drawn tokens to text as they come.
 
-Wraps the model's own tokenizer and chat template. Nothing is downloaded and no code of a model is run. Knows neither
-requests nor samplers.
+Wraps the model's own tokenizer and chat template. Nothing is downloaded, and no code of a model is run unless it
+is trusted. Knows neither requests nor samplers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import Int32Array
+from tuft_jupyter.engine.pretrained import reading
 
 CONTEXT = 6
 """Tokens before a new one that its text may depend on (many tokenizers drop the space that opens a text)."""
@@ -29,7 +30,7 @@ class TextModel:
 
     def __init__(self, directory: Path) -> None:
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, **reading())
         except (OSError, ValueError):
             raise UserError("this model has no tokenizer on the server: sample it with token ids") from None
         self.ends = _ends(directory) | {self._tokenizer.eos_token_id} - {None}

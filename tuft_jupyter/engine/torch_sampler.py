@@ -33,6 +33,7 @@ from tuft_jupyter.engine import head, packing
 from tuft_jupyter.engine.adapter_cache import AdapterCache
 from tuft_jupyter.engine.base import load_base
 from tuft_jupyter.engine.kv_cache import DecodeAttention, KVCache, PrefillAttention
+from tuft_jupyter.engine.pretrained import reading
 from tuft_jupyter.engine.prompt_scores import score_prompt
 from tuft_jupyter.engine.sample_job import Decode, Job, Limits, Live, shares
 from tuft_jupyter.engine.sampling import Picker, generator
@@ -317,7 +318,7 @@ class TorchSampler:
     @cached_property
     def _decode_text(self) -> Decode | None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.base.path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.base.path, **reading())
         except (OSError, ValueError):
             return None
         if 2 * len(tokenizer) < self.base.vocab_size:
