@@ -9,7 +9,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test unit check format bench continuity sdk-matrix recipes install system proto clean
+.PHONY: help demo lab test unit check format bench continuity interrupts sdk-matrix recipes install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ bench: $(STAMPS)/installed  ## measure speed and size against a plain PyTorch + 
 
 continuity: $(STAMPS)/installed  ## kill a notebook's kernel twenty times; the run goes on at the next step
 	TUFT_KERNEL_KILLS=20 $(BIN)/python -m pytest -q tests/contract/test_continuity.py
+
+interrupts: $(STAMPS)/installed  ## interrupt a training cell a hundred times; each time it stops where a step ends
+	TUFT_INTERRUPTS=100 $(BIN)/python -m pytest -q tests/contract/test_interrupts.py
 
 install: $(STAMPS)/installed  ## make the virtual environment and build the lab extension
 

@@ -37,7 +37,7 @@ __all__ = [
     "shutdown",
 ]
 
-WIDGETS = ("CheckpointTable", "GpuMeter", "LossCurve", "RunTable")
+WIDGETS = ("CheckpointTable", "GpuMeter", "LossCurve", "Playground", "RunTable")
 
 
 def __getattr__(name: str) -> Any:

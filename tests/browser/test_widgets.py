@@ -164,3 +164,36 @@ def test_metric_scale_and_smoothing_are_chosen_by_keyboard_and_told_in_words(lab
     widget.locator("summary").click()
     assert widget.locator(".tuft-table tbody tr").count() == 12
     assert lab.complaints == []
+
+
+PLAYGROUND = (
+    CONNECT
+    + """
+training = tuft_jupyter.create_training_client(rank=4).result()
+training.save_weights_for_sampler("asked").result()
+tuft_jupyter.Playground(max_tokens=24, seed=3)
+"""
+)
+
+
+def test_the_playground_shows_answers_side_by_side(lab: Lab) -> None:
+    """The base model and a fresh adapter, the same seed: the same words, in two columns, and a prompt that stays."""
+    lab.page.evaluate(
+        """code => {
+            const { content } = jupyterapp.shell.currentWidget;
+            content.model.cells.get(0).sharedModel.setSource(code);
+            content.activeCellIndex = 0;
+        }""",
+        PLAYGROUND,
+    )
+    lab.execute("notebook:run-cell")
+    lab.page.wait_for_selector(".tuft-choices input:checked >> nth=1")
+    lab.page.fill(".tuft-widget textarea", "Where is the treasure?")
+    lab.page.keyboard.press("Control+Enter")
+    wait(lab, "() => document.querySelector('.tuft-widget .tuft-note[role=status]')?.textContent === 'Done.'")
+    answers = lab.page.locator(".tuft-answer").all_inner_texts()
+    assert len(answers) == 2
+    assert answers[0]
+    assert answers[0] == answers[1]
+    picture(lab, "playground")
+    assert lab.complaints == []

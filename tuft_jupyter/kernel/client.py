@@ -132,6 +132,23 @@ class Client:
         finally:
             fresh.unlink(missing_ok=True)
 
+    def events(self, path: str, body: dict[str, Any]) -> Iterator[str]:
+        """Post to a path below the address, and the data of each server-sent event of the answer, as it comes."""
+        headers = {"Content-Type": "application/json", "X-API-Key": self.key}
+        request = urllib.request.Request(
+            f"{self.address}/{path}", data=json.dumps(body).encode(), headers=headers, method="POST"
+        )
+        try:
+            with _opener(self.address).open(request, timeout=CALL_SECONDS) as response:
+                for line in response:
+                    name, _, value = line.decode().rstrip().partition(": ")
+                    if name == "data":
+                        yield value
+        except urllib.error.HTTPError as error:
+            raise Refused(error.code, _words(error)) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(str(getattr(error, "reason", error) or type(error).__name__)) from None
+
     def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float = CALL_SECONDS
     ) -> dict[str, Any]:
@@ -174,6 +191,7 @@ def _words(error: urllib.error.HTTPError) -> str:
     try:
         said = json.loads(error.read(64 * 1024))
         text = said.get("detail") or said.get("error") or said.get("message")
+        text = text.get("message") if isinstance(text, dict) else text
     except (ValueError, OSError, AttributeError):
         text = None
     return str(text or f"{error.code} {error.reason}")

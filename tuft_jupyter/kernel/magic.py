@@ -10,8 +10,9 @@ import argparse
 import shlex
 from typing import Any, NoReturn
 
-from IPython.core.magic import Magics, line_magic, magics_class
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
+from tuft_jupyter.kernel import training_cell
 from tuft_jupyter.kernel.commands.command import Text
 from tuft_jupyter.kernel.commands.table import COMMANDS
 from tuft_jupyter.kernel.errors import TuftConnectionError
@@ -48,6 +49,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def train_parser() -> argparse.ArgumentParser:
+    options = _Parser(prog="%%tuft_train", add_help=False)
+    options.add_argument("--no-save", action="store_true", help="save nothing when it is interrupted")
+    options.add_argument("--no-curve", action="store_true", help="show no curve below the cell")
+    return options
+
+
 def run(line: str) -> Any:
     """Carry out one ``%tuft`` line; returns what the cell shows, None where progress was shown already."""
     try:
@@ -74,6 +82,15 @@ class TuftMagics(Magics):
         ``%tuft --help`` and ``%tuft init --help`` say more.
         """
         return run(line)
+
+    @cell_magic
+    def tuft_train(self, line: str, cell: str) -> None:
+        """A training loop that Kernel > Interrupt stops where a step ends: ``%%tuft_train [--no-save] [--no-curve]``.
+
+        What was reached is saved, and no request is left behind. A curve grows below the cell.
+        """
+        options = train_parser().parse_args(shlex.split(line))
+        training_cell.train(self.shell, cell, not options.no_save, not options.no_curve)
 
 
 def complete(_: Any, event: Any) -> list[str]:

@@ -124,7 +124,7 @@ class Progress:
         self._phases: dict[str, str] = {}
         self._began = time.monotonic()
         self._handle = None
-        self._notebook = _in_notebook()
+        self._notebook = in_notebook()
 
     def __call__(self, phase: str, text: str) -> None:
         told = self._phases.get(phase)
@@ -189,7 +189,7 @@ def _bar(text: str) -> str:
     return f" {BAR}</progress>" if text.endswith(" ...") else ""
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
     if "IPython" not in sys.modules:
         return False
     from IPython import get_ipython

@@ -161,7 +161,7 @@ def test_numbers_and_times_read_well() -> None:
 def test_what_is_waited_for_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     """S0-49: start, model load and archive show a moving bar while they last, and none after."""
     shown: list[Any] = []
-    monkeypatch.setattr("tuft_jupyter.kernel.report._in_notebook", lambda: True)
+    monkeypatch.setattr("tuft_jupyter.kernel.report.in_notebook", lambda: True)
     monkeypatch.setattr("IPython.display.display", lambda table, display_id: shown.append(table))
     progress = Progress()
     progress("loaded", "tuft/demo: reading weights ...")

@@ -156,7 +156,7 @@ def test_progress_in_a_notebook_is_one_output_that_is_redrawn(monkeypatch: pytes
         shown.append(repr(table))
         return Handle()
 
-    monkeypatch.setattr(report, "_in_notebook", lambda: True)
+    monkeypatch.setattr(report, "in_notebook", lambda: True)
     monkeypatch.setattr("IPython.display.display", display)
     progress = Progress()
     progress("started", "starting ...")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuft_jupyter.kernel.commands import running, serving, weights
+from tuft_jupyter.kernel.commands import asking, running, serving, weights
 from tuft_jupyter.kernel.commands.command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -13,6 +13,7 @@ COMMANDS: tuple[Command, ...] = (
     running.RESUME,
     running.WHY,
     weights.CHECKPOINTS,
+    asking.SAMPLE,
     serving.OPEN,
     serving.CONFIG,
     serving.DOCTOR,

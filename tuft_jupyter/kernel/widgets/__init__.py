@@ -7,6 +7,7 @@ from the server each time, so it is whole after a reload of the page and after a
 
 from tuft_jupyter.kernel.widgets.curve import LossCurve
 from tuft_jupyter.kernel.widgets.meter import GpuMeter
+from tuft_jupyter.kernel.widgets.playground import Playground
 from tuft_jupyter.kernel.widgets.tables import CheckpointTable, RunTable
 
-__all__ = ["CheckpointTable", "GpuMeter", "LossCurve", "RunTable"]
+__all__ = ["CheckpointTable", "GpuMeter", "LossCurve", "Playground", "RunTable"]
