@@ -138,50 +138,6 @@ def test_every_route_refuses_no_key_with_401_and_a_wrong_one_with_403(tmp_path: 
     on_server(tmp_path, body)
 
 
-def test_foreign_and_missing_objects_answer_the_same_on_every_route_and_nothing_changes(
-    tmp_path: Path,
-) -> None:
-    """S1-01, T1, T2."""
-
-    async def body(server: Server) -> None:
-        run = await server.new_run()
-        session = run.split(":")[0]
-        before = public(server.host.ledger.state)
-        asked = 0
-        for route in ROUTES:
-            for field, mine, missing in (
-                ("model_id", run, "nobody:train:0"),
-                ("session_id", session, "nobody"),
-            ):
-                in_body = route.message is not None and field in route.message.__struct_fields__
-                paths = [filled(route.path, run=value, session=value) for value in (mine, missing)]
-                if not in_body and paths[0] == paths[1]:
-                    continue
-                others = {"model_seq_id": 7, "sampling_session_seq_id": 7, "seq_id": 9, "path": "n"}
-                others |= {
-                    "project_id": "p",
-                    "source_path": "tinker://x:train:0/weights/y",
-                    "base_model": "tuft/demo",
-                    "lora_config": {"rank": 8},
-                    "reason": {"type": "success"},
-                }
-                answers = []
-                for path, value in zip(paths, (mine, missing), strict=True):
-                    sent = {**others, field: value} if route.method in ("POST", "PUT") else None
-                    answers.append(await server.ask(route.method, path, sent, BOB_KEY))
-                if route.verb == "search_sessions":  # an id is a filter there, of what is one's own
-                    assert [json.loads(answer.body)["sessions"] for answer in answers] == [[], []]
-                    continue
-                said = [refusal(answer) for answer in answers]
-                assert answers[0].code == answers[1].code, (route.path, said)
-                assert said[0].replace(mine, "X") == said[1].replace(missing, "X"), route.path
-                asked += 1
-        assert asked > 12
-        assert public(server.host.ledger.state) == before
-
-    on_server(tmp_path, body)
-
-
 def test_what_is_not_offered_says_so_by_name_and_is_not_retried(tmp_path: Path) -> None:
     async def body(server: Server) -> None:
         for method, path in NOT_OFFERED:

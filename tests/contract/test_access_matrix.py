@@ -1,0 +1,392 @@
+"""The access matrix: every route of the table against everybody who may knock. A route without a rule fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tornado.httpclient import HTTPResponse
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+from tornado.web import Application
+
+from tests.contract.test_http import BOB_KEY, Server, on_server
+from tests.contract.test_upload import adapter
+from tuft_jupyter.core.types import PROTOBUF
+from tuft_jupyter.wire import tuft_wire_pb2 as pb
+from tuft_jupyter.wire.routes import OPENAI_ROUTES, ROUTES, Access, Dialect, Route
+from tuft_jupyter_server.tinker import openai_handlers
+
+OAI = "/user/alice/tuft/oai/api/v1"
+COOKIE = {"Cookie": "username-127-0-0-1=2|alice; _xsrf=2|x", "X-XSRFToken": "2|x"}
+Ids = Mapping[str, str]
+
+
+class Whose(StrEnum):
+    """OWN: what the request names must be the caller's. TENANT: the answer is about the caller alone.
+    ADMIN: for the owner of the server and its admins. ANYBODY: no key is needed.
+    """
+
+    OWN = "own"
+    TENANT = "tenant"
+    ADMIN = "admin"
+    ANYBODY = "anybody"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``body`` makes the request of the ids it names; ``kind`` is the kind of checkpoint in the path."""
+
+    whose: Whose
+    body: Callable[[Ids], Any] = lambda ids: None
+    kind: str = "weights"
+    query: str = ""
+
+
+def own(**fields: Any) -> Rule:
+    """A body of these fields; a value in capitals stands for an id."""
+    return Rule(Whose.OWN, lambda ids: {name: ids.get(value, value) for name, value in fields.items()})
+
+
+def passes(forward_only: bool) -> Rule:
+    def body(ids: Ids) -> bytes:
+        datum = pb.Datum(model_input=[pb.Chunk(encoded_text=pb.EncodedTextChunk(tokens=b"\1\0\0\0"))])
+        message = pb.ForwardBackwardRequest(
+            model_id=ids["RUN"], seq_id=9, loss_fn="cross_entropy", data=[datum]
+        )
+        message.forward_only = forward_only
+        return message.SerializeToString()
+
+    return Rule(Whose.OWN, body)
+
+
+OF_RUN = Rule(Whose.OWN)
+TENANT, ADMIN, ANYBODY = Rule(Whose.TENANT), Rule(Whose.ADMIN), Rule(Whose.ANYBODY)
+SAMPLE = {
+    "prompt": {"chunks": [{"tokens": [1], "type": "encoded_text"}]},
+    "sampling_params": {"max_tokens": 1},
+}
+NOW = datetime.now(UTC)
+TODAY = f"?starting_on={NOW - timedelta(1):%Y-%m-%dT%H:00:00Z}&ending_before={NOW + timedelta(1):%Y-%m-%dT%H:00:00Z}"
+CHECKPOINT = "/training_runs/{run}/checkpoints/{kind}/{name}"
+RULES: dict[tuple[str, str], Rule] = {
+    ("GET", "/healthz"): ANYBODY,
+    ("GET", "/openapi.json"): ANYBODY,
+    ("GET", "/tuft/files/{ticket}"): ANYBODY,
+    ("POST", "/client/config"): TENANT,
+    ("POST", "/client/dynamic_config"): TENANT,
+    ("GET", "/get_server_capabilities"): TENANT,
+    ("POST", "/create_session"): TENANT,
+    ("POST", "/session_heartbeat"): own(session_id="SESSION"),
+    ("GET", "/sessions"): TENANT,
+    ("POST", "/sessions/search"): TENANT,
+    ("GET", "/sessions/{session}"): OF_RUN,
+    ("POST", "/sessions/{session}/finish"): Rule(Whose.OWN, lambda ids: {"reason": {"type": "success"}}),
+    ("PUT", "/sessions/{session}/project"): own(project_id="p"),
+    ("GET", "/sessions/{session}/trace_export"): OF_RUN,
+    ("POST", "/telemetry"): TENANT,
+    ("POST", "/create_model"): Rule(
+        Whose.OWN,
+        lambda ids: {
+            "session_id": ids["SESSION"], "model_seq_id": 7, "base_model": "tuft/demo", "lora_config": {"rank": 8},
+        },
+    ),
+    ("POST", "/get_info"): own(model_id="RUN"),
+    ("POST", "/unload_model"): own(model_id="RUN"),
+    ("POST", "/forward"): passes(True),
+    ("POST", "/forward_backward"): passes(False),
+    ("POST", "/optim_step"): own(model_id="RUN", seq_id=11),
+    ("POST", "/save_weights"): own(model_id="RUN", path="other", seq_id=12),
+    ("POST", "/save_weights_for_sampler"): own(model_id="RUN", path="other", seq_id=13),
+    ("POST", "/save_weights_external"): own(model_id="RUN", path="other", seq_id=14),
+    ("POST", "/load_weights"): own(model_id="RUN", path="PATH", seq_id=15),
+    ("POST", "/create_sampling_session"): Rule(
+        Whose.OWN,
+        lambda ids: {"session_id": ids["SESSION"], "sampling_session_seq_id": 7, "base_model": "tuft/demo"},
+    ),
+    ("POST", "/join_sampling_session"): own(sampling_session_id="SAMPLER"),
+    ("GET", "/samplers/{sampler}"): OF_RUN,
+    ("POST", "/asample"): Rule(Whose.OWN, lambda ids: {**SAMPLE, "sampling_session_id": ids["SAMPLER"]}),
+    ("POST", "/retrieve_future"): own(request_id="REQUEST"),
+    ("POST", "/retrieve_futures"): Rule(
+        Whose.OWN,
+        lambda ids: {"target": {"type": "sampling_session", "sampling_session_id": ids["SAMPLER"]}, "timeout": 0},
+    ),
+    ("POST", "/cancel_future"): own(request_id="SAMPLE"),
+    ("GET", "/training_runs"): TENANT,
+    ("GET", "/training_runs/{run}"): OF_RUN,
+    ("GET", "/training_runs/{run}/checkpoints"): OF_RUN,
+    ("GET", "/checkpoints"): TENANT,
+    ("PUT", f"{CHECKPOINT}/ttl"): Rule(Whose.OWN, lambda ids: {"ttl_seconds": 7200}),
+    ("POST", f"{CHECKPOINT}/publish"): OF_RUN,
+    ("DELETE", f"{CHECKPOINT}/publish"): OF_RUN,
+    ("DELETE", CHECKPOINT): OF_RUN,
+    ("GET", f"{CHECKPOINT}/archive"): OF_RUN,
+    ("POST", "/copy_weights"): own(source_path="PATH", destination_project_id="p"),
+    ("POST", "/weights_info"): own(tinker_path="PATH"),
+    ("GET", f"{CHECKPOINT}/external_weights_urls"): Rule(Whose.OWN, kind="external_weights"),
+    ("POST", "/auth/token"): TENANT,
+    ("GET", "/auth/apikey/me"): TENANT,
+    ("DELETE", "/auth/apikey/me"): TENANT,
+    ("GET", "/audit"): TENANT,
+    ("GET", "/billing/usage/events"): Rule(Whose.TENANT, query=TODAY),
+    ("GET", "/billing/usage/checkpoints/current"): TENANT,
+    ("GET", "/tuft/status"): TENANT,
+    ("POST", "/tuft/models"): Rule(Whose.ADMIN, lambda ids: {"model": "tuft/demo"}),
+    ("GET", "/tuft/keys"): TENANT,
+    ("POST", "/tuft/keys"): Rule(Whose.ADMIN, lambda ids: {"tenant": "dave"}),
+    ("PUT", "/tuft/keys/{key}"): Rule(Whose.ADMIN, lambda ids: {"ttl_seconds": 7200}),
+    ("DELETE", "/tuft/keys/{key}"): OF_RUN,
+    ("GET", "/tuft/outlook"): TENANT,
+    ("GET", "/tuft/runs/{run}/curve"): OF_RUN,
+    ("POST", "/tuft/runs/{run}/resume"): own(session_id="SESSION"),
+    ("GET", "/tuft/gauges"): TENANT,
+    ("POST", "/tuft/adapters"): Rule(Whose.TENANT, lambda ids: adapter(), query="?base_model=tuft/demo"),
+    ("GET", "/tuft/tokenizer"): Rule(Whose.TENANT, query="?model=tuft/demo"),
+    ("GET", "/models"): TENANT,
+    ("GET", "/models/{model}"): OF_RUN,
+    ("POST", "/completions"): own(model="PATH", prompt="x"),
+    ("POST", "/chat/completions"): Rule(
+        Whose.OWN, lambda ids: {"model": ids["PATH"], "messages": [{"role": "user", "content": "x"}]}
+    ),
+}  # fmt: skip
+TABLE = [*ROUTES, *OPENAI_ROUTES]
+GONE = {"SESSION": "00000000-gone", "REQUEST": "lost-request", "SAMPLE": "lost-sample", "KEY": "0" * 12}
+
+
+def named(session: str, request: str, sample: str, key: str) -> dict[str, str]:
+    run = f"{session}:train:0"
+    return {
+        "SESSION": session, "RUN": run, "SAMPLER": f"{session}:sample:0", "PATH": f"tinker://{run}/weights/n",
+        "REQUEST": request, "SAMPLE": sample, "KEY": key,
+    }  # fmt: skip
+
+
+class World:
+    """A server with a tenant, carol, who owns one object of each kind, another, bob, and keys that are no good."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        server.http.stop()
+        host = server.host
+        self.http = HTTPServer(Application(openai_handlers(OAI, host.api, host.keys, 2**22)))
+        socket, self.port = bind_unused_port()
+        self.http.add_socket(socket)
+        socket, server.port = bind_unused_port()
+        server.http.add_socket(socket)
+
+    async def furnish(self) -> None:
+        post = self.server.post
+        made = {name: await post("/tuft/keys", {"tenant": "carol"}) for name in ("good", "spare", "revoked")}
+        made["expired"] = await post("/tuft/keys", {"tenant": "carol", "ttl_seconds": 0})
+        await self.server.ask("DELETE", f"/tuft/keys/{made['revoked']['id']}")
+        self.keys = {name: key["key"] for name, key in made.items()}
+        carol = self.keys["good"]
+        run = await self.server.new_run(carol)
+        session = run.split(":")[0]
+        saved = [
+            await post(verb, {"model_id": run, "path": "n", "seq_id": seq}, carol)
+            for seq, verb in ((1, "/save_weights"), (2, "/save_weights_external"))
+        ]
+        for promise in saved:
+            await post("/retrieve_future", {"request_id": promise["request_id"]}, carol)
+        opened = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tuft/demo"}
+        await post("/create_sampling_session", opened, carol)
+        sample = await post("/asample", {**SAMPLE, "sampling_session_id": f"{session}:sample:0"}, carol)
+        await self.server.ask("POST", "/retrieve_future", {"request_id": sample["request_id"]}, carol)
+        for checkpoint in self.server.host.ledger.state.checkpoints.values():
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                (Path(checkpoint.directory) / file).write_bytes(b"{}")
+        self.ids = named(session, saved[0]["request_id"], sample["request_id"], made["spare"]["id"])
+        self.gone = named(*GONE.values())
+
+    async def ask(
+        self, route: Route, ids: Ids, key: str | None, headers: dict[str, str] | None = None
+    ) -> HTTPResponse:
+        rule = RULES[route.method, route.path]
+        path = route.path.replace("{kind}", rule.kind).replace("{name}", "n")
+        for name in ("session", "run", "sampler", "key"):
+            path = path.replace("{" + name + "}", ids[name.upper()])
+        path = (
+            path.replace("{model}", ids["PATH"].replace("/", "%2F")).replace("{ticket}", "v1.x.y")
+            + rule.query
+        )
+        body = rule.body(ids)
+        headers = dict(headers or {})
+        if isinstance(body, bytes):
+            headers["Content-Type"] = PROTOBUF
+        if route.dialect is not Dialect.OPENAI:
+            return await self.server.ask(route.method, path, body, key, headers)
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key or self.server.host.key}"
+        sent = None if route.method == "GET" else json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self.port}{OAI}{path}"
+        return await self.server.client.fetch(
+            url, method=route.method, body=sent, headers=headers, raise_error=False
+        )
+
+    def state(self) -> str:
+        """A digest of everything the server remembers, and of every file it keeps."""
+        host = self.server.host
+        root = host.service.checkpoints.root
+        kept = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+        return hashlib.sha256(repr((asdict(host.ledger.state), kept)).encode()).hexdigest()
+
+    def carols(self) -> str:
+        """What carol has, as it is remembered."""
+        state = self.server.host.ledger.state
+        families = (state.sessions, state.runs, state.samplers, state.checkpoints)
+        return repr([each for family in families for each in family.values() if each.tenant == "carol"])
+
+
+def in_a_world(tmp_path: Path, body: Callable[[World], Any]) -> None:
+    async def scenario(server: Server) -> None:
+        world = World(server)
+        await world.furnish()
+        try:
+            await body(world)
+        finally:
+            world.http.stop()
+
+    on_server(tmp_path, scenario)
+
+
+def test_every_route_has_a_rule_and_every_rule_a_route() -> None:
+    """T1: a new route without a rule fails here."""
+    assert [(route.method, route.path) for route in TABLE if (route.method, route.path) not in RULES] == []
+    assert RULES.keys() == {(route.method, route.path) for route in TABLE}
+    for route in TABLE:
+        assert (RULES[route.method, route.path].whose is Whose.ANYBODY) == (route.access is not Access.KEY)
+
+
+def test_who_has_no_good_key_is_told_so_alone_and_leaves_no_trace(tmp_path: Path) -> None:
+    """T1, S1-24: no key, an unknown, a revoked and an expired one, a cookie; whether the object exists is not told."""
+
+    async def body(world: World) -> None:
+        before = world.state()
+        strangers = [(None, {}, 401), (None, COOKIE, 401), ("tml-unknown", {}, 403)]
+        strangers += [(world.keys[name], {}, 403) for name in ("revoked", "expired")]
+        for route in TABLE:
+            if route.access is not Access.KEY:
+                continue
+            for key, headers, status in strangers:
+                here = await world.ask(route, world.ids, key, headers)
+                gone = await world.ask(route, world.gone, key, headers)
+                assert here.code == gone.code == status, (route.method, route.path, key, here.body)
+                assert here.body == gone.body, (route.method, route.path)
+                assert "Set-Cookie" not in here.headers
+        assert world.state() == before
+
+    in_a_world(tmp_path, body)
+
+
+def test_what_belongs_to_somebody_else_answers_like_what_does_not_exist(tmp_path: Path) -> None:
+    """S1-01, T1, T2: every route that names an object, with carol's ids in bob's hands: the same bytes, no change."""
+
+    async def body(world: World) -> None:
+        before = world.state()
+        asked = 0
+        for route in TABLE:
+            if RULES[route.method, route.path].whose is not Whose.OWN:
+                continue
+            foreign = await world.ask(route, world.ids, BOB_KEY)
+            missing = await world.ask(route, world.gone, BOB_KEY)
+            said = [answer.body.decode() for answer in (foreign, missing)]
+            for name in sorted(world.ids, key=lambda name: -len(world.ids[name])):
+                said = [said[0].replace(world.ids[name], name), said[1].replace(world.gone[name], name)]
+            assert foreign.code == missing.code, (route.method, route.path, said)
+            assert 400 <= foreign.code < 500, (route.method, route.path, said)
+            assert foreign.code not in (402, 409)
+            assert said[0] == said[1], (route.method, route.path)
+            assert world.state() == before, (route.method, route.path)
+            asked += 1
+        assert asked > 30
+
+    in_a_world(tmp_path, body)
+
+
+def test_what_is_about_the_caller_tells_bob_nothing_of_carol(tmp_path: Path) -> None:
+    """T1, T2."""
+
+    async def body(world: World) -> None:
+        before = world.carols()
+        for route in TABLE:
+            rule = RULES[route.method, route.path]
+            if rule.whose is not Whose.TENANT or route.verb == "revoke_key":
+                continue
+            answer = await world.ask(route, world.ids, BOB_KEY)
+            assert answer.code == 200, (route.method, route.path, answer.body)
+            told = answer.body.decode()
+            assert "carol" not in told, (route.method, route.path)
+            for name in ("SESSION", "KEY", "REQUEST", "SAMPLE"):
+                assert world.ids[name] not in told, (route.method, route.path, name)
+        assert world.carols() == before
+
+    in_a_world(tmp_path, body)
+
+
+def test_what_is_for_admins_is_refused_to_tenants(tmp_path: Path) -> None:
+    """T1."""
+
+    async def body(world: World) -> None:
+        before = world.state()
+        for route in TABLE:
+            if RULES[route.method, route.path].whose is Whose.ADMIN:
+                for key in (BOB_KEY, world.keys["good"]):
+                    assert (await world.ask(route, world.ids, key)).code == 403, (route.method, route.path)
+        assert world.state() == before
+
+    in_a_world(tmp_path, body)
+
+
+ENDS = {"finish_session", "unload_model", "delete_checkpoint", "revoke_key", "forward", "forward_backward"}
+"""Verbs after which a world is of no more use to others."""
+
+
+@pytest.mark.parametrize("verb", ["all others", *sorted(ENDS)])
+def test_the_owner_is_answered(tmp_path: Path, verb: str) -> None:
+    """T1: the success of every row, so that the refusals above mean something."""
+
+    async def body(world: World) -> None:
+        if verb in ("forward", "forward_backward"):  # the scripted engine does not read bodies
+            world.server.host.engines.trainer.gate.clear()
+        for route in TABLE:
+            if route.verb != verb and (verb in ENDS or route.verb in ENDS):
+                continue
+            rule = RULES[route.method, route.path]
+            key = {Whose.ADMIN: "", Whose.ANYBODY: None}.get(rule.whose, world.keys["good"])
+            answer = await world.ask(route, world.ids, key)
+            status = 403 if route.access is Access.SIGNED else 200  # a good address is tried in test_transfer
+            assert answer.code == status, (route.method, route.path, answer.body)
+
+    in_a_world(tmp_path, body)
+
+
+def test_names_that_climb_lead_nowhere(tmp_path: Path) -> None:
+    """T2: names that climb, in every place of a path, are refused alike and change nothing."""
+
+    async def body(world: World) -> None:
+        before = world.state()
+        for name in (
+            "..",
+            "%2e%2e%2fn",
+            "n%00",
+            "n%2F..%2Fn",
+            "x" * 4096,
+            "%C0%AE%C0%AE",
+            "tinker:%2F%2F..%2F..",
+        ):
+            for method, ending in (("DELETE", ""), ("GET", "/archive"), ("POST", "/publish")):
+                path = f"/training_runs/{world.ids['RUN']}/checkpoints/weights/{name}{ending}"
+                answer = await world.server.ask(method, path, key=world.keys["good"])
+                assert 400 <= answer.code < 500, (name, answer.code)
+        assert world.state() == before
+
+    in_a_world(tmp_path, body)
