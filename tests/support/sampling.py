@@ -19,7 +19,9 @@ def prompt(length: int, seed: int = 0) -> np.ndarray:
 
 def ask(tokens: np.ndarray, n: int = 1, **params: Any) -> SampleRequest:
     fields = {
-        name: params.pop(name) for name in ("prompt_logprobs", "topk_prompt_logprobs") if name in params
+        name: params.pop(name)
+        for name in ("prompt_logprobs", "topk_prompt_logprobs", "topk_sample_logprobs")
+        if name in params
     }
     params = {"max_tokens": 12, "stop_tokens": (), **params}
     return SampleRequest(tokens, n, SamplingParams(**params), **fields)

@@ -118,14 +118,14 @@ class ScriptedSampler:
 
     async def start(self) -> None: ...
 
-    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> Outcome:
+    async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         if self.dies:
             self.dies -= 1
             raise EngineDied("killed by the test")
         return Outcome(request_id, result=(adapter or "base").encode(), content_type=JSON)
 
     async def complete(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool
+        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = ""
     ) -> AsyncGenerator[bytes, None]:
         """Two chunks for a stream, else one; for the user ``hang`` it draws until nobody listens."""
         if self.dies:

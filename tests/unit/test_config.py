@@ -18,6 +18,7 @@ from tuft_jupyter.config import (
     config_file,
     generated_config,
     load_settings,
+    sampler_choice,
 )
 
 SEED = """
@@ -321,3 +322,26 @@ def test_the_file_of_a_server_that_was_named_none(env: dict[str, str], write: An
     assert config_file(env, str(trait)) == trait
     assert config_file(env | {"TUFT_CONFIG": str(given)}, str(trait)) == given
     assert config_file(env | {"TUFT_CONFIG": "/no/such.yaml"}, "") == default
+
+
+def test_the_sampler_is_chosen_by_what_is_there(write: Any, env: dict[str, str]) -> None:
+    """S2-51: vllm or torch; left to itself, vLLM where it is installed and there is a GPU."""
+    assert sampler_choice("auto", installed=True, gpu=True)[0] == "vllm"
+    assert sampler_choice("auto", installed=True, gpu=False) == ("torch", "there is no GPU")
+    assert sampler_choice("auto", installed=False, gpu=True) == ("torch", "vLLM is not installed")
+    assert sampler_choice("vllm", installed=False, gpu=False)[0] == "vllm"
+    text = "supported_models:\n- {model_name: a, sampler_type: vllm, gpu_memory_utilization: 0.2}\n- {model_name: b}"
+    settings = load_settings(write(text), env)
+    assert [m.sampler_type for m in settings.supported_models] == ["vllm", None]
+    assert settings.model("a").gpu_memory_utilization == 0.2
+    with pytest.raises(ConfigError, match="sampler_type must be one of auto, torch, vllm, not 'vlm'"):
+        load_settings(write("supported_models: [{model_name: a, sampler_type: vlm}]"), env)
+    with pytest.raises(ConfigError, match="gpu_memory_utilization must be above 0"):
+        load_settings(write("supported_models: [{model_name: a, gpu_memory_utilization: 0}]"), env)
+
+
+def test_the_limits_of_a_model_that_no_file_lists_are_the_servers(write: Any, env: dict[str, str]) -> None:
+    """S4-19: a rank over the limit is refused when the run is created; the sampler is built for the same limit."""
+    settings = load_settings(write("supported_models: [{model_name: a}]"), env | {"TUFT_MAX_LORA_RANK": "24"})
+    assert (settings.model("a").max_lora_rank, settings.model("b").max_lora_rank) == (16, 24)
+    assert settings.rank_limit("b") == 24

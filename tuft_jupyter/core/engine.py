@@ -154,11 +154,14 @@ class SamplingEngine(Protocol):
 
     async def start(self) -> None: ...
 
-    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> Outcome:
-        """Sample from the base model or from the adapter in a directory; the body is the JSON request."""
+    async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
+        """Sample from the base model or from the adapter in a directory; the body is the JSON request.
+
+        What is remembered of a prompt is shared within a ``tenant`` only.
+        """
 
     def complete(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool
+        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = ""
     ) -> AsyncGenerator[bytes, None]:
         """The answer to a request in OpenAI's form: its chunks as they are drawn, or the whole as one.
 

@@ -179,7 +179,9 @@ class Sampling:
             for _ in range(2):
                 try:
                     await worker.ready()
-                    outcome = await worker.engine.sample(request_id, sampler.directory, body)
+                    outcome = await worker.engine.sample(
+                        request_id, sampler.directory, body, tenant=sampler.tenant
+                    )
                 except EngineDied as death:
                     log.warning("the sampling worker of %s died: %s", sampler.base_model, death)
                     worker.lost()

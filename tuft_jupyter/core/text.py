@@ -86,7 +86,9 @@ class Text:
             begun = False
             try:
                 await worker.ready()
-                chunks = worker.engine.complete(secrets.token_hex(12), directory, body, chat=chat)
+                chunks = worker.engine.complete(
+                    secrets.token_hex(12), directory, body, chat=chat, tenant=principal.tenant
+                )
                 async with aclosing(chunks) as open_chunks:
                     async for chunk in open_chunks:
                         begun = True

@@ -162,6 +162,7 @@ class SampleRequest:
     What is to be told of the prompt: the log-probabilities of its own tokens, and of the ``topk`` likeliest in their
     places (both only of the last ``prompt_logprobs_last_n`` positions if that is given), those of ``targets``, and
     ``prompt_alt_tokens_k`` tokens drawn at the request's temperature in each place after the first.
+    Requests of different ``salt`` share nothing that is remembered of their prompts.
     """
 
     prompt: Int32Array
@@ -173,6 +174,7 @@ class SampleRequest:
     prompt_logprobs_last_n: int | None = None
     targets: TargetIds | None = None
     prompt_alt_tokens_k: int = 0
+    salt: str = ""
 
 
 class StopReason(StrEnum):

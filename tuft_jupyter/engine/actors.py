@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,26 @@ LAST_WORDS_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class VllmOptions:
+    """Keywords of :class:`~tuft_jupyter.engine.vllm_sampler.VllmSampler`."""
+
+    max_rank: int
+    max_loras: int
+    gpu_memory: float
+    tensor_parallel: int
+
+
+@dataclass(frozen=True, slots=True)
 class ActorOptions:
-    """``threads`` for torch on the CPU; ``options`` are further keywords of the trainer or sampler."""
+    """``threads`` for torch on the CPU; ``options`` are further keywords of the trainer or sampler.
+
+    ``vllm`` is there if that is the sampler.
+    """
 
     card: ModelCard
     threads: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    vllm: VllmOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,21 +169,30 @@ class SamplingActor(EngineActor):
         self.text = self.texts()
 
     def sampler(self) -> Sampler:
+        if self.options.vllm is not None:
+            from tuft_jupyter.engine.vllm_sampler import VllmSampler
+
+            options = {**self.model_options(), **asdict(self.options.vllm), "on_death": self._end}
+            return VllmSampler(self.options.card.path, **options)
         from tuft_jupyter.engine.torch_sampler import TorchSampler
 
         return TorchSampler(self.options.card.path, **self.model_options())
 
-    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> tuple[Outcome, int]:
+    async def sample(
+        self, request_id: str, adapter: str | None, body: bytes, tenant: str
+    ) -> tuple[Outcome, int]:
         """(the outcome, GPU bytes held)."""
-        return await self.worker.sample(request_id, adapter, body), self.gpu_bytes()
+        return await self.worker.sample(request_id, adapter, body, salt=tenant), self.gpu_bytes()
 
     async def cancel(self, request_id: str) -> None:
         self.worker.cancel(request_id)
         self.text.cancel(request_id)
 
-    async def complete(self, request_id: str, adapter: str | None, body: bytes, chat: bool) -> Part:
+    async def complete(
+        self, request_id: str, adapter: str | None, body: bytes, chat: bool, tenant: str
+    ) -> Part:
         """The first part of the answer to a request in OpenAI's form."""
-        return await self.text.begin(request_id, adapter, body, chat=chat)
+        return await self.text.begin(request_id, adapter, body, chat=chat, salt=tenant)
 
     async def more(self, request_id: str) -> Part:
         """The next part of such an answer."""

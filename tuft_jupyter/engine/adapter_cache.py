@@ -18,10 +18,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from tuft_jupyter.core.errors import NotFound
 from tuft_jupyter.engine import checkpoint
 from tuft_jupyter.engine.base import BaseModel
 from tuft_jupyter.engine.lora import Adapter, AdapterBank, MultiLoraLinear, Slot
+from tuft_jupyter.engine.shelf import Shelf, identity
 
 _MOULDS = 8  # geometries remembered
 
@@ -54,41 +54,28 @@ class AdapterCache:
     def __init__(self, base: BaseModel, capacity: int) -> None:
         self._base = base
         self._bank = AdapterBank(base)
-        self._capacity = capacity
-        self._moulds: OrderedDict[str, _Mould] = OrderedDict()  # least recently used first, as the next two
-        self._held: OrderedDict[str, _Mould] = OrderedDict()
-        self._uses: dict[str, int] = {}
+        self._moulds: OrderedDict[str, _Mould] = OrderedDict()  # least recently used first
+        self._held: Shelf[tuple[str, _Mould]] = Shelf(capacity, lambda held: held[1].melt(held[0]))
 
     def take(self, directory: Path) -> str | None:
         """The name that the adapter of a directory has in the model, loaded if need be.
 
         None while there is no room. UserError if it is missing, damaged, or does not fit the base model.
         """
-        name = _identity(directory)
-        if name not in self._held:
-            if len(self._held) >= self._capacity and not self._evict():
+        name = identity(directory, checkpoint.WEIGHTS)
+        if self._held.take(name) is None:
+            if not self._held.make_room():
                 return None
             saved = checkpoint.read(directory, self._base, optimizer=False)
             mould = self._mould(saved.config)
             saved.check_fits(mould.adapter)
             mould.cast(name, saved.weights)
-            self._held[name] = mould
-            self._uses[name] = 0
-        self._held.move_to_end(name)
-        self._uses[name] += 1
+            self._held.put(name, (name, mould))
         return name
 
     def give_back(self, name: str) -> None:
         """One use less; the adapter stays until room is needed."""
-        self._uses[name] -= 1
-
-    def _evict(self) -> bool:
-        for name in self._held:
-            if not self._uses[name]:
-                self._held.pop(name).melt(name)
-                del self._uses[name]
-                return True
-        return False
+        self._held.give_back(name)
 
     def _mould(self, config: LoraConfig) -> _Mould:
         targets = config.target_modules
@@ -106,11 +93,3 @@ def _same_place(vector: Tensor, tensor: Tensor) -> Tensor:
     """The part of ``vector`` that lies where ``tensor`` lies in its own vector."""
     start = tensor.storage_offset()
     return vector[start : start + tensor.numel()].view(tensor.shape)
-
-
-def _identity(directory: Path) -> str:
-    try:
-        found = (directory / checkpoint.WEIGHTS).stat()
-    except OSError:
-        raise NotFound(f"the saved weights {directory.name!r} are no longer there; save them again") from None
-    return f"{directory}@{found.st_ino}.{found.st_mtime_ns}"

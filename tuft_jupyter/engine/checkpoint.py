@@ -162,6 +162,28 @@ def read(source: Path, base: BaseModel, *, optimizer: bool) -> Saved:
     return Saved(spec, config, _tensors(WEIGHTS, contents[WEIGHTS]), manifest["step"], moments)
 
 
+def verify(source: Path, *, base_name: str, max_rank: int) -> None:
+    """UserError unless a checkpoint directory is whole and made for a base model of this name.
+
+    For whoever reads the files by other means afterwards, without the base model at hand.
+    """
+    if not (source / CONFIG).is_file() or not (source / WEIGHTS).is_file():
+        raise UserError(f"checkpoint: {CONFIG} or {WEIGHTS} is missing; this is not a PEFT adapter directory")
+    config = _peft_config(source)
+    if (source / MANIFEST).is_file():
+        manifest = _manifest(source)
+        if manifest["base"]["name"] != base_name:
+            raise UserError(
+                f"checkpoint: it was trained on another base model ({manifest['base']['name']}), not on {base_name}"
+            )
+        content = [_verified(source / name, manifest["files"].get(name)) for name in (CONFIG, WEIGHTS)][1]
+    else:
+        content = (source / WEIGHTS).read_bytes()
+    if config.r > max_rank:
+        raise UserError(f"checkpoint: its rank is {config.r}; the limit here is {max_rank} (max_lora_rank)")
+    _tensors(WEIGHTS, content)
+
+
 def _read_foreign(source: Path, base: BaseModel) -> Saved:
     """A PEFT directory without our manifest."""
     config = _peft_config(source)

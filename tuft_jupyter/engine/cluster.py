@@ -9,24 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
+import logging
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from tuft_jupyter.config import Settings
+from tuft_jupyter.config import Settings, sampler_choice
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.errors import ServerError, failure
 from tuft_jupyter.core.types import ModelCard
-from tuft_jupyter.engine.actors import ActorOptions, EngineActor, Loaded, SamplingActor, TrainingActor
+from tuft_jupyter.engine.actors import (
+    ActorOptions,
+    EngineActor,
+    Loaded,
+    SamplingActor,
+    TrainingActor,
+    VllmOptions,
+)
 from tuft_jupyter.engine.pretrained import TRUST
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
 
 if TYPE_CHECKING:
     from tuft_jupyter.engine.text_worker import Part
+
+log = logging.getLogger(__name__)
 
 GPU_SHARE = 0.2
 """Of one GPU, asked for by every actor: enough for a trainer and a sampler of two base models on one GPU."""
@@ -163,14 +174,22 @@ class _ClusterEngine:
             environment |= CPU_MALLOC
         options: dict[str, Any] = {
             "num_cpus": 0 if session.place.local else self.threads,
-            "num_gpus": GPU_SHARE if on_gpu else 0,
+            "num_gpus": self.gpus() if on_gpu else 0,
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": environment},
         }
         if self.concurrency is not None:
             options["max_concurrency"] = self.concurrency
-        return ray.remote(self.actor_class).options(**options).remote(self._options)
+        return ray.remote(self.actor_class).options(**options).remote(self.actor_options(on_gpu))
+
+    def gpus(self) -> float:
+        """How much of the GPUs an actor asks for, where there are any."""
+        return GPU_SHARE
+
+    def actor_options(self, on_gpu: bool) -> ActorOptions:
+        """What the actor is told."""
+        return self._options
 
     async def _load(self, actor: _Actor) -> None:
         placed = asyncio.ensure_future(self._answer(actor, actor.handle.pid.remote()))
@@ -261,23 +280,41 @@ class ClusterSamplingEngine(_ClusterEngine):
     actor_class = SamplingActor
     concurrency = SAMPLES_AT_ONCE
 
-    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> Outcome:
+    def __init__(
+        self, *args: Any, asked: str = "torch", vllm: VllmOptions | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._asked, self._vllm = asked, vllm
+
+    def gpus(self) -> float:
+        """vLLM spreads a model over whole GPUs; on one it shares."""
+        vllm = self.actor_options(on_gpu=True).vllm
+        return vllm.tensor_parallel if vllm is not None and vllm.tensor_parallel > 1 else GPU_SHARE
+
+    def actor_options(self, on_gpu: bool) -> ActorOptions:
+        """With vLLM's part of it if that is the sampler."""
+        installed = importlib.util.find_spec("vllm") is not None
+        choice, why = sampler_choice(self._asked, installed=installed, gpu=on_gpu)
+        log.info("%s is sampled with %s: %s", self.card.name, choice, why)
+        return replace(self._options, vllm=self._vllm if choice == "vllm" else None)
+
+    async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         """Sample from the base model or from the adapter in a directory; the body is the JSON request."""
         actor = self._ready()
         outcome: Outcome
         outcome, actor.gpu_bytes = await self._answer(
-            actor, actor.handle.sample.remote(request_id, adapter, body)
+            actor, actor.handle.sample.remote(request_id, adapter, body, tenant)
         )
         return outcome
 
     async def complete(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool
+        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = ""
     ) -> AsyncGenerator[bytes, None]:
         """The answer to a request in OpenAI's form: its chunks as they are drawn, or the whole as one."""
         actor = self._ready()
         ended = False
         try:
-            call = actor.handle.complete.remote(request_id, adapter, body, chat)
+            call = actor.handle.complete.remote(request_id, adapter, body, chat, tenant)
             while not ended:
                 part: Part = await self._answer(actor, call)
                 ended = part.ended
@@ -318,7 +355,17 @@ class Engines:
     def sampling(self, card: ModelCard) -> ClusterSamplingEngine:
         options = {"max_context": card.max_context_length}
         trusted = self.settings.trusts_code(card.name)
-        return self._keep(ClusterSamplingEngine(card, self._runtime, 1, options, trusted=trusted))
+        model = self.settings.model(card.name)
+        vllm = VllmOptions(
+            max_rank=model.max_lora_rank,
+            max_loras=model.max_loras,
+            gpu_memory=model.gpu_memory_utilization,
+            tensor_parallel=model.tensor_parallel_size,
+        )
+        asked = model.sampler_type or self.settings.sampler_type
+        return self._keep(
+            ClusterSamplingEngine(card, self._runtime, 1, options, trusted=trusted, asked=asked, vllm=vllm)
+        )
 
     def workers(self) -> list[tuple[str, int]]:
         """(name, pid) of the worker processes on this machine."""

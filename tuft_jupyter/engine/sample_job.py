@@ -24,6 +24,10 @@ from tuft_jupyter.core.types import (
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens included."""
 
+DIVERGED = (
+    "the logits of these weights are not finite: the adapter has diverged; sample from an earlier checkpoint, or "
+    "train with a lower learning rate"
+)
 _TAIL = 4  # tokens before a stop string: many tokenizers drop the space that opens a text
 
 

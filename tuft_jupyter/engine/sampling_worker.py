@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tuft_jupyter.core.engine import Listener, Outcome, Sampler
@@ -51,11 +52,11 @@ class SamplingWorker:
         self._thread = threading.Thread(target=self._serve, name="sampler", daemon=True)
         self._thread.start()
 
-    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> Outcome:
+    async def sample(self, request_id: str, adapter: str | None, body: bytes, *, salt: str = "") -> Outcome:
         """Sample from the base model, or from the adapter saved in a directory."""
         began = time.perf_counter()
         try:
-            request = decode_sample_request(body, default_max_tokens=self._context)
+            request = replace(decode_sample_request(body, default_max_tokens=self._context), salt=salt)
             result = await self.draw(request_id, adapter, request)
             encoded = encode_sample_response(result)
         except TuftError as error:

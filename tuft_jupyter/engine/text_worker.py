@@ -49,11 +49,13 @@ class TextWorker:
         self._thread = ThreadPoolExecutor(1, "tokenizer")
         self._open: dict[str, _Conversation] = {}
 
-    async def begin(self, request_id: str, adapter: str | None, body: bytes, *, chat: bool) -> Part:
+    async def begin(
+        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, salt: str = ""
+    ) -> Part:
         """Start a conversation; returns its first part."""
         loop = asyncio.get_running_loop()
         try:
-            asked = await loop.run_in_executor(self._thread, self._prepare, request_id, body, chat)
+            asked = await loop.run_in_executor(self._thread, self._prepare, request_id, body, chat, salt)
         except TuftError as error:
             return Part(ended=True, category=error.category, error=error.message)
         self._open[request_id] = asked
@@ -83,7 +85,7 @@ class TextWorker:
         if asked is not None:
             asked.stop()
 
-    def _prepare(self, request_id: str, body: bytes, chat: bool) -> _Conversation:
+    def _prepare(self, request_id: str, body: bytes, chat: bool, salt: str) -> _Conversation:
         request = decode_request(body, chat=chat)
         if self._model is None:
             self._model = TextModel(self._directory)
@@ -106,7 +108,8 @@ class TextWorker:
         top = request.top or 0
         scored = request.echo and request.top is not None
         samples = [
-            SampleRequest(prompt, request.n, params, scored, top if scored else 0, top) for prompt in prompts
+            SampleRequest(prompt, request.n, params, scored, top if scored else 0, top, salt)
+            for prompt in prompts
         ]
         for sample in samples:
             self._worker.sampler.check(sample)

@@ -35,15 +35,10 @@ from tuft_jupyter.engine.base import load_base
 from tuft_jupyter.engine.kv_cache import DecodeAttention, KVCache, PrefillAttention
 from tuft_jupyter.engine.pretrained import reading
 from tuft_jupyter.engine.prompt_scores import score_prompt
-from tuft_jupyter.engine.sample_job import Decode, Job, Limits, Live, shares
+from tuft_jupyter.engine.sample_job import DIVERGED, Decode, Job, Limits, Live, shares
 from tuft_jupyter.engine.sampling import Picker, generator
 
 log = logging.getLogger(__name__)
-
-_DIVERGED = (
-    "the logits of these weights are not finite: the adapter has diverged; sample from an earlier checkpoint, or "
-    "train with a lower learning rate"
-)
 
 Ended = list[tuple[str, SampleResult | TuftError]]
 
@@ -150,7 +145,7 @@ class TorchSampler:
         if self._live:
             self._decode()
         for job in [job for job in self._jobs if job.broken]:
-            self._fail(job, UserError(_DIVERGED), ended)
+            self._fail(job, UserError(DIVERGED), ended)
         for job in [job for job in self._jobs if job.ended]:
             self._drop(job)
             ended.append((job.key, job.result()))

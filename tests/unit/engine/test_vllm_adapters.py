@@ -1,0 +1,130 @@
+"""Names of adapters in a vLLM engine, and which are held: the part of the vLLM sampler that needs no vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.loops import on_a_loop
+from tuft_jupyter.core.errors import NotFound, UserError
+from tuft_jupyter.core.types import ModelCard
+from tuft_jupyter.engine.actors import ActorOptions, VllmOptions
+from tuft_jupyter.engine.cluster import GPU_SHARE, ClusterSamplingEngine
+from tuft_jupyter.engine.vllm_adapters import WEIGHTS, Named, NamedAdapters
+from tuft_jupyter.engine.vllm_sampler import VllmSampler
+
+
+class Engine:
+    """Remembers what it was told; weights that say ``bad`` cannot be loaded."""
+
+    def __init__(self) -> None:
+        self.loaded: list[Named] = []
+        self.held: set[int] = set()
+
+    async def load(self, named: Named) -> None:
+        await asyncio.sleep(0)
+        if (named.directory / WEIGHTS).read_text() == "bad":
+            raise UserError("bad weights")
+        self.loaded.append(named)
+        self.held.add(named.number)
+
+    def unload(self, named: Named) -> None:
+        self.held.discard(named.number)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def saved(home: Path, name: str, text: str = "1") -> Path:
+    directory = home / name
+    directory.mkdir(exist_ok=True)
+    (directory / WEIGHTS).unlink(missing_ok=True)
+    (directory / WEIGHTS).write_text(text)
+    return directory
+
+
+async def use(adapters: NamedAdapters, directory: Path) -> Named:
+    async with adapters.using(directory) as named:
+        return named
+
+
+@on_a_loop
+async def test_every_saved_version_has_a_name_and_a_number_of_its_own(engine: Engine, tmp_path: Path) -> None:
+    adapters = NamedAdapters(4, engine.load, engine.unload)
+    first = await use(adapters, saved(tmp_path, "a"))
+    assert await use(adapters, tmp_path / "a") == first
+    os.utime(saved(tmp_path, "a", "2") / WEIGHTS, ns=(1, 1))
+    second = await use(adapters, tmp_path / "a")
+    other = await use(adapters, saved(tmp_path, "b"))
+    assert len({each.name for each in (first, second, other)}) == 3
+    assert len({each.number for each in (first, second, other)}) == 3
+
+
+@on_a_loop
+async def test_the_one_used_least_recently_goes_and_is_loaded_again_under_a_new_name(
+    engine: Engine, tmp_path: Path
+) -> None:
+    adapters = NamedAdapters(2, engine.load, engine.unload)
+    a, b, c = (saved(tmp_path, name) for name in "abc")
+    first = await use(adapters, a)
+    await use(adapters, b)
+    await use(adapters, a)
+    await use(adapters, c)  # drops b
+    assert await use(adapters, a) == first
+    again = await use(adapters, b)
+    assert [named.directory.name for named in engine.loaded] == ["a", "b", "c", "b"]
+    assert again.name not in {named.name for named in engine.loaded[:-1]}
+    assert len(engine.held) == 2
+
+
+@on_a_loop
+async def test_what_is_in_use_stays_and_others_wait(engine: Engine, tmp_path: Path) -> None:
+    adapters = NamedAdapters(1, engine.load, engine.unload)
+    a, b = saved(tmp_path, "a"), saved(tmp_path, "b")
+    async with adapters.using(a) as held:
+        waiting = [asyncio.create_task(use(adapters, b)) for _ in range(3)]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert engine.held == {held.number}
+        waiting.pop().cancel()
+    assert {named.directory for named in await asyncio.gather(*waiting)} == {b}
+    assert len(engine.loaded) == 2
+
+
+@on_a_loop
+async def test_weights_that_cannot_be_loaded_fail_everybody_who_asked_and_are_tried_again(
+    engine: Engine, tmp_path: Path
+) -> None:
+    adapters = NamedAdapters(1, engine.load, engine.unload)
+    bad = saved(tmp_path, "a", "bad")
+    results = await asyncio.gather(*(use(adapters, bad) for _ in range(3)), return_exceptions=True)
+    assert [type(result) for result in results] == [UserError] * 3
+    with pytest.raises(NotFound, match="no longer there"):
+        await use(adapters, tmp_path / "nowhere")
+    (bad / WEIGHTS).write_text("good")
+    assert (await use(adapters, bad)).directory == bad
+
+
+def test_without_vllm_the_error_names_the_extra(qwen3: Path) -> None:
+    with pytest.raises(UserError, match=r'not installed: pip install "tuft-jupyter\[vllm\]"'):
+        VllmSampler(qwen3)
+
+
+def test_a_sampler_over_several_gpus_asks_for_them() -> None:
+    """S1-20: a model with tensor_parallel_size 2 is placed on two GPUs; one that shares asks for its share."""
+    card = ModelCard("m", "/m", 128, 64, "Qwen3ForCausalLM")
+
+    def made(asked: str, gpus: int) -> ClusterSamplingEngine:
+        return ClusterSamplingEngine(card, None, 1, asked=asked, vllm=VllmOptions(16, 1, 0.2, gpus))
+
+    assert made("vllm", 2).gpus() == 2
+    assert made("vllm", 1).gpus() == GPU_SHARE
+    assert made("torch", 2).gpus() == GPU_SHARE
+    options: ActorOptions = made("vllm", 2).actor_options(on_gpu=True)
+    assert options.vllm == VllmOptions(max_rank=16, max_loras=1, gpu_memory=0.2, tensor_parallel=2)
+    assert made("auto", 1).actor_options(on_gpu=True).vllm is None  # it is not installed here

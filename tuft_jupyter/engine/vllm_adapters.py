@@ -1,0 +1,89 @@
+"""Saved adapters under the names that a vLLM engine knows them by.
+
+vLLM's prefix cache tells adapters apart by name, so a name that is used again serves blocks of the weights that
+had it before (vllm#42125): every saved version gets a name and an id of its own, for ever. An adapter is read and
+verified here first, because vLLM takes what it is given, and a bad file found in the middle of a batch ends its
+engine. At most ``capacity`` are held; whoever comes when all are in use waits; one that was dropped is loaded again
+when it is asked for.
+
+Knows no vLLM: loading and unloading are two functions. For one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuft_jupyter.core.errors import ServerError
+from tuft_jupyter.engine.shelf import Shelf, identity
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """One saved version of an adapter. ``number`` is above 0 and, like ``name``, never used for another."""
+
+    name: str
+    number: int
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    named: Named
+    loaded: asyncio.Task[None]
+
+
+class NamedAdapters:
+    """``load`` makes an adapter known to the engine, or raises; ``unload`` is told what leaves it."""
+
+    def __init__(
+        self,
+        capacity: int,
+        load: Callable[[Named], Awaitable[None]],
+        unload: Callable[[Named], None],
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        self._load = load
+        self._numbers = numbers or itertools.count(1)
+        self._shelf: Shelf[_Held] = Shelf(capacity, lambda held: unload(held.named))
+        self._freed = asyncio.Event()
+
+    @asynccontextmanager
+    async def using(self, directory: Path) -> AsyncIterator[Named]:
+        """The adapter of a directory, loaded, and kept for as long as the block lasts.
+
+        UserError if it is missing, damaged, or does not fit.
+        """
+        key = identity(directory, WEIGHTS)
+        held = await self._take(key, directory)
+        try:
+            await asyncio.shield(held.loaded)  # others may wait for it too
+            yield held.named
+        finally:
+            broken = held.loaded.done() and held.loaded.exception() is not None
+            if not self._shelf.give_back(key) and broken:
+                self._shelf.forget(key)
+            self._freed.set()
+
+    async def _take(self, key: str, directory: Path) -> _Held:
+        while True:
+            held = self._shelf.take(key)
+            if held is not None:
+                return held
+            if self._shelf.make_room():
+                number = next(self._numbers)
+                named = Named(f"{directory.name}-{number}", number, directory)
+                return self._shelf.put(key, _Held(named, asyncio.create_task(self._loaded(key, named))))
+            self._freed.clear()
+            await self._freed.wait()
+
+    async def _loaded(self, key: str, named: Named) -> None:
+        await self._load(named)
+        if identity(named.directory, WEIGHTS) != key:
+            raise ServerError("the saved weights were replaced while they were read; sample again")
