@@ -108,7 +108,7 @@ class TextWorker:
         top = request.top or 0
         scored = request.echo and request.top is not None
         samples = [
-            SampleRequest(prompt, request.n, params, scored, top if scored else 0, top, salt)
+            SampleRequest(prompt, request.n, params, scored, top if scored else 0, top, salt=salt)
             for prompt in prompts
         ]
         for sample in samples:
