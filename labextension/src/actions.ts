@@ -6,6 +6,7 @@
 import {
   Clipboard,
   Dialog,
+  InputDialog,
   Notification,
   showDialog
 } from '@jupyterlab/apputils';
@@ -13,6 +14,7 @@ import { URLExt } from '@jupyterlab/coreutils';
 import { TranslationBundle } from '@jupyterlab/translation';
 import { Api } from './api';
 import { ICheckpoint, IRun } from './model';
+import { IDropped } from './upload';
 
 /** See the head of the file. */
 export class Actions {
@@ -67,6 +69,45 @@ export class Actions {
       );
       save(address, `${checkpoint.name}.tar`);
     });
+  }
+
+  /** Keep an adapter made elsewhere, for one of the `models`. */
+  async upload(
+    dropped: IDropped | null,
+    models: readonly string[]
+  ): Promise<void> {
+    const trans = this._trans;
+    if (!dropped) {
+      Notification.warning(
+        trans.__(
+          'That is no PEFT adapter: drop a folder with adapter_config.json and adapter_model.safetensors, or a tar archive of one.'
+        ),
+        { autoClose: 8000 }
+      );
+      return;
+    }
+    const model =
+      models.length > 1
+        ? (
+            await InputDialog.getItem({
+              title: trans.__('Which base model is %1 for?', dropped.name),
+              items: [...models]
+            })
+          ).value
+        : models[0];
+    if (!model) {
+      return;
+    }
+    const work = this._api.upload(dropped.archive, model, dropped.name);
+    Notification.promise(work, {
+      pending: { message: trans.__('Uploading %1…', dropped.name) },
+      success: { message: path => trans.__('Uploaded as %1', path) },
+      error: {
+        message: reason =>
+          reason instanceof Error ? reason.message : String(reason)
+      }
+    });
+    await work.catch(() => undefined);
   }
 
   /** End a run, after a question: its worker's memory is free again. */

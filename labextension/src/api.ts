@@ -33,6 +33,8 @@ export interface IWorkerGauge {
   pid: number;
   cpu: number;
   memory: number;
+  /** Bytes on GPUs; absent from older servers. */
+  gpu_memory?: number;
 }
 
 /** `used` and `total` are bytes, `utilization` percent. */
@@ -53,11 +55,28 @@ export interface IGauges {
   gpus: IGpuGauge[];
 }
 
+/** A run whose requests wait or run, and what for. */
+export interface IWaiting {
+  run: string;
+  pending: number;
+  why: string;
+}
+
+/** A line of the server's log. */
+export interface ILogLine {
+  n: number;
+  time: number;
+  level: string;
+  text: string;
+}
+
 /** What the websocket sends. `resync` asks for a new snapshot. */
 export type FeedMessage =
   | { type: 'records'; records: IRecord[] }
   | { type: 'status'; status: IStatus }
   | ({ type: 'gauges' } & IGauges)
+  | { type: 'queue'; queue: IWaiting[] }
+  | { type: 'log'; lines: ILogLine[] }
   | { type: 'resync' };
 
 /** The answer to `GET state`. */
@@ -69,8 +88,11 @@ export interface IStateAnswer {
 /** Why there is no answer, in the terms in which a person can mend it. */
 export class ApiError extends Error {
   constructor(
-    /** `missing`: no server extension; `forbidden`: not allowed; `unreachable`: anything else, worth trying again. */
-    readonly reason: 'missing' | 'forbidden' | 'unreachable',
+    /**
+     * `missing`: no server extension; `forbidden`: not allowed; `unusable`: the server says in the message why it cannot
+     * serve; `unreachable`: anything else, worth trying again.
+     */
+    readonly reason: 'missing' | 'forbidden' | 'unusable' | 'unreachable',
     message: string
   ) {
     super(message);
@@ -104,6 +126,25 @@ export class Api implements IApi {
     return text ? JSON.parse(text) : null;
   }
 
+  /** Keep an adapter made elsewhere: a tar archive of a PEFT directory. Resolves with its path. */
+  async upload(archive: Blob, model: string, name: string): Promise<string> {
+    const query = new URLSearchParams({ base_model: model, name });
+    const response = await ServerConnection.makeRequest(
+      this.address(`tuft/lab/api/v1/tuft/adapters?${query}`),
+      {
+        method: 'POST',
+        body: archive,
+        headers: { 'Content-Type': 'application/x-tar' }
+      },
+      this._server
+    );
+    if (!response.ok) {
+      throw new Error(await reason(response));
+    }
+    const answer = await response.json();
+    return answer.tinker_path;
+  }
+
   /** A request for text; the answer is a stream of events. */
   text(route: string, body: unknown, signal: AbortSignal): Promise<Response> {
     return this._request(
@@ -124,6 +165,12 @@ export class Api implements IApi {
     }
     if (response.ok) {
       return response.json();
+    }
+    if (response.status === 503) {
+      const { problem } = await response.json().catch(() => ({}));
+      if (problem) {
+        throw new ApiError('unusable', problem);
+      }
     }
     const reasons: { [status: number]: ApiError['reason'] } = {
       401: 'forbidden',

@@ -3,6 +3,7 @@ import {
   codeIcon,
   deleteIcon,
   downloadIcon,
+  fileUploadIcon,
   runIcon,
   usersIcon
 } from '@jupyterlab/ui-components';
@@ -24,10 +25,22 @@ export function Checkpoints(props: IShown): JSX.Element {
   const entries = [...state.checkpoints.values()].reverse();
   const visible = all ? entries : entries.slice(0, FIRST_ENTRIES);
   return (
-    <Section title={trans.__('Checkpoints')} count={entries.length}>
+    <Section
+      title={trans.__('Checkpoints')}
+      count={entries.length}
+      actions={
+        <IconButton
+          icon={fileUploadIcon}
+          label={trans.__('Upload a PEFT adapter, or drop its folder here')}
+          onClick={() => void props.commands.execute(CommandIDs.uploadAdapter)}
+        />
+      }
+    >
       {entries.length === 0 && (
         <p className="jp-Tuft-quiet">
-          {trans.__('Saved weights appear here, with the path to load them.')}
+          {trans.__(
+            'Saved weights appear here, with the path to load them. A PEFT adapter from elsewhere can be dropped here.'
+          )}
         </p>
       )}
       <ul className="jp-Tuft-list">

@@ -3,6 +3,7 @@ export const CommandIDs = {
   openPanel: 'tuft:open-panel',
   openRuns: 'tuft:open-runs',
   openPlayground: 'tuft:open-playground',
+  uploadAdapter: 'tuft:upload-adapter',
   exportMetrics: 'tuft:export-metrics',
   closeRun: 'tuft:close-run',
   insertStart: 'tuft:insert-start',

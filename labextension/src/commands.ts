@@ -1,7 +1,7 @@
 /** Every action as a command: in the palette, for buttons, for keyboard shortcuts and for other extensions. */
 import { ICommandPalette, InputDialog } from '@jupyterlab/apputils';
 import { INotebookTracker } from '@jupyterlab/notebook';
-import { LabIcon } from '@jupyterlab/ui-components';
+import { fileUploadIcon, LabIcon } from '@jupyterlab/ui-components';
 import { CommandRegistry } from '@lumino/commands';
 import { ReadonlyPartialJSONObject } from '@lumino/coreutils';
 import { Actions } from './actions';
@@ -11,6 +11,7 @@ import { checkpointCode, insertCell, resumeCode, startCode } from './insert';
 import { IContext } from './live';
 import { ICheckpoint, IRun } from './model';
 import { runNames } from './names';
+import { adapterOf, chooseFiles } from './upload';
 
 const DAY = 86400;
 
@@ -152,6 +153,18 @@ export function addActions(
     label: trans.__('Insert Code to Start Fine-Tuning'),
     execute: () =>
       insert(startCode(feed.status?.models[0]?.name ?? 'tuft/demo'))
+  });
+  commands.add(CommandIDs.uploadAdapter, {
+    label: trans.__('Upload a PEFT Adapter…'),
+    caption: trans.__('A tar archive, or the two files of a PEFT directory'),
+    icon: fileUploadIcon,
+    execute: async () => {
+      const chosen = await chooseFiles();
+      await actions.upload(
+        await adapterOf(chosen, []),
+        (feed.status?.models ?? []).map(({ name }) => name)
+      );
+    }
   });
   forCheckpoint(
     CommandIDs.insertCheckpoint,

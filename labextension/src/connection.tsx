@@ -22,6 +22,7 @@ export function ConnectionHead(props: IConnectionProps): JSX.Element {
   const stuck =
     connection === 'lost' ||
     connection === 'missing' ||
+    connection === 'unusable' ||
     connection === 'forbidden';
   return (
     <header className="jp-Tuft-head">
@@ -37,6 +38,17 @@ export function ConnectionHead(props: IConnectionProps): JSX.Element {
         )}
       </div>
       {status && <Facts status={status} trans={trans} />}
+      {connection === 'unusable' && (
+        <div className="jp-Tuft-trouble">
+          <p>{source.problem}</p>
+          <p>
+            {trans.__(
+              'Mend it where the notebook server runs, then restart the server. What is in force:'
+            )}
+          </p>
+          <Code lines={['tuft config --show']} trans={trans} />
+        </div>
+      )}
       {connection === 'live' && status && (
         <Trouble status={status} trans={trans} />
       )}
@@ -55,6 +67,8 @@ function judge(source: IFineTuning, trans: TranslationBundle): [Level, string] {
       return ['bad', trans.__('The notebook server does not answer')];
     case 'missing':
       return ['off', trans.__('Fine-tuning is not set up on this server')];
+    case 'unusable':
+      return ['bad', trans.__('Fine-tuning is not set up correctly')];
     case 'forbidden':
       return ['bad', trans.__('You may not see fine-tuning on this server')];
     case 'live':

@@ -8,12 +8,25 @@
  */
 import { IDisposable } from '@lumino/disposable';
 import { ISignal, Signal } from '@lumino/signaling';
-import { ApiError, FeedMessage, IApi, IGauges, IStatus } from './api';
+import {
+  ApiError,
+  FeedMessage,
+  IApi,
+  IGauges,
+  ILogLine,
+  IStatus,
+  IWaiting
+} from './api';
 import { apply, emptyState, fromSnapshot, IRecord, IState } from './model';
 import { Connection, IFineTuning } from './tokens';
 
 const FIRST_RETRY_MS = 1000;
 const LAST_RETRY_MS = 30000;
+
+/** Where no server extension is, one seldom appears without a reload. */
+const MISSING_RETRY_MS = 120_000;
+
+const LOG_LINES = 200;
 
 /** See the head of the file. */
 export class Feed implements IFineTuning, IDisposable {
@@ -43,6 +56,18 @@ export class Feed implements IFineTuning, IDisposable {
 
   get gauges(): IGauges | null {
     return this._gauges;
+  }
+
+  get queue(): readonly IWaiting[] {
+    return this._queue;
+  }
+
+  get log(): readonly ILogLine[] {
+    return this._log;
+  }
+
+  get problem(): string {
+    return this._problem;
   }
 
   get isDisposed(): boolean {
@@ -154,6 +179,7 @@ export class Feed implements IFineTuning, IDisposable {
     } catch (error) {
       if (attempt === this._attempt) {
         const reason = error instanceof ApiError ? error.reason : 'unreachable';
+        this._problem = error instanceof ApiError ? error.message : '';
         this._retryLater(reason === 'unreachable' ? 'lost' : reason);
       }
       return false;
@@ -176,6 +202,17 @@ export class Feed implements IFineTuning, IDisposable {
         this._gauges = message;
         this._clockSkew = message.time - Date.now() / 1000;
         break;
+      case 'queue':
+        this._queue = message.queue;
+        break;
+      case 'log': {
+        // A server that was started again counts its lines anew.
+        const last = this._log[this._log.length - 1]?.n ?? 0;
+        const first = message.lines[0]?.n ?? 0;
+        const former = first > last ? this._log : [];
+        this._log = [...former, ...message.lines].slice(-LOG_LINES);
+        break;
+      }
       case 'resync':
         void this._resync();
         return;
@@ -196,7 +233,8 @@ export class Feed implements IFineTuning, IDisposable {
   /** Wait twice as long each time, and not at the same moment as everybody else. */
   private _retryLater(connection: Connection): void {
     this._stop();
-    const wait = Math.min(FIRST_RETRY_MS * 2 ** this._retries, LAST_RETRY_MS);
+    const soon = Math.min(FIRST_RETRY_MS * 2 ** this._retries, LAST_RETRY_MS);
+    const wait = connection === 'missing' ? MISSING_RETRY_MS : soon;
     const jittered = wait * (0.75 + Math.random() / 2);
     this._retries += 1;
     this._gauges = null;
@@ -208,6 +246,9 @@ export class Feed implements IFineTuning, IDisposable {
   private _state = emptyState();
   private _status: IStatus | null = null;
   private _gauges: IGauges | null = null;
+  private _queue: readonly IWaiting[] = [];
+  private _log: readonly ILogLine[] = [];
+  private _problem = '';
   private _connection: Connection = 'asleep';
   private _retryAt: number | null = null;
   private _clockSkew = 0;

@@ -29,6 +29,7 @@ function Gauges(props: {
   const { trans } = props;
   const { cpu, gpus, loop_lag_ms, memory, workers } = props.gauges;
   const percent = (value: number) => `${Math.round(value)} %`;
+  const onGpu = workers.some(worker => worker.gpu_memory);
   return (
     <>
       <Meter label={trans.__('CPU')} value={percent(cpu)} share={cpu / 100} />
@@ -54,12 +55,21 @@ function Gauges(props: {
         </React.Fragment>
       ))}
       <table className="jp-Tuft-workers">
-        <caption>{trans.__('Processes')}</caption>
+        <caption className="jp-Tuft-spoken">{trans.__('Processes')}</caption>
         <colgroup>
           <col />
           <col />
           <col />
+          {onGpu && <col />}
         </colgroup>
+        <thead>
+          <tr>
+            <th scope="col">{trans.__('Process')}</th>
+            <th scope="col">{trans.__('CPU')}</th>
+            <th scope="col">{trans.__('Memory')}</th>
+            {onGpu && <th scope="col">{trans.__('GPU')}</th>}
+          </tr>
+        </thead>
         <tbody>
           {workers.map(worker => (
             <tr key={worker.pid}>
@@ -71,6 +81,11 @@ function Gauges(props: {
               </th>
               <td>{percent(worker.cpu)}</td>
               <td>{formatBytes(worker.memory)}</td>
+              {onGpu && (
+                <td>
+                  {worker.gpu_memory ? formatBytes(worker.gpu_memory) : '–'}
+                </td>
+              )}
             </tr>
           ))}
           <tr>
@@ -82,7 +97,7 @@ function Gauges(props: {
             >
               {trans.__('notebook server loop')}
             </th>
-            <td colSpan={2}>
+            <td colSpan={onGpu ? 3 : 2}>
               {trans.__('%1 ms late', loop_lag_ms.toFixed(1))}
             </td>
           </tr>

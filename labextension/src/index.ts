@@ -13,6 +13,7 @@ import {
 import { ILauncher } from '@jupyterlab/launcher';
 import { INotebookTracker } from '@jupyterlab/notebook';
 import { ISettingRegistry } from '@jupyterlab/settingregistry';
+import { IStatusBar } from '@jupyterlab/statusbar';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { Actions } from './actions';
 import { Api } from './api';
@@ -24,6 +25,7 @@ import { tuftIcon } from './icons';
 import { IContext, LiveWidget } from './live';
 import { TuftPanel } from './panel';
 import { DEFAULTS, readSettings } from './settings';
+import { StatusItem } from './statusbar';
 import { IFineTuning } from './tokens';
 import { Playground, RunView, TabView } from './views';
 
@@ -44,6 +46,7 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
     ILayoutRestorer,
     INotebookTracker,
     ISettingRegistry,
+    IStatusBar,
     IThemeManager,
     ITranslator
   ],
@@ -54,6 +57,7 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
     restorer: ILayoutRestorer | null,
     notebooks: INotebookTracker | null,
     registry: ISettingRegistry | null,
+    statusBar: IStatusBar | null,
     themes: IThemeManager | null,
     translator: ITranslator | null
   ): IFineTuning => {
@@ -70,7 +74,15 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
       widget.configure(settings);
     };
 
-    const sidebar = new TuftPanel(context);
+    const actions = new Actions(api, trans);
+    const sidebar = new TuftPanel(
+      context,
+      adapter =>
+        void actions.upload(
+          adapter,
+          (feed.status?.models ?? []).map(({ name }) => name)
+        )
+    );
     adopt(sidebar);
     app.shell.add(sidebar, 'left', { rank: 500, type: 'TuFT' });
     restorer?.add(sidebar, sidebar.id);
@@ -127,8 +139,15 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
         );
       }
     });
-    addActions(commands, context, new Actions(api, trans), notebooks);
+    addActions(commands, context, actions, notebooks);
 
+    const status = new StatusItem(context);
+    adopt(status);
+    statusBar?.registerStatusItem(status.id, {
+      item: status,
+      align: 'left',
+      rank: 10
+    });
     const category = trans.__('Fine-Tuning');
     launcher?.add({ command: CommandIDs.openRuns, category, rank: 1 });
     launcher?.add({ command: CommandIDs.openPlayground, category, rank: 2 });
@@ -140,6 +159,7 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
         const take = () => {
           settings = readSettings(loaded);
           widgets.forEach(widget => widget.configure(settings));
+          status.setHidden(!settings.statusBar);
         };
         take();
         loaded.changed.connect(take);

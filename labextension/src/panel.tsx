@@ -7,11 +7,14 @@ import { Metric } from './curves';
 import { Resources } from './gpu';
 import { tuftIcon } from './icons';
 import { IContext, LiveWidget } from './live';
+import { IDropped } from './upload';
 import { IState } from './model';
 import { phaseOf } from './names';
 import { Curves } from './plots';
 import { Runs } from './runs';
 import { Sessions } from './sessions';
+import { adapterOf, entriesOf } from './upload';
+import { Log, Queue } from './waiting';
 import { DEFAULTS, IPanelSettings } from './settings';
 
 /** Runs that are on the chart before anybody chooses. */
@@ -19,7 +22,10 @@ const CHOSEN_RUNS = 4;
 
 /** See the head of the file. */
 export class TuftPanel extends LiveWidget {
-  constructor(context: IContext) {
+  constructor(
+    context: IContext,
+    private readonly _onDrop: (adapter: IDropped | null) => void
+  ) {
     super(context);
     const title = context.trans.__('TuFT: fine-tuning');
     this.id = 'tuft-panel';
@@ -29,6 +35,9 @@ export class TuftPanel extends LiveWidget {
     this.title.caption = title;
     this.node.setAttribute('role', 'region');
     this.node.setAttribute('aria-label', title);
+    this.node.addEventListener('dragover', event => this._over(event));
+    this.node.addEventListener('dragleave', () => this._leave());
+    this.node.addEventListener('drop', event => void this._drop(event));
   }
 
   configure(settings: IPanelSettings): void {
@@ -73,12 +82,14 @@ export class TuftPanel extends LiveWidget {
               shown={shown}
               onToggle={run => this._toggle(run, shown)}
             />
-            <Checkpoints {...view} />
+            <Queue {...view} queue={feed.queue} />
           </>
         )}
+        {!missing && status && <Checkpoints {...view} />}
         {state.samplers.size > 0 && <Samplers {...view} />}
         {!missing && status && <Resources gauges={feed.gauges} trans={trans} />}
         {state.sessions.size > 0 && <Sessions {...view} />}
+        {!missing && <Log {...view} lines={feed.log} />}
       </>
     );
   }
@@ -114,6 +125,30 @@ export class TuftPanel extends LiveWidget {
   private _setMetric(metric: Metric): void {
     this._metric = metric;
     this.update();
+  }
+
+  /** Files from outside the page: an adapter. */
+  private _over(event: DragEvent): void {
+    if (event.dataTransfer?.types.includes('Files')) {
+      event.preventDefault();
+      event.dataTransfer.dropEffect = 'copy';
+      this.addClass('jp-mod-over');
+    }
+  }
+
+  private _leave(): void {
+    this.removeClass('jp-mod-over');
+  }
+
+  private async _drop(event: DragEvent): Promise<void> {
+    this._leave();
+    const { dataTransfer } = event;
+    if (dataTransfer?.types.includes('Files')) {
+      event.preventDefault();
+      event.stopPropagation();
+      const files = [...dataTransfer.files];
+      this._onDrop(await adapterOf(files, entriesOf(dataTransfer)));
+    }
   }
 
   private _metric: Metric = DEFAULTS.metric;

@@ -6,20 +6,26 @@ import { Metric, METRICS } from './curves';
 export interface IPanelSettings {
   metric: Metric;
   drawsPerSecond: number;
+  statusBar: boolean;
 }
 
-export const DEFAULTS: IPanelSettings = { metric: 'loss', drawsPerSecond: 5 };
+export const DEFAULTS: IPanelSettings = {
+  metric: 'loss',
+  drawsPerSecond: 5,
+  statusBar: true
+};
 
 /** What the registry says, in values that can be used. */
 export function readSettings(
   settings: ISettingRegistry.ISettings
 ): IPanelSettings {
-  const { metric, drawsPerSecond } = settings.composite;
+  const { metric, drawsPerSecond, statusBar } = settings.composite;
   return {
     metric: METRICS.find(known => known === metric) ?? DEFAULTS.metric,
     drawsPerSecond:
       typeof drawsPerSecond === 'number' && drawsPerSecond > 0
         ? drawsPerSecond
-        : DEFAULTS.drawsPerSecond
+        : DEFAULTS.drawsPerSecond,
+    statusBar: statusBar !== false
   };
 }

@@ -1,16 +1,23 @@
 /** What other JupyterLab extensions can ask of this one. */
 import { Token } from '@lumino/coreutils';
 import { ISignal } from '@lumino/signaling';
-import { IGauges, IStatus } from './api';
+import { IGauges, ILogLine, IStatus, IWaiting } from './api';
 import { IState } from './model';
 
 /**
  * How the page stands to the server:
  * `connecting` at first, `live` while records come in, `lost` between two attempts (a `retryAt` is set), `missing`
- * when the server extension is not there, `forbidden` when it does not let this user in, `asleep` while nobody looks.
+ * when the server extension is not there, `forbidden` when it does not let this user in, `unusable` when it cannot serve and says
+ * why (see `problem`), `asleep` while nobody looks.
  */
 export type Connection =
-  'asleep' | 'connecting' | 'live' | 'lost' | 'missing' | 'forbidden';
+  | 'asleep'
+  | 'connecting'
+  | 'live'
+  | 'lost'
+  | 'missing'
+  | 'forbidden'
+  | 'unusable';
 
 /** The live state of fine-tuning on this server. */
 export interface IFineTuning {
@@ -22,6 +29,12 @@ export interface IFineTuning {
   readonly state: IState;
   readonly status: IStatus | null;
   readonly gauges: IGauges | null;
+  /** The runs whose requests wait or run. */
+  readonly queue: readonly IWaiting[];
+  /** The newest lines of the server's log. */
+  readonly log: readonly ILogLine[];
+  /** Why the server cannot serve, while `connection` is `unusable`. */
+  readonly problem: string;
   /** The server's clock, in seconds since 1970. */
   now(): number;
 }

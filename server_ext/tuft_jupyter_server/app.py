@@ -17,8 +17,10 @@ from jupyter_server.utils import url_path_join
 from traitlets import Int, Unicode
 
 from tuft_jupyter._version import __version__
+from tuft_jupyter.checked import ConfigError
 from tuft_jupyter.config import config_file, load_settings
-from tuft_jupyter_server import lab, lab_calls, tinker
+from tuft_jupyter.core.errors import TuftError
+from tuft_jupyter_server import lab, lab_calls, logtail, tinker, unusable
 from tuft_jupyter_server.host import Host
 
 INJECTED = ("TUFT_ADDRESS", "TUFT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY")
@@ -46,13 +48,21 @@ class TuftExtension(ExtensionApp):
             overrides["checkpoint_dir"] = self.checkpoint_dir
         if self.max_lora_rank:
             overrides["max_lora_rank"] = self.max_lora_rank
-        file = config_file(os.environ, self.config_path)
-        settings = load_settings(file, os.environ, overrides)
-        self.host = Host(settings)
+        logtail.listen()
+        self.problem = ""
         self._activity: asyncio.Task[None] | None = None
+        try:
+            file = config_file(os.environ, self.config_path)
+            self.host = Host(load_settings(file, os.environ, overrides))
+        except (ConfigError, TuftError, OSError) as error:
+            self.problem = str(error)
+            self.log.error("tuft-jupyter is not serving: %s", self.problem)
 
     def initialize_handlers(self) -> None:
         root = r"/tuft"
+        if self.problem:
+            self.handlers.extend(unusable.handlers(root, self.problem))
+            return
         self.handlers.extend(lab.handlers(root, self.host))
         self.handlers.extend(lab_calls.handlers(root, self.host))
         limit = self.host.settings.max_body_bytes
@@ -63,6 +73,8 @@ class TuftExtension(ExtensionApp):
         )
 
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
+        if self.problem:
+            return
         tell_kernels(self.host, serverapp)  # first: a kernel may be started from now on
         await self.host.start()
         self._activity = asyncio.get_running_loop().create_task(count_as_activity(self.host, self.settings))
@@ -70,7 +82,8 @@ class TuftExtension(ExtensionApp):
     async def stop_extension(self) -> None:
         if self._activity is not None:
             self._activity.cancel()
-        await self.host.stop()
+        if not self.problem:
+            await self.host.stop()
 
 
 async def count_as_activity(host: Host, settings: dict[str, Any]) -> None:

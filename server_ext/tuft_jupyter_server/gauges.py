@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from tuft_jupyter_server.gpus import gpus
+
 INTERVAL = 1.0
 """Seconds between two samples."""
 
@@ -63,15 +65,18 @@ class Gauges:
 
     def _sample(self, workers: list[tuple[str, int]]) -> dict[str, Any]:
         memory = psutil.virtual_memory()
+        devices, held = gpus()
         shown = [{"name": "notebook server", **self._process(psutil.Process().pid)}]
         shown += [{"name": name, **self._process(pid)} for name, pid in workers]
         self._processes = {p["pid"]: self._processes[p["pid"]] for p in shown if p["pid"] in self._processes}
+        for process in shown:
+            process["gpu_memory"] = held.get(process["pid"], 0)
         return {
             "time": time.time(),
             "cpu": psutil.cpu_percent(),
             "memory": {"used": memory.total - memory.available, "total": memory.total},
             "workers": shown,
-            "gpus": [],
+            "gpus": devices,
         }
 
     def _process(self, pid: int) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from tornado import web
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from tuft_jupyter.core.feed import Subscription
+from tuft_jupyter.core.outlook import waiting
 from tuft_jupyter.core.shown import public, public_record
 from tuft_jupyter.wire.api import Call
 from tuft_jupyter.wire.routes import ROUTES
 from tuft_jupyter_server.host import Host
+from tuft_jupyter_server.logtail import TAIL
 
 COALESCE = 0.12
 """Seconds for which records are gathered into one message: about eight messages a second at most."""
@@ -83,7 +85,7 @@ class LabKeys(APIHandler):
 
 
 class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
-    """Websocket: ``records`` as they happen, ``status`` when it changes, ``gauges`` once a second."""
+    """Websocket: ``records`` as they happen; ``status``, ``queue``, ``log`` as they change; ``gauges`` each second."""
 
     auth_resource = "tuft"
     _track_activity = False
@@ -133,6 +135,8 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
 
     async def _send_gauges(self) -> None:
         status: dict[str, Any] = {}
+        queue: list[dict[str, Any]] = []
+        seen = 0
         with self.host.gauges.watched():
             while True:
                 now = self.host.status(self.host.owner)
@@ -141,6 +145,14 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
                     await self._write({"type": "status", "status": status})
                 if self.host.gauges.latest:
                     await self._write({"type": "gauges", **self.host.gauges.latest})
+                waits = waiting(self.host.service)
+                if waits != queue:
+                    queue = waits
+                    await self._write({"type": "queue", "queue": queue})
+                lines = TAIL.since(seen)
+                if lines:
+                    seen = lines[-1]["n"]
+                    await self._write({"type": "log", "lines": lines})
                 await asyncio.sleep(GAUGE_SECONDS)
 
     async def _write(self, message: dict[str, Any]) -> None:

@@ -19,6 +19,18 @@ MODEL = "tuft/demo"
 NAMES = ("pirate-sft", "dpo beta 0.1", "grpo maths", "lr sweep 3e-4", "distil-student")
 
 
+LOG = [
+    {"n": i + 1, "time": 1790000000.0 + 7 * i, "level": level, "text": text}
+    for i, (level, text) in enumerate(
+        [
+            ("info", "tuft-jupyter keeps its journal in the file journal.sqlite"),
+            ("info", "tuft/demo: the training worker is ready after 4.1 s"),
+            ("warning", "tuft/demo: the sampling worker went away; another one is started"),
+        ]
+    )
+]
+
+
 def status(**changes: Any) -> dict[str, Any]:
     return {
         "version": "0.1.0",
@@ -206,3 +218,10 @@ class Stage:
         socket.on_close(lambda *_: self._sockets.remove(socket) if socket in self._sockets else None)
         socket.send(json.dumps({"type": "status", "status": self.status}))
         socket.send(json.dumps(gauges()))
+        socket.send(json.dumps({"type": "queue", "queue": self.queue()}))
+        socket.send(json.dumps({"type": "log", "lines": LOG}))
+
+    def queue(self) -> list[dict[str, Any]]:
+        why = "2 of its requests are accepted; 1 other run shares the engine, in turns"
+        waiting = [one for one in self.snapshot["runs"] if one["pending"]]
+        return [{"run": one["id"], "pending": one["pending"], "why": why} for one in waiting]

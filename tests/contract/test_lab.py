@@ -7,9 +7,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPMessage
+from pathlib import Path
 from typing import Any
 
 import pytest
+import websocket
 
 from examples.run_on_server import Server
 from tests.support.live import environment
@@ -84,3 +86,37 @@ def test_a_refusal_says_why_and_no_page_can_run_in_an_answer(server: Server) -> 
 def test_routes_about_a_key_are_not_for_the_lab(server: Server, path: str) -> None:
     authorized = {"Authorization": f"token {server.token}", "Content-Type": "application/json"}
     assert plain(server, "GET", f"{PREFIX}/{path}", authorized)[0] == 404
+
+
+def test_the_panel_hears_of_the_machine_and_of_the_log(server: Server) -> None:
+    """S1-69: what the machine does each second, and the newest lines of the log."""
+    address = f"{server.url.replace('http', 'ws', 1)}tuft/lab/feed?since=0"
+    socket = websocket.create_connection(address, header=[f"Authorization: token {server.token}"], timeout=20)
+    heard: dict[str, Any] = {}
+    while not {"status", "gauges", "log"} <= set(heard):
+        message = json.loads(socket.recv())
+        heard[message["type"]] = message
+    socket.close()
+    assert {"name", "pid", "cpu", "memory", "gpu_memory"} == set(heard["gauges"]["workers"][0])
+    for gpu in heard["gauges"]["gpus"]:
+        assert 0 <= gpu["used"] <= gpu["total"]
+    assert any("journal" in line["text"] for line in heard["log"]["lines"])
+
+
+def test_a_configuration_that_cannot_be_used_is_named_and_jupyter_starts(tmp_path: Path) -> None:
+    """S1-22: the notebook server runs and the panel is told the sentence; a client hears only that there is one."""
+    config = tmp_path / "tuft.yaml"
+    config.write_text("suported_models:\n  - model_name: tuft/demo\n")
+    env = environment(tmp_path, TUFT_CONFIG=str(config))
+    with Server(tmp_path, tmp_path, env=env) as server:
+        assert server.request("GET", "api/status")["kernels"] == 0
+        authorized = {"Authorization": f"token {server.token}"}
+        status, _, body = plain(server, "GET", "tuft/lab/state", authorized)
+        assert status == 503
+        problem = json.loads(body)["problem"]
+        assert "suported_models" in problem
+        assert "supported_models" in problem
+        assert plain(server, "GET", "tuft/lab/state", {})[0] == 403
+        status, _, body = plain(server, "POST", "tuft/api/v1/create_session", {}, {})
+        assert status == 503
+        assert "suported" not in body.decode()

@@ -38,6 +38,13 @@ def now(service: Service, run: Run) -> dict[str, Any]:
     }
 
 
+def waiting(service: Service) -> list[dict[str, Any]]:
+    """Every tenant's runs with requests that wait or run, the longest wait first: how many, and why."""
+    queued = [run for run in service.state.runs.values() if run.pending and run.status != "closed"]
+    queued.sort(key=lambda run: run.last_request)
+    return [{"run": run.id, "pending": run.pending, "why": why(service, run)} for run in queued]
+
+
 def next_seq(service: Service, run: Run) -> int:
     return service.ledger.seen.next_seq(run.id)
 

@@ -49,12 +49,19 @@ describe('the panel', () => {
     Object.assign(globalThis, { ResizeObserver: FakeResizeObserver });
     api = new FakeApi();
     feed = new Feed(api);
-    panel = new TuftPanel({
-      feed,
-      commands: new CommandRegistry(),
-      trans: nullTranslator.load('tuft_jupyter')
+    panel = new TuftPanel(
+      {
+        feed,
+        commands: new CommandRegistry(),
+        trans: nullTranslator.load('tuft_jupyter')
+      },
+      () => undefined
+    );
+    panel.configure({
+      metric: 'loss',
+      drawsPerSecond: 1000,
+      statusBar: true
     });
-    panel.configure({ metric: 'loss', drawsPerSecond: 1000 });
   });
 
   afterEach(() => {
@@ -203,6 +210,7 @@ describe('the panel', () => {
 
   it.each([
     ['missing', 'Fine-tuning is not set up on this server'],
+    ['unusable', 'Fine-tuning is not set up correctly'],
     ['forbidden', 'You may not see fine-tuning on this server'],
     ['unreachable', 'The notebook server does not answer']
   ] as const)('stays calm when the server is %s', async (reason, sentence) => {
