@@ -1,0 +1,79 @@
+"""``python -m tests.fault --trials 100 --seed 1 F1 F4``: run the trials, print a table; 1 if a promise broke."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+
+from tests.fault import kills
+from tests.fault.bench import Fault
+
+FAULTS = [*kills.FAULTS]
+MARK = "<!-- what follows is written by `make fault` -->"
+
+
+def run(fault: Fault, trials: int, seed: int) -> tuple[str, bool]:
+    """One line of the table, and whether the promise held in all trials."""
+    held, told = 0, []
+    with tempfile.TemporaryDirectory(prefix="tuft-fault-") as scratch, fault.bench(Path(scratch)) as trial:
+        for number in range(trials):
+            try:
+                told.append(trial(Random(f"{fault.row} {seed} {number}")))
+                held += 1
+            except AssertionError:
+                print(f"{fault.row}, trial {number} of seed {seed}:", file=sys.stderr)
+                traceback.print_exc()
+            print(f"{fault.row} {number + 1}/{trials}, held {held}", file=sys.stderr, flush=True)
+    return (
+        f"| {fault.row} | {fault.what} | {fault.holds} | {held} of {trials} |{summary(told)} |",
+        held == trials,
+    )
+
+
+def summary(told: list[str]) -> str:
+    """The median and the 95th percentile, where trials tell seconds."""
+    seconds = sorted(float(each) for each in told if each)
+    if not seconds:
+        return ""
+    return f" {seconds[len(seconds) // 2]:.1f} / {seconds[math.ceil(0.95 * (len(seconds) - 1))]:.1f} s"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make fault")
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--write", type=Path, help="a page whose table is replaced")
+    parser.add_argument("rows", nargs="*", help="F1 F2 ... (default: all)")
+    told = parser.parse_args()
+    chosen = [fault for fault in FAULTS if not told.rows or fault.row in told.rows]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout
+    lines = [
+        f"Seed {told.seed}, commit {commit.strip()}, {datetime.now(UTC):%Y-%m-%d}.",
+        "",
+        "| row | fault | what must hold | held | longer than undisturbed, median / p95 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    good = True
+    for fault in chosen:
+        line, held = run(fault, max(1, round(told.trials * fault.share)), told.seed)
+        lines.append(line)
+        good &= held
+    table = "\n".join(lines)
+    print(table)
+    if told.write:
+        page = told.write.read_text().partition(MARK)[0]
+        told.write.write_text(f"{page}{MARK}\n\n{table}\n")
+    return not good
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""kill -9 of the training worker, of the server, of both: a real Jupyter server, real Ray, the stock SDK, tuft/demo.
+
+Every trial trains a new run with the same seeds, and kills at a random moment of it. The client does not know. At the
+end its final weights and Adam's moments must be, bit by bit, those of the run that nothing happened to.
+
+At most one pass is under way at a time: passes that wait together may share one batch, whose sums round differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import tinker
+from tinker import types
+
+from examples.run_on_server import Server
+from tests.fault.bench import Fault, Trial
+from tests.support.live import OURS, environment, key_of
+
+STEPS = 12
+
+
+class Bench:
+    """A server that can be killed and comes back at its address, and a client that trains on it."""
+
+    def __init__(self, home: Path) -> None:
+        (home / "root").mkdir()
+        for name in [name for name in os.environ if name.startswith(OURS)]:
+            del os.environ[name]
+        os.environ["TINKER_TELEMETRY"] = "0"
+        env = environment(home, TUFT_TRAINER_THREADS="1")
+        self.home = home
+        self.server = Server(home / "root", home, base_url="/user/alice/", env=env)
+        self._restarting = threading.Lock()
+
+    def start(self) -> None:
+        self.server.start()
+        self.server.port = psutil.Process(self.server.pid).net_connections("tcp")[0].laddr.port
+        url = f"{self.server.url.rstrip('/')}/tuft"
+        self.service = tinker.ServiceClient(base_url=url, api_key=key_of(self.home))
+        self.train()  # brings the worker up
+        began = time.monotonic()
+        self.calm = self.train()
+        self.seconds = time.monotonic() - began
+
+    def train(self) -> tuple[str, str, int, int]:
+        """(hash of the adapter, hash of the moments, steps, tokens) of a new run, as the server has them at the end."""
+        rng = random.Random(0)
+        training = self.service.create_lora_training_client(base_model="tuft/demo", rank=4, seed=3).result()
+        for _ in range(STEPS):
+            training.forward_backward(batch(rng), "cross_entropy").result()
+            second: Any = training.forward_backward(batch(rng), "cross_entropy")
+            stepped: Any = training.optim_step(types.AdamParams(learning_rate=1e-3))
+            second.result()
+            stepped.result()
+        path = training.save_state("final").result().path
+        state = self.server.request("GET", "tuft/lab/state")["state"]
+        (run,) = [each for each in state["runs"] if each["id"] == path.split("/")[2]]
+        assert run["pending"] == 0
+        assert run["step"] == len(run["curve"]["loss"])
+        newest = max((self.home / "tuft" / "checkpoints").iterdir(), key=lambda each: each.stat().st_mtime)
+        return digest(newest, "adapter_model"), digest(newest, "optimizer"), run["step"], run["tokens"]
+
+    def kill_worker(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            for below in psutil.Process(self.server.pid).children(recursive=True):
+                if "TrainingActor" in " ".join(below.cmdline()):
+                    below.kill()
+
+    def kill_server(self) -> None:
+        self.server.kill()
+        self.server.start()
+
+
+def digest(checkpoint: Path, name: str) -> str:
+    return hashlib.sha256((checkpoint / f"{name}.safetensors").read_bytes()).hexdigest()
+
+
+def batch(rng: Random) -> list[types.Datum]:
+    data = []
+    for _ in range(2):
+        ids = [rng.randrange(300, 2000) for _ in range(rng.randrange(6, 24))]
+        targets = types.TensorData(data=ids[1:], dtype="int64", shape=[len(ids) - 1])
+        model_input = types.ModelInput.from_ints(ids[:-1])
+        data.append(types.Datum(model_input=model_input, loss_fn_inputs={"target_tokens": targets}))
+    return data
+
+
+def killing(
+    blows: Callable[[Bench, Random], None],
+) -> Callable[[Path], contextlib.AbstractContextManager[Trial]]:
+    @contextlib.contextmanager
+    def bench(home: Path) -> Iterator[Trial]:
+        made = Bench(home)
+        try:
+            made.start()
+            yield lambda rng: trial(made, rng)
+        finally:
+            made.server.stop()
+
+    def trial(made: Bench, rng: Random) -> str:
+        moment = rng.uniform(0.0, made.seconds)
+        failed: list[Exception] = []
+
+        def strike() -> None:
+            try:
+                time.sleep(moment)
+                blows(made, rng)
+            except Exception as error:  # noqa: BLE001 - told to the trial
+                failed.append(error)
+
+        striking = threading.Thread(target=strike)
+        striking.start()
+        began = time.monotonic()
+        seen = made.train()
+        seconds = time.monotonic() - began
+        striking.join()
+        assert not failed, failed
+        assert seen == made.calm, (
+            f"{json.dumps(seen)} is not {json.dumps(made.calm)}, killed after {moment:.2f} s"
+        )
+        return f"{max(0.0, seconds - made.seconds):.1f}"
+
+    return bench
+
+
+def both(made: Bench, rng: Random) -> None:
+    """The worker and the server, then one of them again while the run is being rebuilt."""
+    made.kill_worker()
+    time.sleep(rng.uniform(0.0, 0.3))
+    made.kill_server()
+    time.sleep(rng.uniform(0.0, 4.0))
+    rng.choice([made.kill_worker, made.kill_server])()
+
+
+HOLDS = (
+    "no acknowledged step lost, none applied twice; adapter and Adam equal the undisturbed run's bit by bit"
+)
+FAULTS = [
+    Fault("F1", "kill -9 of the training worker", HOLDS, killing(lambda made, rng: made.kill_worker())),
+    Fault("F2", "kill -9 of the server", HOLDS, killing(lambda made, rng: made.kill_server())),
+    Fault("F3", "kill -9 of both, and again during recovery", HOLDS, killing(both), share=0.5),
+]
