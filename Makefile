@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test unit check format bench continuity interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
+.PHONY: help demo lab test unit check fault format bench continuity interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,10 @@ check: $(STAMPS)/installed  ## lint, types, import rules, documentation coverage
 	$(BIN)/mypy
 	npm run --silent lint:check
 	$(BIN)/python -m pytest -q tests/unit/test_architecture.py tests/unit/test_docs.py
+
+TRIALS ?= 5
+fault: $(STAMPS)/installed system  ## kill, tear, rot and fill up: TRIALS=100 of each fault, one table
+	$(BIN)/python -m tests.fault --trials $(TRIALS) $(ROWS)
 
 format: $(STAMPS)/installed  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .

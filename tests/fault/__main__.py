@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 
-from tests.fault import kills
+from tests.fault import files, kills, order
 from tests.fault.bench import Fault
 
-FAULTS = [*kills.FAULTS]
+FAULTS = [*kills.FAULTS, *files.FAULTS, *order.FAULTS]
 MARK = "<!-- what follows is written by `make fault` -->"
 
 

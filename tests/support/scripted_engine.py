@@ -65,7 +65,10 @@ class ScriptedEngine:
                 self.kill()
             if not self.alive:
                 raise EngineDied("killed by the test")
-            outcomes.append(self._apply(task))
+            try:
+                outcomes.append(self._apply(task))
+            except OSError as error:  # as the real worker tells it
+                outcomes.append(Outcome(task.request_id, category="server", error=f"{error}"))
         return outcomes
 
     def _apply(self, task: Task) -> Outcome:

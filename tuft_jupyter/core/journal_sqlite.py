@@ -159,9 +159,9 @@ class SqliteJournal:
                 self._loop.call_soon_threadsafe(self._deliver, jobs, answers)
         try:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            db.close()
-        except sqlite3.Error as error:  # a full disk; the WAL keeps what it holds
+        except sqlite3.Error as error:  # a full disk; the log keeps what it holds
             log.warning("the journal %s was closed without a checkpoint: %s", self.path, error)
+        db.close()
 
     def _connect(self) -> sqlite3.Connection:
         """The database; where it is damaged, ``problem`` says so, and a journal in memory stands in if it must."""
