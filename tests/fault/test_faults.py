@@ -29,7 +29,7 @@ def test_files_that_were_torn_or_rotted_or_had_no_room(fault: Fault, tmp_path: P
             trial(Random(f"{fault.row} {number}"))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False))
 def test_whatever_the_network_does_each_request_is_done_once_and_in_order(
     tmp_path: Path, rng: Random
