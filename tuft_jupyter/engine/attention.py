@@ -52,6 +52,15 @@ class CausalAttention:
     ) -> Tensor:
         if self._cu is not None and q_1HND.dtype in (torch.float16, torch.bfloat16):
             return self._varlen(q_1HND, k_1GND, v_1GND, scaling, window)
+        dtype = q_1HND.dtype
+        if q_1HND.device.type == "cpu" and dtype != torch.float32 and self._longest < _BLOCKED.stop:
+            # The CPU's half-precision kernel takes twice as long, most of all backward.
+            q_1HND, k_1GND, v_1GND = q_1HND.float(), k_1GND.float(), v_1GND.float()
+        return self._within(q_1HND, k_1GND, v_1GND, scaling, window).to(dtype)
+
+    def _within(
+        self, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
         if len(self._runs) == 1:  # slices would cost a copy each in the backward pass
             return _attend(q_1HND, k_1GND, v_1GND, self._runs[0][1], scaling, window)
         outputs = []

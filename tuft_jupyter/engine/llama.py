@@ -3,8 +3,8 @@
 Llama, Qwen2, Qwen3 and their like are the same few operations; run as modules under autograd, a short row spends
 most of its time between them. Here a layer is some thirty tensor operations each way, nothing is recorded but what
 the backward pass reads, and gradients stop at the first layer's inputs. Query, key and value projections share one
-matmul, as do gate and up: their weights are laid side by side once, and the model's own parameters become views of
-that. Only attention is differentiated by autograd, so that any attention of a packed row fits.
+matmul, as do gate and up (:mod:`~tuft_jupyter.engine.linears`). Only attention is differentiated by autograd, so
+that any attention of a packed row fits.
 
 Knows no losses and no requests. :func:`fits` tells whether a model has this shape; that the numbers are the
 model's own is checked when it is loaded (:mod:`~tuft_jupyter.engine.base`).
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuft_jupyter.engine.lora import MultiLoraLinear, Part, add_updates, pull_updates
-from tuft_jupyter.engine.packing import Packed, boundaries
+from tuft_jupyter.engine.linears import Linears, StackedPart
+from tuft_jupyter.engine.packing import Packed
 
 Pull = Callable[[Tensor], None]
 
@@ -94,7 +93,7 @@ class LlamaDecoder:
 class _Kept:
     """What a layer's backward pass reads: of each norm its ``unit`` and ``scale``, of each matmul its LoRA hidden."""
 
-    parts: list[_Parts]
+    parts: list[list[StackedPart]]
     unit1: Tensor
     scale1: Tensor
     unit_heads: Tensor | None
@@ -104,7 +103,7 @@ class _Kept:
     unit2: Tensor
     scale2: Tensor
     gate_up: Tensor
-    hidden: list[_Hidden]
+    hidden: list[list[Tensor]]
 
 
 class _Layer:
@@ -123,14 +122,14 @@ class _Layer:
                 [q.weight.expand(self.queries, -1), k.weight.expand(self.keys, -1)]
             ).detach()
             self.head_norm = _Norm(weight_JE, q.variance_epsilon)
-        self.qkv = _Linears(attention, "q_proj", "k_proj", "v_proj")
-        self.out = _Linears(attention, "o_proj")
-        self.gate_up = _Linears(mlp, "gate_proj", "up_proj")
-        self.down = _Linears(mlp, "down_proj")
+        self.qkv = Linears(attention, "q_proj", "k_proj", "v_proj")
+        self.out = Linears(attention, "o_proj")
+        self.gate_up = Linears(mlp, "gate_proj", "up_proj")
+        self.down = Linears(mlp, "down_proj")
 
     def __call__(self, x_ND: Tensor, packed: Packed, rope: _Rope, keep: bool) -> tuple[Tensor, _Kept]:
         n, h, j = len(x_ND), self.queries, self.queries + self.keys
-        parts = [linears.parts(packed) for linears in (self.qkv, self.out, self.gate_up, self.down)]
+        parts = [linears.parts(packed.segments) for linears in (self.qkv, self.out, self.gate_up, self.down)]
         n1_ND, unit1, scale1 = self.norm1(x_ND)
         qkv_NX, h_qkv = self.qkv(n1_ND, parts[0])
         qkv_NCE = qkv_NX.view(n, -1, self.head_size)
@@ -228,46 +227,3 @@ class _Rope:
 
     def pull(self, dy_NJE: Tensor) -> Tensor:
         return (dy_NJE * self.cos_N1E).add_((dy_NJE * self.sin_N1E).roll(self.half, -1))
-
-
-_Parts = list[list[Part]]  # of each layer
-_Hidden = list[list[Tensor]]
-
-
-class _Linears:
-    """Linear layers of ``parent`` that share their input: one matmul, and each one's adapters on its own columns."""
-
-    def __init__(self, parent: nn.Module, *names: str) -> None:
-        self.parent, self.names = parent, names
-        modules: list[nn.Linear] = [getattr(parent, name) for name in names]
-        self.columns = [
-            slice(a, b) for a, b in pairwise(boundaries([module.out_features for module in modules]))
-        ]
-        self.weight, self.bias = modules[0].weight.detach(), modules[0].bias
-        if len(modules) > 1:
-            self.weight = torch.cat([module.weight.detach() for module in modules])
-            if self.bias is not None:
-                self.bias = nn.Parameter(torch.cat([module.bias for module in modules]), requires_grad=False)
-            for module, columns in zip(modules, self.columns, strict=True):
-                module.weight = nn.Parameter(self.weight[columns], requires_grad=False)
-
-    def parts(self, packed: Packed) -> _Parts:
-        modules = [getattr(self.parent, name) for name in self.names]
-        return [m.parts(packed.segments) if isinstance(m, MultiLoraLinear) else [] for m in modules]
-
-    def __call__(self, x: Tensor, parts: _Parts, residual: Tensor | None = None) -> tuple[Tensor, _Hidden]:
-        """``x W^T + b + residual`` with every part's update, and each part's ``x A^T``."""
-        if residual is None or self.bias is not None:
-            y = F.linear(x, self.weight, self.bias)
-            if residual is not None:
-                y += residual
-        else:
-            y = torch.addmm(residual, x, self.weight.t())
-        return y, [add_updates(x, mine, y[:, at]) for at, mine in zip(self.columns, parts, strict=True)]
-
-    def pull(self, dy: Tensor, x: Tensor, parts: _Parts, hidden: _Hidden, *, needs_dx: bool = True) -> Tensor:
-        """Add the adapters' gradients to their slots; the gradient in x, new memory (empty if not needed)."""
-        dx = torch.mm(dy, self.weight) if needs_dx else dy.new_empty(0)
-        for at, mine, h in zip(self.columns, parts, hidden, strict=True):
-            pull_updates(dy[:, at], x, mine, h, dx if needs_dx else None)
-        return dx

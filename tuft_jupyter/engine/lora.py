@@ -20,6 +20,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,7 @@ _ALIGN = 16  # elements: A and B start on cache lines
 _PAIR = ("lora_A", "lora_B")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Slot:
     """One adapter in one layer: ``a`` [R, I] and ``b`` [O, R] in the model's dtype.
 
@@ -255,12 +256,13 @@ class AdapterBank:
     def _allocate(self, peft_name: str, config: LoraConfig, trainable: bool) -> Adapter:
         layout: dict[str, tuple[int, torch.Size]] = {}
         total = 0
-        for path, layer in self._layers().items():
-            if peft_name in layer.lora_A:
-                for which in _PAIR:
-                    shape = getattr(layer, which)[peft_name].weight.shape
-                    layout[_file_name(path, which)] = (total, shape)
-                    total += -(-shape.numel() // _ALIGN) * _ALIGN
+        adapted = {path: layer for path, layer in self._layers().items() if peft_name in layer.lora_A}
+        for _, block in groupby(adapted, key=lambda path: path.rpartition(".")[0]):
+            # All A of a block before all B: layers that share their input find their A side by side.
+            for which, path in product(_PAIR, list(block)):
+                shape = getattr(adapted[path], which)[peft_name].weight.shape
+                layout[_file_name(path, which)] = (total, shape)
+                total += -(-shape.numel() // _ALIGN) * _ALIGN
         device, dtype = self.base.device, self.base.dtype
         weights = torch.zeros(total, device=device)
         return Adapter(

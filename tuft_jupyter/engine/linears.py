@@ -1,0 +1,186 @@
+"""Linear layers with one input (query, key and value; gate and up) as one matmul, and their adapters as few.
+
+The base weights are laid side by side once, and the model's own parameters become views of that. The A matrices of an
+adapter in such layers lie side by side too (:mod:`~tuft_jupyter.engine.lora` allocates them so), so ``x A^T``, its
+gradient and the adapter's share of dx are one thin matmul each instead of one per layer; a thin matmul three times as
+wide costs little more. Knows nothing of decoders or attention.
+
+Shapes: N tokens of the row, I inputs, O outputs of all layers together, R an adapter's ranks over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tuft_jupyter.engine.lora import MultiLoraLinear, Slot, take
+from tuft_jupyter.engine.packing import Segment, boundaries
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One layer's B [O', r]: it reads ``hidden`` columns of [N, R] and writes ``columns`` of [N, O]."""
+
+    slot: Slot
+    hidden: slice
+    columns: slice
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """One adapter's A matrices of neighbouring layers as one ``a`` [R, I], with their gradients."""
+
+    a: Tensor
+    grad_a: Tensor | None
+    scale: float
+    members: tuple[_Member, ...]
+
+    def update(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
+        """``y += scale * (x A^T) B^T`` in place; returns ``x A^T`` [N, R]."""
+        h_NR = torch.mm(x_NI, self.a.t())
+        for member in self.members:
+            y_NO[:, member.columns].addmm_(h_NR[:, member.hidden], member.slot.b.t(), alpha=self.scale)
+        return h_NR
+
+    def pull(self, dy_NO: Tensor, x_NI: Tensor, h_NR: Tensor, dx_NI: Tensor | None) -> None:
+        """Gradients of A and B into their accumulators, the rest added to ``dx_NI`` if that is wanted."""
+        dh = [torch.mm(dy_NO[:, member.columns], member.slot.b) for member in self.members]
+        dh_NR = dh[0] if len(dh) == 1 else torch.cat(dh, 1)
+        if self.grad_a is not None:
+            for member in self.members:
+                assert member.slot.grad_b is not None
+                _accumulate(
+                    member.slot.grad_b, dy_NO[:, member.columns].t(), h_NR[:, member.hidden], self.scale
+                )
+            _accumulate(self.grad_a, dh_NR.t(), x_NI, self.scale)
+        if dx_NI is not None:
+            dx_NI.addmm_(dh_NR, self.a, alpha=self.scale)
+
+
+StackedPart = tuple[int, int, _Stack]
+
+
+class Linears:
+    """The linear layers ``names`` of ``parent``; to be made before adapters are."""
+
+    def __init__(self, parent: nn.Module, *names: str) -> None:
+        self._parent, self._names = parent, names
+        modules: list[nn.Linear] = [getattr(parent, name) for name in names]
+        self._columns = [
+            slice(a, b) for a, b in pairwise(boundaries([module.out_features for module in modules]))
+        ]
+        self._stacks: WeakKeyDictionary[Slot, list[_Stack]] = WeakKeyDictionary()
+        self._weight, self._bias = modules[0].weight.detach(), modules[0].bias
+        if len(modules) > 1:
+            self._weight = torch.cat([module.weight.detach() for module in modules])
+            if self._bias is not None:
+                self._bias = nn.Parameter(torch.cat([module.bias for module in modules]), requires_grad=False)
+            for module, columns in zip(modules, self._columns, strict=True):
+                module.weight = nn.Parameter(self._weight[columns], requires_grad=False)
+
+    def parts(self, segments: Sequence[Segment]) -> list[StackedPart]:
+        """For each segment the stacks of its adapter in these layers; more than one if they are not neighbours."""
+        modules = [getattr(self._parent, name) for name in self._names]
+        found: list[StackedPart] = []
+        for start, end, name in segments:
+            slots = [
+                (module.slots[name], columns)
+                for module, columns in zip(modules, self._columns, strict=True)
+                if isinstance(module, MultiLoraLinear) and name in module.slots
+            ]
+            if slots:
+                found += [(start, end, stack) for stack in self._stacked(slots)]
+        return found
+
+    def __call__(
+        self, x_NI: Tensor, parts: Sequence[StackedPart], residual: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``x W^T + b + residual`` with every part's update, and each part's ``x A^T``."""
+        if residual is None or self._bias is not None:
+            y_NO = F.linear(x_NI, self._weight, self._bias)
+            if residual is not None:
+                y_NO += residual
+        else:
+            y_NO = torch.addmm(residual, x_NI, self._weight.t())
+        return y_NO, [
+            stack.update(take(x_NI, start, end), take(y_NO, start, end)) for start, end, stack in parts
+        ]
+
+    def pull(
+        self,
+        dy_NO: Tensor,
+        x_NI: Tensor,
+        parts: Sequence[StackedPart],
+        hidden: Sequence[Tensor],
+        *,
+        needs_dx: bool = True,
+    ) -> Tensor:
+        """Add the adapters' gradients to their slots; the gradient in x, new memory (empty if not needed)."""
+        dx_NI = torch.mm(dy_NO, self._weight) if needs_dx else dy_NO.new_empty(0)
+        for (start, end, stack), h_NR in zip(parts, hidden, strict=True):
+            dx = take(dx_NI, start, end) if needs_dx else None
+            stack.pull(take(dy_NO, start, end), take(x_NI, start, end), h_NR, dx)
+        return dx_NI
+
+    def _stacked(self, slots: list[tuple[Slot, slice]]) -> list[_Stack]:
+        known = self._stacks.get(slots[0][0])
+        if known is None or [member.slot for stack in known for member in stack.members] != [
+            slot for slot, _ in slots
+        ]:
+            groups: list[list[tuple[Slot, slice]]] = []
+            for slot, columns in slots:
+                if groups and _neighbours(groups[-1][-1][0], slot):
+                    groups[-1].append((slot, columns))
+                else:
+                    groups.append([(slot, columns)])
+            known = self._stacks[slots[0][0]] = [_stack(group) for group in groups]
+        return known
+
+
+def _neighbours(one: Slot, other: Slot) -> bool:
+    """Whether the other's A, and its gradient, begin where the one's end, and both are scaled alike."""
+    pairs = [(one.a, other.a)]
+    if one.grad_a is not None and other.grad_a is not None:
+        pairs.append((one.grad_a, other.grad_a))
+    return (
+        one.scale == other.scale
+        and (one.grad_a is None) == (other.grad_a is None)
+        and all(
+            a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+            and a.storage_offset() + a.numel() == b.storage_offset()
+            and a.shape[1] == b.shape[1]
+            for a, b in pairs
+        )
+    )
+
+
+def _stack(group: list[tuple[Slot, slice]]) -> _Stack:
+    edges = boundaries([len(slot.a) for slot, _ in group])
+    first = group[0][0]
+
+    def whole(tensor: Tensor) -> Tensor:
+        return torch.as_strided(tensor, (edges[-1], tensor.shape[1]), (tensor.shape[1], 1))
+
+    return _Stack(
+        whole(first.a),
+        None if first.grad_a is None else whole(first.grad_a),
+        first.scale,
+        tuple(
+            _Member(slot, slice(a, b), columns)
+            for (slot, columns), (a, b) in zip(group, pairwise(edges), strict=True)
+        ),
+    )
+
+
+def _accumulate(grad: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """``grad += scale * left right``; ``grad`` is fp32, the factors may be half."""
+    if grad.dtype == left.dtype:
+        grad.addmm_(left, right, alpha=scale)
+    else:
+        grad.add_(torch.mm(left, right), alpha=scale)
