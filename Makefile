@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test unit check fault format bench continuity interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
+.PHONY: help demo lab test unit check fault format bench continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,10 @@ interrupts: $(STAMPS)/installed  ## interrupt a training cell a hundred times; e
 	TUFT_INTERRUPTS=100 $(BIN)/python -m pytest -q tests/contract/test_interrupts.py
 
 install: $(STAMPS)/installed  ## make the virtual environment and build the lab extension
+
+security: $(STAMPS)/installed  ## throw TRIALS (10,000) hostile requests of each kind at a server, and every case of bad input
+	$(BIN)/python -m tests.support.fuzz --trials $(or $(TRIALS),10000)
+	$(BIN)/python -m pytest -q tests/security
 
 sdk-matrix: $(STAMPS)/installed  ## run one script with every SDK version, print the table of the README
 	$(BIN)/python -m tests.support.sdk_matrix

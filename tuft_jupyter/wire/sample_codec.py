@@ -31,6 +31,8 @@ from tuft_jupyter.wire import tuft_wire_pb2 as pb
 from tuft_jupyter.wire.tensors import csr_rows
 
 _MAX_TOPK = 1024
+MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 64, 1024, 4096
+"""All are looked for after every token."""
 
 
 class _Chunk(msgspec.Struct):
@@ -183,6 +185,10 @@ def checked_params(params: SamplingParams, where: str = "") -> SamplingParams:
         raise UserError(f"{where}top_p must lie in (0, 1], got {params.top_p}")
     if params.seed is not None and not 0 <= params.seed < 1 << 64:
         raise UserError(f"{where}seed must be an unsigned 64-bit number, got {params.seed}")
+    if len(params.stop_strings) > MAX_STOPS or len(params.stop_tokens or ()) > MAX_STOP_TOKENS:
+        raise UserError(f"{where}stop may have {MAX_STOPS} strings or {MAX_STOP_TOKENS} token ids at most")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in params.stop_strings):
+        raise UserError(f"{where}stop may have strings of {MAX_STOP_LENGTH} characters at most")
     return params
 
 
