@@ -62,6 +62,7 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 
+Result = SampleResult | BaseException
 Ended = list[tuple[str, SampleResult | TuftError]]
 
 
@@ -103,10 +104,8 @@ class VllmSampler:
         self._max_rank = max_rank
         self._on_death = on_death
         self._guard = Guard()
-        self._ended: queue.SimpleQueue[tuple[str, SampleResult | TuftError | BaseException]] = (
-            queue.SimpleQueue()
-        )
-        self._tasks: dict[str, asyncio.Task[None] | None] = {}
+        self._ended: queue.SimpleQueue[tuple[str, Result]] = queue.SimpleQueue()
+        self._tasks: dict[str, asyncio.Task[Result] | None] = {}
         self._lock = threading.Lock()
         self._dead = ""
         self._closing = False
@@ -247,8 +246,15 @@ class VllmSampler:
         return scores
 
     def _begin(self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None) -> None:
+        task = self._loop.create_task(self._serve(key, adapter, request, heard))
+        # Not in the task itself: one that is cancelled before its first step never runs
+        task.add_done_callback(
+            lambda done: self._ended.put(
+                (key, asyncio.CancelledError() if done.cancelled() else done.result())
+            )
+        )
         with self._lock:
-            self._tasks[key] = self._loop.create_task(self._serve(key, adapter, request, heard))
+            self._tasks[key] = task
 
     def _cancel(self, key: str) -> None:
         task = self._tasks.get(key)
@@ -257,24 +263,20 @@ class VllmSampler:
 
     async def _serve(
         self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None
-    ) -> None:
-        result: SampleResult | TuftError | BaseException
+    ) -> Result:
         try:
             self.check(request)
             if adapter is None:
-                result = await self._sample(key, request, None, heard)
-            else:
-                async with self._adapters.using(adapter) as named:
-                    result = await self._sample(key, request, named, heard)
-        except (TuftError, asyncio.CancelledError) as error:
-            result = error
+                return await self._sample(key, request, None, heard)
+            async with self._adapters.using(adapter) as named:
+                return await self._sample(key, request, named, heard)
+        except TuftError as error:
+            return error
         except Exception as error:
             if self._dead or self._engine.errored:
-                result = EngineDied(f"the vLLM engine is dead: {self._dead or _line(error)}")
-            else:  # vLLM refused this request, or lost it alone
-                log.exception("sample request %s failed", key)
-                result = ServerError(f"sampling failed in vLLM: {_line(error)}")
-        self._ended.put((key, result))
+                return EngineDied(f"the vLLM engine is dead: {self._dead or _line(error)}")
+            log.exception("sample request %s failed", key)  # vLLM refused it, or lost it alone
+            return ServerError(f"sampling failed in vLLM: {_line(error)}")
 
     async def _sample(
         self, key: str, request: SampleRequest, named: Named | None, heard: Listener | None
