@@ -8,6 +8,7 @@ first worker, never before.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import getpass
 import importlib.util
 import logging
@@ -21,7 +22,7 @@ from tuft_jupyter._version import __version__
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
-from tuft_jupyter.core.errors import Forbidden, TuftError, UserError
+from tuft_jupyter.core.errors import Forbidden, Overloaded, TuftError, UserError
 from tuft_jupyter.core.journal import Journal, MemoryJournal, Unavailable
 from tuft_jupyter.core.journal_redis import RedisJournal
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
@@ -130,6 +131,7 @@ class Host:
         self.gauges = Gauges(self.engines.workers)
         self.problem = ""
         self._ready = asyncio.Event()
+        self._tried = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -148,13 +150,22 @@ class Host:
             if self.problem != error.message:
                 self.problem = error.message
                 log.error("tuft-jupyter is not serving: %s", error.message)
+            self._tried.set()
             return isinstance(error, Unavailable)
         self.problem = ""
         self.keybook.recovered()
         self._tasks.append(asyncio.get_running_loop().create_task(self._expire_keys()))
         self._ready.set()
+        self._tried.set()
         log.info("tuft-jupyter keeps its journal in %s", self.journal.description)
         return False
+
+    async def recovered(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._tried.wait()
+        if not self._ready.is_set():
+            raise Overloaded(f"not ready yet: {self.problem or 'reading the journal'}", retry_after=2.0)
 
     async def _wait_for_the_journal(self) -> None:
         while True:

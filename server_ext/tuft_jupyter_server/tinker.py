@@ -83,8 +83,12 @@ class TinkerHandler(Answering):
         self.set_header("Server", "tuft-jupyter")
         self.set_header("X-Content-Type-Options", "nosniff")
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         try:
+            if self.request.path.rpartition("/")[2] not in ("healthz", "status"):
+                await self.api.host.recovered(
+                    self.api.hold_seconds
+                )  # or what was there would seem to be gone
             self.route = self._route()
             if self.route.access is Access.KEY:
                 key = self._key()

@@ -27,7 +27,7 @@ def run(fault: Fault, trials: int, seed: int) -> tuple[str, bool]:
             try:
                 told.append(trial(Random(f"{fault.row} {seed} {number}")))
                 held += 1
-            except AssertionError:
+            except Exception:  # noqa: BLE001 - any of them breaks the promise
                 print(f"{fault.row}, trial {number} of seed {seed}:", file=sys.stderr)
                 traceback.print_exc()
             print(f"{fault.row} {number + 1}/{trials}, held {held}", file=sys.stderr, flush=True)
@@ -66,6 +66,7 @@ def main() -> int:
     for fault in chosen:
         line, held = run(fault, max(1, round(told.trials * fault.share)), told.seed)
         lines.append(line)
+        print(line, file=sys.stderr, flush=True)
         good &= held
     table = "\n".join(lines)
     print(table)

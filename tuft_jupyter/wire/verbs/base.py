@@ -91,6 +91,9 @@ class Host(Protocol):
     def status(self, principal: Principal) -> dict[str, Any]:
         """Readiness in words and numbers, as the lab and ``%tuft status`` show it."""
 
+    async def recovered(self, seconds: float) -> None:
+        """Return once the journal was read, so that what was there is known; Overloaded if it takes any longer."""
+
     async def add_model(self, principal: Principal, model: str) -> ModelCard:
         """Offer one more base model and begin to load it."""
 
