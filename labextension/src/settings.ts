@@ -11,7 +11,7 @@ export interface IPanelSettings {
 
 export const DEFAULTS: IPanelSettings = {
   metric: 'loss',
-  drawsPerSecond: 5,
+  drawsPerSecond: 10,
   statusBar: true
 };
 

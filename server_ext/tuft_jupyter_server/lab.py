@@ -24,8 +24,8 @@ from tuft_jupyter.wire.routes import ROUTES
 from tuft_jupyter_server.host import Host
 from tuft_jupyter_server.logtail import TAIL
 
-COALESCE = 0.12
-"""Seconds for which records are gathered into one message: about eight messages a second at most."""
+COALESCE = 0.1
+"""Seconds between two messages with records: the first of a burst leaves at once, the others are gathered."""
 GAUGE_SECONDS = 1.0
 
 
@@ -122,10 +122,13 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
             self.host.ledger.feed.unsubscribe(self._subscription)
 
     async def _send_records(self, subscription: Subscription) -> None:
+        loop = asyncio.get_running_loop()
+        sent = -COALESCE
         while True:
             records = await subscription.take()
-            await asyncio.sleep(COALESCE)
+            await asyncio.sleep(max(0.0, sent + COALESCE - loop.time()))
             records += subscription.drain()
+            sent = loop.time()
             if subscription.overflowed:
                 subscription.overflowed = False
                 self._post({"type": "resync"})
