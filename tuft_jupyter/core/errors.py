@@ -4,6 +4,7 @@
 
     TuftError
     ├── UserError            400, category "user": the request is wrong and says how to mend it
+    │   ├── DatumError       400: one datum of the request is wrong, counted over the whole request
     │   ├── NotFound         404: missing, or somebody else's (the two look the same)
     │   ├── Unauthenticated  401: no key
     │   ├── Forbidden        403: a key that is unknown, revoked or expired
@@ -35,6 +36,18 @@ class TuftError(Exception):
 class UserError(TuftError):
     status = 400
     category = "user"
+
+
+class DatumError(UserError):
+    """One datum of a request is at fault; ``datum`` counts from 0 over the request."""
+
+    def __init__(self, datum: int, problem: str) -> None:
+        super().__init__(f"datum {datum}: {problem}")
+        self.datum, self.problem = datum, problem
+
+    def after(self, datums: int) -> DatumError:
+        """The same, where what was looked at began after so many datums of the request."""
+        return DatumError(self.datum + datums, self.problem)
 
 
 class NotFound(UserError):

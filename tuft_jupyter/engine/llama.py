@@ -70,21 +70,26 @@ class LlamaDecoder:
 
     @torch.no_grad()
     def __call__(
-        self, packed: Packed, ids_N: Tensor, positions_1N: Tensor, *, backward: bool
+        self, packed: Packed, ids_N: Tensor, positions_1N: Tensor, *, backward: bool, recompute: bool = False
     ) -> tuple[Tensor, Pull]:
         x_ND = F.embedding(ids_N, self._embed.weight)
         rope = _Rope(*self._rotary(x_ND, positions_1N))
-        tape: list[_Kept] = []
+        tape: list[_Kept | Tensor] = []  # of each layer what its backward pass reads, or only its input
         for layer in self._layers:
-            x_ND, kept = layer(x_ND, packed, rope, backward)
-            tape.append(kept)
+            again = x_ND
+            x_ND, kept = layer(x_ND, packed, rope, backward and not recompute)
+            if backward:
+                tape.append(again if recompute else kept)
         h_ND, unit_ND, scale_N1 = self._norm(x_ND)
 
         @torch.no_grad()
         def pull(dh_ND: Tensor) -> None:
             dx_ND = self._norm.pull(dh_ND, unit_ND, scale_N1)
             for layer in reversed(self._layers):
-                dx_ND = layer.pull(dx_ND, tape.pop(), rope, first=not tape)
+                kept = tape.pop()
+                if isinstance(kept, Tensor):
+                    _, kept = layer(kept, packed, rope, True)
+                dx_ND = layer.pull(dx_ND, kept, rope, first=not tape)
 
         return h_ND, pull
 

@@ -14,9 +14,9 @@ from itertools import groupby, pairwise
 import numpy as np
 import torch
 
-from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.errors import DatumError
 from tuft_jupyter.core.types import Datum, FloatArray, ForwardBackward, ForwardBackwardResult
-from tuft_jupyter.engine import head, packing
+from tuft_jupyter.engine import head, memory, packing
 from tuft_jupyter.engine.base import BaseModel
 from tuft_jupyter.engine.losses import Config, Loss, resolve
 
@@ -33,12 +33,18 @@ class _Row:
 
 
 class Pass:
-    """One batch on its way through the model; ``budget`` bounds the tokens of a micro-batch."""
+    """One batch on its way through the model; ``budget`` bounds the tokens of a micro-batch.
 
-    def __init__(self, base: BaseModel, batch: Sequence[Item], budget: int) -> None:
+    ``recompute``: keep as little as possible for the way back, even where it seems to fit.
+    """
+
+    def __init__(
+        self, base: BaseModel, batch: Sequence[Item], budget: int, *, recompute: bool = False
+    ) -> None:
         self.base = base
         self.batch = batch
         self.budget = budget
+        self.recompute = recompute
         self.losses: list[tuple[Loss, Config]] = [resolve(r.loss_fn, r.loss_config) for _, r in batch]
         self.logprobs: list[list[FloatArray]] = [[np.empty(0, np.float32)] * len(r.data) for _, r in batch]
         self.sums: list[list[float]] = [[0.0] * len(r.data) for _, r in batch]
@@ -73,7 +79,11 @@ class Pass:
             start = spans[-1].end
         ids = torch.from_numpy(np.concatenate([row.datum.tokens for row in rows]).astype(np.int64))
         hidden, pull = base.run(
-            packed, ids.to(base.device), packing.positions(packed.cu, base.device), backward=backward
+            packed,
+            ids.to(base.device),
+            packing.positions(packed.cu, base.device),
+            backward=backward,
+            recompute=backward and (self.recompute or memory.is_tight(base, packed.tokens)),
         )
         results, gradient = head.run(base.lm_head, hidden, packed.segments, spans, backward=backward)
         if gradient is not None and any(span.counts.any() for span in spans):
@@ -124,9 +134,10 @@ class Pass:
     def _result(self, item: int) -> ForwardBackwardResult:
         for i, value in enumerate(self.sums[item]):
             if not math.isfinite(value):
-                raise UserError(
-                    f"datum {i}: the loss is {value}. Either `logprobs` are too far from the model's own, or the "
-                    "adapter has diverged: load a checkpoint and use a lower learning rate"
+                raise DatumError(
+                    i,
+                    f"the loss is {value}. Either `logprobs` are too far from the model's own, or the "
+                    "adapter has diverged: load a checkpoint and use a lower learning rate",
                 )
         loss_sum = math.fsum(self.sums[item])
         return ForwardBackwardResult(

@@ -27,7 +27,7 @@ from tuft_jupyter.core.types import (
     ForwardBackwardResult,
     LoraSpec,
 )
-from tuft_jupyter.engine import checkpoint
+from tuft_jupyter.engine import checkpoint, memory
 from tuft_jupyter.engine.adam import Adam
 from tuft_jupyter.engine.base import load_base
 from tuft_jupyter.engine.checks import check_adam, check_request
@@ -164,11 +164,15 @@ class PeftTrainer:
             results[i] = result
         return results
 
-    def _guarded(self, batch: Sequence[Item]) -> list[ForwardBackwardResult | TuftError]:
+    def _guarded(
+        self, batch: Sequence[Item], *, halved: bool = False
+    ) -> list[ForwardBackwardResult | TuftError]:
         """Run the items together.
 
-        If that fails, undo it and run each alone, so that only the guilty one fails.
+        If that fails, undo it. Where memory ran out, try once more in passes ``halved``, which keep as little as
+        possible; else, or after that, run each alone, so that only the guilty one fails.
         """
+        budget = self.micro_batch_tokens // 2 if halved else self.micro_batch_tokens
         before = {
             run: live.grads.clone() if live.dirty else None
             for run, live in ((run, self._runs[run]) for run, request in batch if request.backward)
@@ -176,18 +180,37 @@ class PeftTrainer:
         try:
             for run in before:
                 self._runs[run].dirty = True
-            return list(Pass(self.base, batch, self.micro_batch_tokens).run())
-        except Exception as error:  # whatever it was, gradients go back to what they were
+            return list(Pass(self.base, batch, budget, recompute=halved).run())
+        except Exception as error:  # noqa: BLE001 - whatever it was, gradients go back to what they were
             for run, grads in before.items():
                 live = self._runs[run]
                 live.dirty = grads is not None
                 live.grads.zero_() if grads is None else live.grads.copy_(grads)
-            if len(batch) > 1:
-                return [self._guarded([item])[0] for item in batch]
-            if isinstance(error, TuftError):
-                return [error]
-            log.exception("forward_backward of %s failed", batch[0][0])
-            return [ServerError(f"forward_backward failed in the trainer: {type(error).__name__}: {error}")]
+            failure, exhausted = error.with_traceback(None), memory.ran_out(error)
+        # Outside of the handler: its traceback holds on to the activations.
+        if exhausted:
+            log.warning("out of memory at %d tokens a pass", budget)
+            memory.release(self.base.device)
+            if not halved:
+                return self._guarded(batch, halved=True)
+        if len(batch) > 1:
+            return [self._guarded([item], halved=halved)[0] for item in batch]
+        return [self._refusal(batch[0], failure, budget)]
+
+    def _refusal(self, item: Item, failure: Exception, budget: int) -> TuftError:
+        """What is told of a request that cannot be run even alone."""
+        run, request = item
+        if isinstance(failure, TuftError):
+            return failure
+        if memory.ran_out(failure):
+            lengths = [len(datum.tokens) for datum in request.data]
+            return UserError(
+                f"out of memory: {len(lengths)} datums of together {sum(lengths)} tokens, the longest "
+                f"{max(lengths)}, do not fit even in passes of {max(budget, *lengths)} tokens that keep as little as "
+                f"possible; nothing of this request was added. Shorten the longest datum, or use a smaller rank"
+            )
+        log.error("forward_backward of %s failed", run, exc_info=failure)
+        return ServerError(f"forward_backward failed in the trainer: {type(failure).__name__}: {failure}")
 
     def _run(self, run: str) -> _Run:
         live = self._runs.get(run)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task, Trainer
-from tuft_jupyter.core.errors import ServerError, TuftError
+from tuft_jupyter.core.errors import DatumError, ServerError, TuftError
 from tuft_jupyter.core.types import JSON, PROTOBUF, AdamParams, ForwardBackward, LoraSpec, OpKind
 from tuft_jupyter.engine.slices import Sliced
 from tuft_jupyter.wire import codec
@@ -127,6 +127,8 @@ class TrainingWorker:
         for (position, task, sliced, part), result in zip(batch, results, strict=True):
             if isinstance(result, TuftError):
                 self._unfinished.pop(task.request_id, None)
+                if isinstance(result, DatumError):
+                    result = result.after(sliced.cursor)
                 outcomes[position] = self._failed(task, result, dirty=sliced.dirty)
                 continue
             sliced.add(part, result, ms_per_token * part.tokens)

@@ -14,6 +14,7 @@ from tinker.proto.response_conv import deserialize_forward_backward_output
 from tests.support.fake_engine import VOCAB, FakeTrainer, Faults
 from tests.support.sdk_bodies import sdk_body
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task
+from tuft_jupyter.core.errors import DatumError
 from tuft_jupyter.core.types import JSON, PROTOBUF, OpKind
 from tuft_jupyter.engine.worker import TrainingWorker
 
@@ -330,3 +331,23 @@ def test_the_fakes_numbers_are_exact() -> None:
     (outcome,) = worker.step([forward_backward("a", datum(0, 31))])
     logprobs = output(outcome).loss_fn_outputs[0]["logprobs"].data
     assert np.array_equal(logprobs, [-1 / 64, -0.5])
+
+
+def test_a_refused_datum_is_counted_over_the_whole_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However an op is cut, its error names the datum that the client sent."""
+    worker, trainer = worker_with("a")
+    run = trainer.forward_backward
+
+    def refuse(batch: Any) -> list[Any]:
+        if any(63 in one.tokens for one in batch[0][1].data):
+            index = next(i for i, one in enumerate(batch[0][1].data) if 63 in one.tokens)
+            return [DatumError(index, "the loss is nan")]
+        return run(batch)
+
+    monkeypatch.setattr(trainer, "forward_backward", refuse)
+    task = forward_backward("a", datum(1), datum(2), datum(3), datum(63), grant=2)
+    (first,) = worker.step([task])
+    assert not first.finished
+    (last,) = worker.step([again(task, grant=2)])
+    assert last.category == "user"
+    assert last.error == "datum 3: the loss is nan"

@@ -1,0 +1,129 @@
+"""When memory is short: layers are computed again, a batch is split once, and only what cannot fit fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.datums import ask, make_datum
+from tests.support.tiny_models import make_model
+from tuft_jupyter.core.errors import TuftError, UserError
+from tuft_jupyter.core.types import LoraSpec
+from tuft_jupyter.engine import memory
+from tuft_jupyter.engine.trainer import PeftTrainer
+
+SPEC = LoraSpec(rank=4, alpha=8, seed=1, train_unembed=False)
+
+
+def started(directory: Path, **options: Any) -> PeftTrainer:
+    trainer = PeftTrainer(directory, **options)
+    for run in ("a", "b"):
+        trainer.create(run, SPEC)
+        trainer.bank[run].weights.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
+        trainer.bank[run].refresh()
+    return trainer
+
+
+def gradients(trainer: PeftTrainer, run: str) -> Tensor:
+    grads = trainer.bank[run].grads
+    assert grads is not None
+    return grads.clone()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"], ids=["written out", "modules"])
+def test_layers_computed_again_give_the_same_bits(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = {"sliding_window": 4} if family == "mistral" else {}
+    directory = make_model(tmp_path, family, **extra)
+    batch = [("a", ask([make_datum(40), make_datum(9)])), ("b", ask([make_datum(23)]))]
+    found = []
+    for free in (1 << 50, 1000):
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+        trainer = started(directory)
+        assert memory.is_tight(trainer.base, 72) is (free == 1000)
+        first, second = trainer.forward_backward(batch)
+        assert not isinstance(first, TuftError)
+        assert not isinstance(second, TuftError)
+        found.append((first.loss_sum, second.loss_sum, gradients(trainer, "a"), gradients(trainer, "b")))
+    (a1, b1, *kept), (a2, b2, *again) = found
+    assert (a1, b1) == (a2, b2)
+    for one, other in zip(kept, again, strict=True):
+        assert one.abs().sum() > 0
+        assert torch.equal(one, other)
+
+
+def live_peak(trainer: PeftTrainer, tokens: int) -> int:
+    """Highest sum of live memory in a pass over one datum, above its start."""
+    from torch.profiler import ProfilerActivity, profile
+
+    batch = [("a", ask([make_datum(tokens)]))]
+    trainer.forward_backward(batch)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        trainer.forward_backward(batch)
+    live = peak = 0
+    events: list[Any] = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def test_what_is_computed_again_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = started(make_model(tmp_path, layers=8))
+    kept = live_peak(trainer, 300)
+    assert kept <= 1.5 * memory.activations(trainer.base, 300)  # the estimate is of the right size
+    monkeypatch.setattr(memory, "available", lambda device: 1000)
+    assert live_peak(trainer, 300) < 0.5 * kept
+
+
+def short_of(trainer: PeftTrainer, monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
+    """Have every pass over more than ``limit`` tokens run out of memory; the tokens of the passes tried."""
+    tried: list[int] = []
+    run = trainer.base.run
+
+    class Short:
+        def __call__(self, packed: Any, *args: Any, **options: Any) -> Any:
+            tried.append(packed.tokens)
+            if packed.tokens > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return run(packed, *args, **options)
+
+    from dataclasses import replace
+
+    monkeypatch.setattr(trainer, "base", replace(trainer.base, run=Short()))
+    return tried
+
+
+def test_a_batch_that_runs_out_of_memory_is_split_once(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L9: everybody is answered, in smaller passes, with the gradients of the larger ones."""
+    batch = [("a", ask([make_datum(20), make_datum(15)])), ("b", ask([make_datum(18)]))]
+    calm, short = started(qwen3, micro_batch_tokens=64), started(qwen3, micro_batch_tokens=64)
+    expected = calm.forward_backward(batch)
+    tried = short_of(short, monkeypatch, limit=40)
+    results = short.forward_backward(batch)
+    assert tried[0] == 53
+    assert max(tried[1:]) <= 32
+    for mine, theirs in zip(results, expected, strict=True):
+        assert not isinstance(mine, TuftError)
+        assert not isinstance(theirs, TuftError)
+        assert mine.loss_sum == pytest.approx(theirs.loss_sum, rel=1e-6)
+    for run in ("a", "b"):
+        torch.testing.assert_close(gradients(short, run), gradients(calm, run), rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_op_that_cannot_fit_fails(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L9: the error names datums and tokens, the others get their answers, and nothing of it is left behind."""
+    trainer = started(qwen3, micro_batch_tokens=64)
+    short_of(trainer, monkeypatch, limit=40)
+    large, small = ask([make_datum(50), make_datum(7)]), ask([make_datum(18)])
+    refused, answered = trainer.forward_backward([("a", large), ("b", small)])
+    assert isinstance(refused, UserError)
+    assert "2 datums of together 57 tokens, the longest 50" in refused.message
+    assert not isinstance(answered, TuftError)
+    assert gradients(trainer, "a").abs().sum() == 0
+    assert gradients(trainer, "b").abs().sum() > 0

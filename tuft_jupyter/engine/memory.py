@@ -1,0 +1,64 @@
+"""How much memory a pass will take, how much there is, and what running out of it looks like.
+
+The estimate is of what a decoder keeps for its backward pass; it errs on the high side. Knows model shapes, not
+requests. Where it does not fit, layers are computed again on the way back instead of kept (Chen et al. 2016,
+arXiv 1604.06174).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from tuft_jupyter.engine.base import BaseModel
+
+SHARE = 0.5
+"""Of the free memory, what activations may take: other work grows while a pass runs."""
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def activations(base: BaseModel, tokens: int) -> int:
+    """Bytes kept for the backward pass over a row of ``tokens``.
+
+    Per layer and token: two norms, queries, keys and values (and their fp32 copies), attention's output and
+    probabilities, gate and up and their product.
+    """
+    config = base.hf.config.get_text_config()
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    size = getattr(config, "head_dim", None) or hidden // heads
+    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    kept = 3 * hidden + 6 * heads * size + 3 * experts * mlp
+    probabilities = 4 * heads * 256  # keys a token sees on average where attention keeps them; fp32
+    return int(config.num_hidden_layers * tokens * (kept * base.dtype.itemsize + probabilities))
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be had on the device."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def is_tight(base: BaseModel, tokens: int) -> bool:
+    """Whether the activations of a row of ``tokens`` are better computed again than kept."""
+    return activations(base, tokens) > SHARE * available(base.device)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory was asked for that is not there."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def release(device: torch.device) -> None:
+    """Give cached blocks back before something is tried again."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
