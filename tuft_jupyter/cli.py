@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tuft_jupyter import cli_keys
+from tuft_jupyter import cli_keys, cli_runs
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import DEFAULT_PORT, LOG_LEVELS, ConfigError, Settings, config_file, load_settings
 from tuft_jupyter.core.errors import TuftError
@@ -21,7 +21,7 @@ from tuft_jupyter.kernel import doctor
 from tuft_jupyter.kernel.errors import TuftConnectionError
 from tuft_jupyter.kernel.report import Table, status_table
 
-VERBS = ("launch", "status", "keys", "doctor", "config")
+VERBS = ("launch", "status", "runs", "export", "keys", "doctor", "config", "stop")
 NO_MODEL_CONFIG = "Model configuration file must be provided via --model-config"
 OVERRIDES = ("host", "port", "checkpoint_dir", "log_level")
 
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--address", metavar="URL", help="of this server (default: the one that %%tuft init finds)"
     )
+    cli_runs.add_parsers(verbs)
     cli_keys.add_parser(verbs)
     verbs.add_parser("doctor", help="versions, interpreters and what is missing")
     config = verbs.add_parser("config", help="print the configuration that is generated for a model")
@@ -94,6 +95,12 @@ def _run(words: list[str]) -> int:
             return _serve(_settings(options, options.config or options.model_config))
         case "status":
             return _status(options.address)
+        case "runs":
+            return cli_runs.runs(options)
+        case "export":
+            return cli_runs.export(options)
+        case "stop":
+            return cli_runs.stop(options)
         case "keys":
             return cli_keys.run(options)
         case "doctor":

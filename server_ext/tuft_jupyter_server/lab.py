@@ -16,6 +16,7 @@ from jupyter_server.base.websocket import WebSocketMixin
 from tornado import web
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
+from tuft_jupyter import metrics
 from tuft_jupyter.core.feed import Subscription
 from tuft_jupyter.core.outlook import waiting
 from tuft_jupyter.core.shown import public, public_record
@@ -45,6 +46,36 @@ class LabState(APIHandler):
         body = {"state": state, "status": self.host.status(self.host.owner)}
         self.set_header("Content-Type", "application/json")
         self.finish(msgspec.json.encode(body))
+
+
+class LabExport(APIHandler):
+    """GET: a run's metrics as a file (``?run=``, ``?format=csv``, ``jsonl`` or ``tensorboard``)."""
+
+    auth_resource = "tuft"
+    _track_activity = False
+
+    def initialize(self, host: Host) -> None:
+        self.host = host
+
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        form = self.get_query_argument("format", "csv")
+        run = self.host.ledger.state.runs.get(self.get_query_argument("run", ""))
+        if run is None:
+            raise web.HTTPError(404, "run: there is none with this id")
+        if form not in metrics.FORMATS:
+            raise web.HTTPError(400, f"format: {form!r} is none of {', '.join(metrics.FORMATS)}")
+        write = metrics.events_elsewhere if form == "tensorboard" else metrics.FORMATS[form][1]
+        columns = {name: list(values) for name, values in run.curve.items()}
+        try:
+            content = await asyncio.to_thread(write, run.id, columns)
+        except metrics.CannotExport as problem:
+            raise web.HTTPError(400, str(problem)) from None
+        name = metrics.file_name(run.id, form)
+        self.set_header("Content-Type", "application/octet-stream")
+        self.set_header("Content-Disposition", f'attachment; filename="{name}"')
+        self.finish(content, set_content_type="application/octet-stream")
 
 
 class LabKeys(APIHandler):
@@ -173,6 +204,7 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
 def handlers(root: str, host: Host) -> list[tuple[str, type[web.RequestHandler], dict[str, Any]]]:
     return [
         (root + "/lab/state", LabState, {"host": host}),
+        (root + "/lab/export", LabExport, {"host": host}),
         (root + "/lab/keys", LabKeys, {"host": host}),
         (root + "/lab/keys/([^/]+)", LabKeys, {"host": host}),
         (root + "/lab/feed", LabFeed, {"host": host}),

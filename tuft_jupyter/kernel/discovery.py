@@ -132,12 +132,17 @@ def _implicit(home: Path, env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 def daemons() -> Iterator[str]:
     """Addresses of this user's own ``tuft launch`` processes, newest first."""
+    yield from (address for _, address in daemon_processes())
+
+
+def daemon_processes() -> Iterator[tuple[psutil.Process, str]]:
+    """Those processes themselves, each with its address."""
     mine = [p for p in psutil.process_iter() if _is_own(p)]
     for process in sorted(mine, key=_started, reverse=True):
         try:
             arguments = launch_arguments(process.cmdline())
             if arguments is not None:
-                yield _address(arguments, process.environ())
+                yield process, _address(arguments, process.environ())
         except (psutil.Error, OSError):
             continue
 
