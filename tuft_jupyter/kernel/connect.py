@@ -23,10 +23,11 @@ from tuft_jupyter.kernel.discovery import Found, check, discover
 from tuft_jupyter.kernel.errors import TuftConnectionError
 from tuft_jupyter.kernel.launch import OwnedServer
 from tuft_jupyter.kernel.report import Progress, Table, status_table
+from tuft_jupyter.kernel.versions import notes as version_notes
+from tuft_jupyter.kernel.versions import sdk_refusal, sdk_version
 
 Report = Callable[[str, str], None]
 
-SDK_REQUIREMENT = "tinker>=0.38,<0.39"
 PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
@@ -171,13 +172,13 @@ def get_service_client() -> Any:
             init()
         assert _connection is not None
         if _connection.sdk is None:
+            refusal = sdk_refusal(sdk_version())
+            if refusal:
+                raise TuftConnectionError(refusal)
             try:
                 import tinker
             except ImportError:
-                raise TuftConnectionError(
-                    "The Tinker SDK is not installed in this kernel's environment: "
-                    f'%pip install "{SDK_REQUIREMENT}" and run the cell again.'
-                ) from None
+                raise TuftConnectionError(sdk_refusal(None)) from None
             _connection.sdk = tinker.ServiceClient(
                 base_url=_connection.address, api_key=_connection.client.key
             )
@@ -252,6 +253,9 @@ def _finish(connection: Connection, model: str | None, report: Report) -> None:
         models.wait_until_ready(connection.client, connection.model, report)
     offered = connection.client.models()
     for text in models.lay_tokenizers(connection.client, [connection.model] if connection.model else offered):
+        report("note", text)
+    status = connection.status() or {}
+    for text in version_notes(sdk_version(), str(status.get("version") or "")):
         report("note", text)
     chosen = f"base model {connection.model}" if connection.model else f"base models: {', '.join(offered)}"
     report("connected", f"{connection.address}; {chosen or 'no base model is offered yet'}")

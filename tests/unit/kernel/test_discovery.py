@@ -31,7 +31,7 @@ def test_an_address_wins_over_everything(server: StubServer, other: StubServer, 
 def test_the_environment_wins_over_the_address_file(
     server: StubServer, other: StubServer, env: dict[str, str]
 ) -> None:
-    """S0-21: TUFT_ADDRESS beats file, scan and port."""
+    """S0-21, S0-33: TUFT_ADDRESS beats file, scan and port."""
     homes.write_address(homes.home_dir(env), other.address)
     found = discover(None, None, env | {"TUFT_ADDRESS": server.address})
     assert found is not None

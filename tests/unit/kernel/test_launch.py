@@ -28,7 +28,7 @@ def file(path: Path) -> Path:
 
 
 def test_the_first_source_of_a_configuration_wins(env: dict[str, str], tmp_path: Path) -> None:
-    """S0-27, S0-28, S0-30, S0-31: config=, TUFT_CONFIG, model=, TUFT_MODEL_PATH, the default file."""
+    """S0-27, S0-28, S0-30, S0-31, S0-35, S0-36: config=, TUFT_CONFIG, model=, TUFT_MODEL_PATH, the default file."""
     given, variable = file(tmp_path / "a.yaml"), file(tmp_path / "b.yaml")
     with pytest.raises(TuftConnectionError):
         choose_config(None, None, env)
