@@ -74,11 +74,11 @@ class LocalSampling:
             raise EngineDied("not started")
         return self._worker
 
-    async def sample(self, request_id: str, adapter: str | None, body: bytes) -> Outcome:
+    async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         return await self._ready().sample(request_id, adapter, body)
 
     async def complete(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool
+        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = ""
     ) -> AsyncGenerator[bytes, None]:
         self._ready()
         part = await self._text.begin(request_id, adapter, body, chat=chat)

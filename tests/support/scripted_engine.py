@@ -112,10 +112,12 @@ class ScriptedEngine:
 
 
 class ScriptedSampler:
-    """Answers every sample with the adapter's directory; ``hold`` can keep it waiting."""
+    """Answers every sample with the adapter's directory; a closed ``gate`` keeps it waiting."""
 
     def __init__(self) -> None:
         self.dies = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
         self.cancelled: list[str] = []
         self.closed = 0
 
@@ -125,6 +127,7 @@ class ScriptedSampler:
         if self.dies:
             self.dies -= 1
             raise EngineDied("killed by the test")
+        await self.gate.wait()
         return Outcome(request_id, result=(adapter or "base").encode(), content_type=JSON)
 
     async def complete(

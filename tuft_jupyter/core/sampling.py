@@ -8,17 +8,19 @@ from the directories that requests name. The module knows no HTTP and does not l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuft_jupyter.core.access import owned
 from tuft_jupyter.core.completions import Completions
 from tuft_jupyter.core.engine import EngineDied, SamplingEngine
-from tuft_jupyter.core.errors import NotFound, TuftError
+from tuft_jupyter.core.errors import NotFound, Overloaded, TuftError
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.startup import bring_up
@@ -30,8 +32,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tuft_jupyter.sampling")
 
+WAITING = 4096
+"""Sample requests a tenant may have under way; more are told to come back, as the SDK does by itself."""
+
+WAITING_BYTES = 256 * 2**20
+"""What their bodies may weigh together."""
+
 REMEMBERED = 65_536
 """(sampler, seq) pairs remembered, so that a repeated request is not drawn twice."""
+
+
+CANCELLED = "this sample request was cancelled"
 
 
 class Worker:
@@ -72,6 +83,16 @@ class Worker:
         self.detail = detail
 
 
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """A request under way; ``size`` is its body's, in bytes."""
+
+    task: asyncio.Task[None]
+    sampler: Sampler
+    seq: int
+    size: int
+
+
 class Sampling:
     """The samplers of all tenants and their requests."""
 
@@ -86,6 +107,9 @@ class Sampling:
         self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._joined: dict[str, int] = {}
         self._running: set[asyncio.Task[None]] = set()
+        self._drawing: dict[str, _Drawing] = {}
+        self._count: Counter[str] = Counter()  # by tenant
+        self._bytes: Counter[str] = Counter()
 
     async def stop(self) -> None:
         for task in list(self._running):
@@ -142,29 +166,67 @@ class Sampling:
             return known
         if found.directory is not None and not Path(found.directory).is_dir():
             raise NotFound(f"the weights of sampler {sampler!r} were deleted: save them again")
+        self._check_room(found.tenant, len(body))
         request_id = secrets.token_hex(16)
         self._seen[sampler, seq] = request_id
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
         self.ledger.promises.open(request_id, found.tenant, sampler)
-        self._spawn(self._run(found, seq, request_id, body))
+        task = self._spawn(self._run(found, seq, request_id, body))
+        self._begun(request_id, _Drawing(task, found, seq, len(body)))
         return request_id
 
+    def _check_room(self, tenant: str, size: int) -> None:
+        if self._count[tenant] >= WAITING or self._bytes[tenant] + size > WAITING_BYTES:
+            raise Overloaded(
+                f"{self._count[tenant]} sample requests of yours are under way, the limit of this server is {WAITING} "
+                f"(or {WAITING_BYTES >> 20} MiB): wait for results"
+            )
+
+    def _begun(self, request_id: str, drawing: _Drawing) -> None:
+        self._drawing[request_id] = drawing
+        self._count[drawing.sampler.tenant] += 1
+        self._bytes[drawing.sampler.tenant] += drawing.size
+        drawing.task.add_done_callback(lambda _: self._over(request_id))
+
+    def _over(self, request_id: str) -> None:
+        drawing = self._drawing.pop(request_id, None)
+        if drawing is None:
+            return
+        tenant = drawing.sampler.tenant
+        self._count[tenant] -= 1
+        self._bytes[tenant] -= drawing.size
+        if not self._count[tenant]:
+            del self._count[tenant], self._bytes[tenant]
+
     async def cancel(self, principal: Principal, request_id: str) -> None:
-        """Stop drawing for a request; what is not a running sample of the principal's is left alone."""
-        promise = self.ledger.promises.get(principal, request_id)
-        sampler = self.ledger.state.samplers.get(promise.owner)
-        worker = self.workers.get(sampler.base_model) if sampler else None
-        if worker is not None and promise.answer is None:
-            await worker.engine.cancel(request_id)
+        """Stop drawing for a request, which fails; what is no sample of the principal's under way is left alone."""
+        self.ledger.promises.get(principal, request_id)
+        drawing = self._drawing.get(request_id)
+        if drawing is None:
+            return
+        drawing.task.cancel()
+        self._settle(drawing.sampler, drawing.seq, request_id, Answer(category="user", error=CANCELLED))
+        worker = self.workers.get(drawing.sampler.base_model)
+        if worker is not None:
+            with contextlib.suppress(EngineDied):  # nothing draws where there is no worker
+                await worker.engine.cancel(request_id)
 
     def reason(self, sampler: str) -> str:
         """In words, what the requests of a sampler wait for."""
         found = self.ledger.state.samplers.get(sampler)
         worker = self.workers.get(found.base_model) if found else None
-        if worker is None or worker.status == "ready":
-            return "drawing tokens"
+        if found is None or worker is None or worker.status == "ready":
+            return self._company(found)
         return worker.detail or "the sampling worker is starting"
+
+    def _company(self, sampler: Sampler | None) -> str:
+        """How many draw together."""
+        if sampler is None:
+            return "drawing tokens"
+        together = [one for one in self._drawing.values() if one.sampler.base_model == sampler.base_model]
+        own = sum(one.sampler.tenant == sampler.tenant for one in together)
+        return f"drawing tokens: {own} requests of yours among {len(together)} share {sampler.base_model}"
 
     async def _warm(self, card: ModelCard) -> None:
         try:
@@ -196,11 +258,16 @@ class Sampling:
         except Exception as bug:  # the client must hear something
             log.exception("sampling failed")
             answer = Answer(category="server", error=f"sampling failed: {type(bug).__name__}")
+        self._settle(sampler, seq, request_id, answer)
+
+    def _settle(self, sampler: Sampler, seq: int, request_id: str, answer: Answer) -> None:
+        self._over(request_id)
         self.ledger.promises.settle(request_id, answer)
         size = None if answer.body is None else len(answer.body)
         self.completions.add(sampler.id, seq, request_id, size)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        return task
