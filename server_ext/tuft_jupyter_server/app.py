@@ -7,6 +7,7 @@ is shown in the panel and never keeps the notebook server from starting.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from datetime import UTC, datetime
 from typing import Any
@@ -23,6 +24,8 @@ from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter_server import lab, lab_calls, logtail, tinker, unusable
 from tuft_jupyter_server.host import Host
 
+ACTIVITY_SECONDS = 10.0
+"""How often a server that works on something says so."""
 INJECTED = ("TUFT_ADDRESS", "TUFT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY")
 
 
@@ -87,12 +90,16 @@ class TuftExtension(ExtensionApp):
 
 
 async def count_as_activity(host: Host, settings: dict[str, Any]) -> None:
-    """Training keeps the server from being culled as idle; a panel that merely looks does not."""
+    """Training keeps the server from being culled as idle, also in an op that takes hours; looking does not."""
     subscription = host.ledger.feed.subscribe(None)
     while True:
-        await subscription.take()
-        settings["last_activity_times"]["tuft_jupyter"] = datetime.now(UTC)
-        await asyncio.sleep(1.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ACTIVITY_SECONDS):
+                await subscription.take()
+                settings["last_activity_times"]["tuft_jupyter"] = datetime.now(UTC)
+        if host.ledger.state.accepted:
+            settings["last_activity_times"]["tuft_jupyter"] = datetime.now(UTC)
+        await asyncio.sleep(ACTIVITY_SECONDS / 10)
 
 
 def tell_kernels(host: Host, serverapp: Any) -> None:

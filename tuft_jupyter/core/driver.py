@@ -67,6 +67,7 @@ class Driver:
         self.rule = rule or SnapshotRule()
         self.status = "idle"
         self.detail = ""
+        self._closing = False
         self._wanted = asyncio.Event()
         self._snapshot_at: dict[str, float] = {}
         self._steps: dict[str, int] = {}
@@ -83,10 +84,17 @@ class Driver:
         self._leaving.add(run)
         self.wake()
 
+    def close(self) -> None:
+        """Finish the step that is being worked on, and begin nothing more."""
+        self._closing = True
+        self.wake()
+
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until closed or cancelled."""
         while True:
             await self._something_to_do()
+            if self._closing:
+                return
             if self.status != "ready":
                 await self._start()
                 continue

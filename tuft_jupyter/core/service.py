@@ -34,6 +34,8 @@ from tuft_jupyter.core.watchdog import Watchdog
 log = logging.getLogger("tuft_jupyter.service")
 
 SWEEP_SECONDS = 15.0
+DRAIN_SECONDS = 8.0
+"""How long a stop waits for the steps under way: a Hub gives a server ten seconds."""
 EPHEMERAL = "ephemeral"
 """Below ``home``: weights that were saved for one sampler, without a name."""
 
@@ -80,6 +82,7 @@ class Service:
         self.limits = limits or Limits()
         self.rule = rule or SnapshotRule()
         self.counters = Counters()
+        self.drain_seconds = DRAIN_SECONDS
         self.drivers: dict[str, Driver] = {}
         self.quotas = quotas or Quotas()
         self.sessions = Sessions(ledger)
@@ -117,7 +120,16 @@ class Service:
         self._spawn(self._maintain(), "maintenance")
 
     async def stop(self) -> None:
-        """Stop taking work, leave a snapshot of every run, end the workers, close the journal."""
+        """Finish the steps under way, leave a snapshot of every run, end the workers, close the journal.
+
+        What is queued stays in the journal, and is run by the next server.
+        """
+        busy = [driver for driver in self.drivers.values() if driver.status == "ready"]
+        for driver in busy:
+            driver.close()
+        steps = [task for task in self._tasks if task.get_name() in {f"driver {d.card.name}" for d in busy}]
+        if steps:
+            await asyncio.wait(steps, timeout=self.drain_seconds)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
