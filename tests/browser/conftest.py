@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
-from tests.browser.jupyterlab import Lab, lab_page, lab_server
+from tests.browser.jupyterlab import Lab, chromium_browser, lab_page, lab_server
 from tests.browser.stage import Stage, state
 
 EMPTY = {
@@ -19,6 +20,12 @@ EMPTY = {
     "nbformat": 4,
     "nbformat_minor": 5,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These tests come last: while a browser is open, its event loop keeps others out of this thread."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: here in item.path.parents)
 
 
 class Staged(Lab):
@@ -38,12 +45,19 @@ class Staged(Lab):
 
 
 @pytest.fixture(scope="session")
-def staged_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Staged]:
+def browser() -> Iterator[Browser]:
+    """One browser for all tests of this folder."""
+    with chromium_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def staged_session(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[Staged]:
     root = tmp_path_factory.mktemp("notebooks")
     (root / "empty.ipynb").write_text(json.dumps(EMPTY))
     work = tmp_path_factory.mktemp("work")
     env = {"TUFT_HOME": str(work / "tuft"), "HF_HOME": str(work / "huggingface")}
-    with lab_server(Path(root), work, env) as server, lab_page(server) as lab:
+    with lab_server(Path(root), work, env) as server, lab_page(server, browser) as lab:
         lab.__class__ = Staged
         assert isinstance(lab, Staged)
         yield lab

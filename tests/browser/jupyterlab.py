@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import ConsoleMessage, Error, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, sync_playwright
 from playwright.sync_api import TimeoutError as TookTooLong
 
 from examples.run_on_server import Server
@@ -139,16 +139,25 @@ class Lab:
 
 
 @contextmanager
-def lab_page(server: Server) -> Iterator[Lab]:
-    """A fresh browser; skips the test where there is none."""
+def chromium_browser() -> Iterator[Browser]:
+    """A browser; skips the test where there is none. While it is open no other event loop runs in this thread."""
     with sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         except Error as problem:
             pytest.skip(f"no Chromium: {problem.message.splitlines()[0]}")
         try:
-            page = browser.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=2)
-            page.set_default_timeout(60_000)
-            yield Lab(page, server)
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def lab_page(server: Server, browser: Browser) -> Iterator[Lab]:
+    """A fresh page, which knows nothing of others."""
+    page = browser.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=2)
+    try:
+        page.set_default_timeout(60_000)
+        yield Lab(page, server)
+    finally:
+        page.context.close()

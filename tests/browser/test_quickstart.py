@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
 from tests.browser.jupyterlab import Lab, lab_page, lab_server
 
@@ -43,13 +44,13 @@ def notebook(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def lab(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+def lab(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, browser: Browser) -> Iterator[Lab]:
     for name in ("TUFT_ADDRESS", "TUFT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY", "TUFT_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     work = tmp_path / "work"
     work.mkdir()
     env = {"TUFT_HOME": str(work / "tuft"), "HF_HOME": str(work / "huggingface")}
-    with lab_server(notebook.parent, work, env) as server, lab_page(server) as page:
+    with lab_server(notebook.parent, work, env) as server, lab_page(server, browser) as page:
         yield page
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser
 from playwright.sync_api import TimeoutError as TookTooLong
 
 from tests.browser.jupyterlab import Lab, lab_page, lab_server
@@ -65,14 +66,14 @@ def notebook(folder: Path, cells: list[str], name: str = "widgets.ipynb") -> Pat
 
 
 @pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, browser: Browser) -> Iterator[Lab]:
     for name in ("TUFT_ADDRESS", "TUFT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY", "TUFT_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     (root := tmp_path / "notebooks").mkdir()
     (work := tmp_path / "work").mkdir()
     notebook(root, CELLS)
     env = {"TUFT_HOME": str(work / "tuft"), "HF_HOME": str(work / "huggingface")}
-    with lab_server(root, work, env) as server, lab_page(server) as page:
+    with lab_server(root, work, env) as server, lab_page(server, browser) as page:
         page.open("widgets.ipynb")
         yield page
 
