@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test unit check fault format bench continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
+.PHONY: help demo lab test unit check fault format hub-trial bench continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ fault: $(STAMPS)/installed system  ## kill, tear, rot and fill up: TRIALS=100 of
 format: $(STAMPS)/installed  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
 	npm run --silent lint
+
+hub-trial: $(STAMPS)/installed  ## thirty users of a real JupyterHub train at once; print the table
+	$(BIN)/python -m tests.support.hub_trial --users 30
 
 bench: $(STAMPS)/installed  ## measure speed and size against a plain PyTorch + PEFT loop
 	$(BIN)/python benchmarks/run.py

@@ -21,7 +21,7 @@ from tuft_jupyter.kernel import doctor
 from tuft_jupyter.kernel.errors import TuftConnectionError
 from tuft_jupyter.kernel.report import Table, status_table
 
-VERBS = ("launch", "status", "runs", "export", "keys", "doctor", "config", "stop")
+VERBS = ("launch", "status", "runs", "export", "keys", "hub-service", "doctor", "config", "stop")
 NO_MODEL_CONFIG = "Model configuration file must be provided via --model-config"
 OVERRIDES = ("host", "port", "checkpoint_dir", "log_level")
 
@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     )
     cli_runs.add_parsers(verbs)
     cli_keys.add_parser(verbs)
+    service = verbs.add_parser("hub-service", help="serve all users of a JupyterHub, as a service of it")
+    service.add_argument("--config", "-c", metavar="FILE", help="YAML configuration")
     verbs.add_parser("doctor", help="versions, interpreters and what is missing")
     config = verbs.add_parser("config", help="print the configuration that is generated for a model")
     config.add_argument("--show", action="store_true", help="print it (the default)")
@@ -93,6 +95,8 @@ def _run(words: list[str]) -> int:
     match options.verb:
         case "launch":
             return _serve(_settings(options, options.config or options.model_config))
+        case "hub-service":
+            return _hub_service(options.config)
         case "status":
             return _status(options.address)
         case "runs":
@@ -129,6 +133,17 @@ def _serve(settings: Settings) -> int:
 
     settings.checkpoint_dir.mkdir(parents=True, exist_ok=True)
     serve(settings)
+    return 0
+
+
+def _hub_service(file: str | None) -> int:
+    try:
+        from tuft_jupyter_server.hub import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f'{error.name} is not installed here: pip install "tuft-jupyter[hub,backend]"'
+        ) from None
+    serve(load_settings(file or config_file()))
     return 0
 
 

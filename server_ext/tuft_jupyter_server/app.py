@@ -21,6 +21,7 @@ from tuft_jupyter._version import __version__
 from tuft_jupyter.checked import ConfigError
 from tuft_jupyter.config import config_file, load_settings
 from tuft_jupyter.core.errors import TuftError
+from tuft_jupyter.home import KEY_PREFIX
 from tuft_jupyter_server import lab, lab_calls, logtail, tinker, unusable
 from tuft_jupyter_server.host import Host
 
@@ -111,7 +112,11 @@ def tell_kernels(host: Host, serverapp: Any) -> None:
         return
     parts = urlsplit(serverapp.local_url)
     address = urlunsplit((parts.scheme, parts.netloc, url_path_join(serverapp.base_url, "tuft"), "", ""))
-    os.environ.update(zip(INJECTED, (address, host.key, address, host.key), strict=True))
+    key = host.key
+    service, token = os.environ.get("TUFT_HUB_SERVICE"), os.environ.get("JUPYTERHUB_API_TOKEN")
+    if service and token:  # everybody's GPU is there, and whom a Hub token speaks for is known there
+        address, key = service.rstrip("/"), KEY_PREFIX + token
+    os.environ.update(zip(INJECTED, (address, key, address, key), strict=True))
     proxies = any(os.environ.get(name) for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"))
     exempt = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
     if proxies and "127.0.0.1" not in exempt:  # a proxy would be asked for our own loopback address

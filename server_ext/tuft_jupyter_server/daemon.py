@@ -27,13 +27,19 @@ OWNER_FD = "TUFT_OWNER_FD"
 
 def serve(settings: Settings) -> None:
     """Serve until told to stop. OSError with the port's number if it is taken."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     asyncio.run(_serve(settings))
 
 
 async def _serve(settings: Settings) -> None:
+    await serve_host(Host(settings), "(?:/tuft)?")
+
+
+async def serve_host(host: Host, prefix: str) -> None:
+    """Serve a host below a prefix until told to stop, where its settings say. OSError if that cannot be."""
+    settings = host.settings
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     try:
         sockets = bind_sockets(settings.port, settings.host)
     except OSError as error:
@@ -41,10 +47,9 @@ async def _serve(settings: Settings) -> None:
             f"port {settings.port} on {settings.host} cannot be used ({error.strerror or error}): "
             "choose another with --port, or stop the program that uses it"
         ) from None
-    host = Host(settings)
     limit = settings.max_body_bytes
-    rules = tinker.handlers(r"(?:/tuft)?/api/v1", host.api, host.keys, limit, settings.max_upload_bytes)
-    rules += tinker.openai_handlers(r"(?:/tuft)?/oai/api/v1", host.api, host.keys, limit)
+    rules = tinker.handlers(prefix + "/api/v1", host.api, host.keys, limit, settings.max_upload_bytes)
+    rules += tinker.openai_handlers(prefix + "/oai/api/v1", host.api, host.keys, limit)
     server = HTTPServer(Application(rules), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20)
     server.add_sockets(sockets)
     address = f"http://{settings.host}:{sockets[0].getsockname()[1]}"

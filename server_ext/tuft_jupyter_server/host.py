@@ -13,8 +13,7 @@ import getpass
 import importlib.util
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from tuft_jupyter import models
@@ -97,19 +96,30 @@ class ClusterEngines:
 
 
 class Host:
-    """``owner`` is the principal of the server's own key and of everybody who may use its lab."""
+    """``owner`` is the principal of the server's own key and of everybody who may use its lab.
 
-    def __init__(self, settings: Settings, engines: Any = None) -> None:
+    ``keys`` decides who is let in, and ``groups`` says which groups a tenant is in, where a Hub knows.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        engines: Any = None,
+        *,
+        owner: Principal | None = None,
+        keys: KeyRing | None = None,
+        groups: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
         self.settings = settings
-        self.owner = Principal(owner_name(), admin=True)
+        self.owner = owner or Principal(owner_name(), admin=True)
         self.key = os.environ.get("TUFT_API_KEY") or ensure_key(settings.home)
         self.tickets = Tickets(ensure_secret(settings.home))
         private_directory(settings.checkpoint_dir)
-        self.groups: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
-        """which groups a tenant is in, as far as somebody told us"""
+        self.groups = {} if groups is None else groups
         self.journal = open_journal(settings)
         self.ledger = Ledger(self.journal, result_seconds=settings.persistence.future_ttl_seconds)
-        self.keys = KeyRing(self.tickets.credential)
+        self.keys = keys or KeyRing()
+        self.keys.token = self.tickets.credential
         given = {key: Principal(tenant) for key, tenant in settings.authorized_users.items()}
         self.keybook = KeyBook(self.ledger, self.keys, (self.key, self.owner), given)
         self.engines = engines or ClusterEngines(settings)
@@ -125,7 +135,7 @@ class Host:
                 max_lifetime=settings.adapter_max_lifetime,
                 owner=self.owner.tenant,
             ),
-            quotas=_quotas(settings, self.groups.__getitem__),
+            quotas=_quotas(settings, lambda tenant: self.groups.get(tenant, ())),
         )
         self.api = Api(self.service, self)
         self.gauges = Gauges(self.engines.workers)

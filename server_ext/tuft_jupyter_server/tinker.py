@@ -89,10 +89,10 @@ class TinkerHandler(Answering):
                 await self.api.host.recovered(
                     self.api.hold_seconds
                 )  # or what was there would seem to be gone
-            self.route = self._route()
+            self.route = await self._route()
             if self.route.access is Access.KEY:
                 key = self._key()
-                self.grant = self.keys.grant(key)
+                self.grant = await self.keys.presented(key)
                 self.principal = self.grant.principal
                 self.credential = "" if not key or key.startswith(TOKEN_PREFIX) else self.grant.digest
             self.limit = self.max_upload if self.route.upload else min(self.route.max_body, self.max_body)
@@ -172,11 +172,11 @@ class TinkerHandler(Answering):
             return
         await self.answer(self.route, call)
 
-    def _route(self) -> Route:
+    async def _route(self) -> Route:
         route = self.routes.get(self.request.method or "")
         if route is not None:
             return route
-        self.keys.principal(self._key())
+        await self.keys.presented(self._key())
         what = f"{self.request.method} {self.request.path}"
         if self.request.method in self.not_offered:
             name = self.not_offered[self.request.method]

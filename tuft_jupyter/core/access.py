@@ -53,6 +53,10 @@ class Grant:
         finally:
             self._told.discard(ended)
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._told)
+
     def end(self) -> None:
         for tell in tuple(self._told):
             tell()
@@ -72,7 +76,7 @@ class KeyRing:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._grants: dict[bytes, Grant] = {}
-        self._token = token
+        self.token = token
         self._clock = clock
         self._blind = secrets.token_bytes(32)
 
@@ -107,6 +111,15 @@ class KeyRing:
     def principal(self, key: str | None) -> Principal:
         return self.grant(key).principal
 
+    async def presented(self, key: str | None) -> Grant:
+        """As :meth:`grant`, where somebody else may have to be asked about the key first."""
+        return self.grant(key)
+
+    def serving(self, known: str) -> bool:
+        """Whether a request is being served under the key with this digest."""
+        grant = self._grants.get(self._name(known))
+        return grant is not None and grant.busy
+
     def grant(self, key: str | None) -> Grant:
         """Unauthenticated without a key, Forbidden with one that is not known (any more)."""
         if not key:
@@ -115,8 +128,8 @@ class KeyRing:
                 "(the Tinker SDK does so when TINKER_API_KEY or api_key= is set)"
             )
         found = self._grants.get(self._name(digest(key)))
-        if found is None and self._token is not None and key.startswith(TOKEN_PREFIX):
-            known = self._token(key, [grant.digest for grant in self._grants.values()])
+        if found is None and self.token is not None and key.startswith(TOKEN_PREFIX):
+            known = self.token(key, [grant.digest for grant in self._grants.values()])
             found = self._grants.get(self._name(known or ""))
         if found is None or (found.expires is not None and found.expires <= self._clock()):
             raise Forbidden("Invalid API key: it is unknown to this server, revoked or expired")

@@ -1,6 +1,6 @@
 """Where the server is: the order of places to look, and the test that what answers there is one.
 
-1. ``address=``; 2. a ``TINKER_BASE_URL`` of the user's own; 3. ``TUFT_ADDRESS``; 4.
+1. ``address=``; 2. a ``TINKER_BASE_URL`` of the user's own; 3. ``TUFT_ADDRESS``, or on a Hub its shared service; 4.
 ``$TUFT_HOME/tuft_current_server``; 5. this user's running daemons and notebook servers; 6.
 ``http://127.0.0.1:10610``. The first two are explicit: if they do not answer, that is an error and nothing
 else is tried. The value that the notebook server itself puts into ``TINKER_BASE_URL`` equals ``TUFT_ADDRESS``
@@ -64,6 +64,13 @@ def discover(
     if own_url and not here:
         key = api_key or env.get("TINKER_API_KEY") or _key(home, env)
         return _explicit(own_url, "TINKER_BASE_URL", key, "; unset it, or use `%tuft init --here`")
+    shared = _hub_service(env)
+    if shared is not None and not (env.get("TUFT_ADDRESS") or env.get("TUFT_API_KEY")):
+        place, hub_key = shared
+        outcome = check(place, hub_key)
+        if isinstance(outcome, list):
+            return Found(place, "JupyterHub's shared service", outcome, hub_key)
+        note(f"TUFT_HUB_SERVICE says {place}, but {outcome}; looking further")
     key = api_key or _key(home, env)
     given = bool(api_key or env.get("TUFT_API_KEY"))
     tried: set[str] = set()
@@ -113,6 +120,12 @@ def _explicit(address: str, source: str, key: str, remedy: str = "") -> Found:
     if "key" in outcome:
         remedy = "; pass api_key= or set TUFT_API_KEY to a key of that server"
     raise TuftConnectionError(f"Cannot connect to TuFT at {address} (from {source}): {outcome}{remedy}.")
+
+
+def _hub_service(env: Mapping[str, str]) -> tuple[str, str] | None:
+    """The Hub's shared service and this kernel's key there: its Hub token, as the SDK wants keys to begin."""
+    service, token = env.get("TUFT_HUB_SERVICE"), env.get("JUPYTERHUB_API_TOKEN")
+    return (normal(service), homes.KEY_PREFIX + token) if service and token else None
 
 
 def _key(home: Path, env: Mapping[str, str]) -> str:

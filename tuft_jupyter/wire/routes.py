@@ -239,6 +239,12 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("GET", "/tuft/status", "status", "Readiness: what is loaded, and what the server waits for."),
     Route("POST", "/tuft/models", "add_model", "Offer one more base model and load it.", m.AddModel),
+    Route(
+        "GET",
+        "/tuft/state",
+        "show_state",
+        "What the lab shows: sessions, runs, samplers, checkpoints (?tenant=NAME, or * for all: admins only).",
+    ),
     Route("GET", "/tuft/keys", "list_keys", "The caller's keys without the keys; for an admin, everybody's."),
     Route("POST", "/tuft/keys", "create_key", "Make a key for a tenant (admins only).", m.CreateKey),
     Route("PUT", "/tuft/keys/{key}", "expire_key", "Give a key an end, or none (admins only).", m.SetTtl),

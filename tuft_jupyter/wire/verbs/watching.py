@@ -12,6 +12,7 @@ import hashlib
 import msgspec
 
 from tuft_jupyter.core.outlook import next_seq, outlook, points
+from tuft_jupyter.core.shown import public
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, number, reply
 
@@ -37,6 +38,14 @@ class WatchingVerbs(Verbs):
         shown = {"tenant": tenant, **outlook(self.service, tenant)}
         version = hashlib.blake2b(msgspec.json.encode(shown), digest_size=12).hexdigest()
         return msgspec.json.encode({"version": version, **shown}), version
+
+    async def show_state(self, call: Call) -> Reply:
+        """The caller's own; an admin may ask for another tenant's or for everybody's, and others get theirs."""
+        asked = call.query.get("tenant", "") if call.principal.admin else ""
+        tenant = None if asked == "*" else asked or call.principal.tenant
+        return reply(
+            {"state": public(self.service.state, tenant), "status": self.host.status(call.principal)}
+        )
 
     async def curve(self, call: Call) -> Reply:
         run = self.service.runs.get(call.principal, call.path["run"])

@@ -1,0 +1,215 @@
+"""A service of JupyterHub: one server that owns the GPUs for all users of the Hub (``tuft hub-service``).
+
+The handlers are those of every other server; only the keys are the Hub's. A Hub token with ``tml-`` before it is a key
+here, because that is how the Tinker SDK wants keys to begin; whom it speaks for, and whether it may use this service,
+the Hub says. Nothing is issued and nothing is stored, so a client goes on by itself after a restart of the service. The
+Hub's user is the tenant, its groups choose the limits, and its admins may see and stop what belongs to others.
+
+Promises: a token that the Hub no longer knows is refused after :attr:`HubKeys.max_age` seconds at most, also where a
+request is parked under it; while the Hub cannot be reached, those it vouched for in the last minutes go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+from urllib.parse import quote, urlsplit
+
+from jupyterhub.services.auth import HubAuth
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest
+from tornado.web import HTTPError
+
+from tuft_jupyter.config import ConfigError, Settings
+from tuft_jupyter.core.access import Grant, KeyRing, digest
+from tuft_jupyter.core.errors import Forbidden, Overloaded
+from tuft_jupyter.core.types import Principal
+from tuft_jupyter.home import KEY_PREFIX
+from tuft_jupyter_server import daemon
+from tuft_jupyter_server.host import Host
+
+log = logging.getLogger("tuft_jupyter.hub")
+
+ADMIN_SCOPE = "custom:tuft:admin"
+GRACE_SECONDS = 300.0
+"""How long those whom the Hub vouched for go on while it cannot be reached."""
+REFUSED_SECONDS = 5.0
+REMEMBERED = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class HubUser:
+    name: str
+    admin: bool = False
+    groups: frozenset[str] = frozenset()
+
+
+class Hub(Protocol):
+    async def user(self, token: str) -> HubUser | None:
+        """Whom a token speaks for, None if it may not use this service; OSError if the Hub does not answer."""
+
+
+class JupyterHub:
+    """The Hub this service belongs to, by its REST API.
+
+    Groups and the admin flag are asked for with the service's own token: one of a user's may be too narrow to tell.
+    """
+
+    def __init__(self) -> None:
+        self.auth = HubAuth(cache_max_age=0)
+        self._http = AsyncHTTPClient(force_instance=True, max_clients=50)
+
+    async def user(self, token: str) -> HubUser | None:
+        try:
+            model = await self.auth.user_for_token(token, use_cache=False, sync=False)
+        except (HTTPError, OSError) as error:
+            raise OSError(f"JupyterHub does not answer: {error}") from None
+        if not model or model.get("kind") != "user":
+            return None
+        if not self.auth.check_scopes(self.auth.access_scopes, model):
+            return None
+        known = await self._known(model["name"])
+        admin = bool(known.get("admin")) or ADMIN_SCOPE in model.get("scopes", ())
+        return HubUser(model["name"], admin, frozenset(known.get("groups", ())))
+
+    async def _known(self, name: str) -> Mapping[str, Any]:
+        """What the Hub tells the service of a user; nothing without the scope ``read:users``."""
+        tls = {
+            "ca_certs": self.auth.client_ca,
+            "client_key": self.auth.keyfile,
+            "client_cert": self.auth.certfile,
+        }
+        request = HTTPRequest(
+            f"{self.auth.api_url}/users/{quote(name)}",
+            headers={"Authorization": f"token {self.auth.api_token}"},
+            **{option: path for option, path in tls.items() if path},
+        )
+        try:
+            answer = await self._http.fetch(request, raise_error=False)
+        except OSError as error:
+            raise OSError(f"JupyterHub does not answer: {error}") from None
+        if answer.code >= 500:
+            raise OSError(f"JupyterHub answers {answer.code}")
+        if answer.code != 200:
+            log.warning(
+                "JupyterHub does not tell groups and admins (%s): give the service read:users", answer.code
+            )
+            return {}
+        found: Mapping[str, Any] = json.loads(answer.body)
+        return found
+
+
+class HubKeys(KeyRing):
+    """Keys issued here, and the Hub's tokens. ``groups`` is told which groups a tenant is in."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        groups: MutableMapping[str, frozenset[str]],
+        max_age: float,
+        signed: Callable[[str, Iterable[str]], str | None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(signed)
+        self.hub = hub
+        self.groups = groups
+        self.max_age = max_age
+        self._now = clock
+        self._vouched: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        """digest of the key -> the Hub's token, and when the Hub last vouched for it"""
+        self._refused: OrderedDict[str, float] = OrderedDict()
+        self._asking: dict[str, asyncio.Task[None]] = {}
+
+    async def presented(self, key: str | None) -> Grant:
+        known = digest(key or "")
+        if known not in self._vouched:
+            try:
+                return await super().presented(key)
+            except Forbidden:
+                if self._refused.get(known, -1e9) > self._now() - REFUSED_SECONDS:
+                    raise
+        token, since = self._vouched.get(known, ((key or "").removeprefix(KEY_PREFIX), -1e9))
+        if self._now() - since > self.max_age:
+            await self._ask(known, token)
+        return self.grant(key)
+
+    async def look_again(self) -> None:
+        """Ask the Hub anew about tokens under which something is being served; for ever."""
+        while True:
+            await asyncio.sleep(min(1.0, self.max_age / 2))
+            now = self._now()
+            stale = [(k, token) for k, (token, since) in self._vouched.items() if now - since > self.max_age]
+            for known, token in stale:
+                if self.serving(known):
+                    try:
+                        await self._ask(known, token)
+                    except Overloaded as error:
+                        log.warning("%s", error.message)
+
+    async def _ask(self, known: str, token: str) -> None:
+        """One question at a time for each token, however many requests come with it."""
+        task = self._asking.get(known)
+        if task is None:
+            task = self._asking[known] = asyncio.get_running_loop().create_task(self._learn(known, token))
+            task.add_done_callback(lambda _: self._asking.pop(known, None))
+        await asyncio.shield(task)
+
+    async def _learn(self, known: str, token: str) -> None:
+        now = self._now()
+        try:
+            user = await self.hub.user(token)
+        except OSError as error:
+            if now - self._vouched.get(known, ("", -1e9))[1] < GRACE_SECONDS:
+                log.warning("%s; a user it vouched for before goes on", error)
+                return
+            raise Overloaded(f"{error}: wait until it is back", 5.0) from None
+        if user is None:
+            self._vouched.pop(known, None)
+            self.forget(known)
+            _remember(self._refused, known, now)
+            return
+        self.groups[user.name] = user.groups
+        _remember(self._vouched, known, (token, now))
+        self.admit(known, Principal(user.name, user.admin))
+        if len(self._vouched) >= REMEMBERED:
+            oldest, _ = self._vouched.popitem(last=False)
+            self.forget(oldest)
+
+
+def _remember(table: OrderedDict[str, Any], key: str, value: Any) -> None:
+    table[key] = value
+    table.move_to_end(key)
+    while len(table) > REMEMBERED:
+        table.popitem(last=False)
+
+
+def serve(settings: Settings) -> None:
+    """Serve below the service's prefix until the Hub says stop. ConfigError outside a Hub's service."""
+    prefix, url = os.environ.get("JUPYTERHUB_SERVICE_PREFIX"), os.environ.get("JUPYTERHUB_SERVICE_URL")
+    if not prefix or not url or not os.environ.get("JUPYTERHUB_API_TOKEN"):
+        raise ConfigError(
+            "tuft hub-service is started by JupyterHub, or with the variables it sets: JUPYTERHUB_SERVICE_PREFIX, "
+            "JUPYTERHUB_SERVICE_URL, JUPYTERHUB_API_URL and JUPYTERHUB_API_TOKEN (see docs/jupyterhub.md)"
+        )
+    where = urlsplit(url)
+    settings = replace(settings, host=where.hostname or settings.host, port=where.port or settings.port)
+    asyncio.run(_serve(settings, prefix.rstrip("/")))
+
+
+async def _serve(settings: Settings, prefix: str) -> None:
+    name = os.environ.get("JUPYTERHUB_SERVICE_NAME", "tuft")
+    owner = Principal(f"service:{name}", admin=True)  # no Hub user is called so
+    groups: dict[str, frozenset[str]] = {}
+    keys = HubKeys(JupyterHub(), groups, settings.hub_cache_seconds)
+    host = Host(settings, owner=owner, keys=keys, groups=groups)
+    looking = asyncio.get_running_loop().create_task(keys.look_again())
+    try:
+        await daemon.serve_host(host, prefix)
+    finally:
+        looking.cancel()
