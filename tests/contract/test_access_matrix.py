@@ -141,6 +141,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/tuft/status"): TENANT,
     ("POST", "/tuft/models"): Rule(Whose.ADMIN, lambda ids: {"model": "tuft/demo"}),
     ("GET", "/tuft/keys"): TENANT,
+    ("GET", "/tuft/state"): TENANT,
     ("POST", "/tuft/keys"): Rule(Whose.ADMIN, lambda ids: {"tenant": "dave"}),
     ("PUT", "/tuft/keys/{key}"): Rule(Whose.ADMIN, lambda ids: {"ttl_seconds": 7200}),
     ("DELETE", "/tuft/keys/{key}"): OF_RUN,
