@@ -203,6 +203,7 @@ class Settings:
     trust_remote_code: bool = False
     sampler_type: str = "auto"
     log_level: str = "info"
+    log_format: str = "text"
     toy_backend_seed: int = 0
     """accepted as TuFT 0.1 has it; without effect, because there is no toy engine"""
     file: Path | None = None
@@ -224,6 +225,8 @@ class Settings:
             raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
         object.__setattr__(self, "log_level", self.log_level.lower())
         _check_sampler(self.sampler_type)
+        if self.log_format not in ("text", "json"):
+            raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")
         seen: set[str] = set()
         for model in self.supported_models:
             if model.model_name in seen:

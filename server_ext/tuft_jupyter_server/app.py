@@ -76,6 +76,8 @@ class TuftExtension(ExtensionApp):
             tinker.openai_handlers(root + "/oai/api/v1", self.host.api, self.host.keys, limit)
         )
 
+        self.handlers.extend(tinker.metrics_handler(root + "/metrics", self.host.api, self.host.keys, limit))
+
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
         if self.problem:
             return

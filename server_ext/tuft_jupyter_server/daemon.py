@@ -17,7 +17,7 @@ from tornado.web import Application
 
 from tuft_jupyter.config import Settings
 from tuft_jupyter.home import remove_address, write_address
-from tuft_jupyter_server import tinker
+from tuft_jupyter_server import logs, tinker
 from tuft_jupyter_server.host import Host
 
 log = logging.getLogger("tuft_jupyter.daemon")
@@ -37,9 +37,7 @@ async def _serve(settings: Settings) -> None:
 async def serve_host(host: Host, prefix: str) -> None:
     """Serve a host below a prefix until told to stop, where its settings say. OSError if that cannot be."""
     settings = host.settings
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(settings.log_level, settings.log_format)
     try:
         sockets = bind_sockets(settings.port, settings.host)
     except OSError as error:
@@ -50,6 +48,7 @@ async def serve_host(host: Host, prefix: str) -> None:
     limit = settings.max_body_bytes
     rules = tinker.handlers(prefix + "/api/v1", host.api, host.keys, limit, settings.max_upload_bytes)
     rules += tinker.openai_handlers(prefix + "/oai/api/v1", host.api, host.keys, limit)
+    rules += tinker.metrics_handler(prefix + "/metrics", host.api, host.keys, limit)
     server = HTTPServer(Application(rules), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20)
     server.add_sockets(sockets)
     address = f"http://{settings.host}:{sockets[0].getsockname()[1]}"

@@ -13,6 +13,7 @@ import getpass
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ from tuft_jupyter.wire.api import Api
 from tuft_jupyter.wire.tickets import Tickets
 from tuft_jupyter_server.catalog import ServerCatalog
 from tuft_jupyter_server.gauges import Gauges
+from tuft_jupyter_server.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger("tuft_jupyter")
 
@@ -139,6 +141,7 @@ class Host:
         )
         self.api = Api(self.service, self)
         self.gauges = Gauges(self.engines.workers)
+        self._metrics = Metrics(self)
         self.problem = ""
         self._ready = asyncio.Event()
         self._tried = asyncio.Event()
@@ -192,7 +195,16 @@ class Host:
     async def _expire_keys(self) -> None:
         while True:
             self.keys.expire()
+            asked = time.perf_counter()
             await asyncio.sleep(EXPIRY_SECONDS)
+            self._metrics.lag.observe(max(time.perf_counter() - asked - EXPIRY_SECONDS, 0.0))
+
+    @property
+    def serving(self) -> bool:
+        return self._ready.is_set() and not self.problem
+
+    def metrics(self) -> tuple[bytes, str]:
+        return self._metrics.text(), CONTENT_TYPE
 
     def status(self, principal: Principal) -> dict[str, Any]:
         missing = missing_backend()

@@ -41,6 +41,7 @@ from tuft_jupyter.wire.routes import (
 )
 from tuft_jupyter.wire.verbs.base import ANYTHING
 from tuft_jupyter_server.answering import Answering
+from tuft_jupyter_server.logs import begin_request
 from tuft_jupyter_server.uploads import Spool
 
 log = logging.getLogger("tuft_jupyter.http")
@@ -84,8 +85,9 @@ class TinkerHandler(Answering):
         self.set_header("X-Content-Type-Options", "nosniff")
 
     async def prepare(self) -> None:
+        self.set_header("X-Request-Id", begin_request(self.request.headers.get("X-Request-Id")))
         try:
-            if self.request.path.rpartition("/")[2] not in ("healthz", "status"):
+            if self.request.path.rpartition("/")[2] not in ("healthz", "readyz", "status", "metrics"):
                 await self.api.host.recovered(
                     self.api.hold_seconds
                 )  # or what was there would seem to be gone
@@ -244,6 +246,13 @@ def handlers(root: str, api: Api, keys: KeyRing, max_body: int, max_upload: int 
     shared = {"api": api, "keys": keys, "max_body": max_body, "max_upload": max_upload}
     shared["dialect"] = Dialect.TINKER
     return _rules(root, ROUTES, NOT_OFFERED, shared)
+
+
+def metrics_handler(path: str, api: Api, keys: KeyRing, max_body: int) -> list[Rule]:
+    """``/tuft/metrics`` of the table under the short path that scrapers are given."""
+    route = next(each for each in ROUTES if each.verb == "metrics")
+    shared = {"api": api, "keys": keys, "max_body": max_body, "dialect": Dialect.TINKER}
+    return [(path, TinkerHandler, {**shared, "routes": {route.method: route}, "not_offered": {}})]
 
 
 def openai_handlers(root: str, api: Api, keys: KeyRing, max_body: int) -> list[Rule]:

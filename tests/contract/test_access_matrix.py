@@ -78,6 +78,7 @@ TODAY = f"?starting_on={NOW - timedelta(1):%Y-%m-%dT%H:00:00Z}&ending_before={NO
 CHECKPOINT = "/training_runs/{run}/checkpoints/{kind}/{name}"
 RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/healthz"): ANYBODY,
+    ("GET", "/readyz"): ANYBODY,
     ("GET", "/openapi.json"): ANYBODY,
     ("GET", "/tuft/files/{ticket}"): ANYBODY,
     ("POST", "/client/config"): TENANT,
@@ -142,6 +143,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/tuft/models"): Rule(Whose.ADMIN, lambda ids: {"model": "tuft/demo"}),
     ("GET", "/tuft/keys"): TENANT,
     ("GET", "/tuft/state"): TENANT,
+    ("GET", "/tuft/metrics"): Rule(Whose.ADMIN, lambda ids: None),
     ("POST", "/tuft/keys"): Rule(Whose.ADMIN, lambda ids: {"tenant": "dave"}),
     ("PUT", "/tuft/keys/{key}"): Rule(Whose.ADMIN, lambda ids: {"ttl_seconds": 7200}),
     ("DELETE", "/tuft/keys/{key}"): OF_RUN,

@@ -92,7 +92,8 @@ def test_S0_10_a_kernel_finds_the_shared_service_with_no_key_typed(hub: Hub) -> 
         assert kernel.value("os.environ['TINKER_BASE_URL']") == hub.service
         kernel.run(CAPABILITIES)
         assert kernel.value("offered") == ["tuft/demo"]
-        assert hub.tuft("GET", "sessions", token)["sessions"], "the Hub user is the tenant"
+        kernel.run("from tuft_jupyter.kernel import connect; status = connect.current().status()")
+        assert kernel.value("status['tenant']") == "real-zoe"
     hub.stop("real-zoe")
 
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 LONG = os.environ.get("JUPYTERHUB_USER", "").startswith("long")
 STEPS = 300 if LONG else int(os.environ.get("TEST_STEPS", "8"))
-DATUMS = int(os.environ.get("TEST_DATUMS", "4"))
+DATUMS = 96 if LONG else 4
 TOKENS = 64
 
 

@@ -136,7 +136,7 @@ def test_every_route_has_a_verb_a_line_of_doc_and_is_listed_once() -> None:
 
 def test_only_liveness_and_the_table_itself_are_open() -> None:
     open_routes = [route.path for route in ROUTES if route.access is Access.OPEN]
-    assert open_routes == ["/healthz", "/openapi.json"]
+    assert open_routes == ["/healthz", "/readyz", "/openapi.json"]
 
 
 def test_only_downloads_need_no_key_but_a_signed_address() -> None:

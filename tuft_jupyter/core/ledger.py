@@ -49,6 +49,8 @@ class Ledger:
         self.promises = Promises()
         self.seen = Seen()
         self.feed = Feed()
+        self.observers: list[Callable[[Record, float], None]] = []
+        """told of each new record, and of the seconds until it was durable"""
         self._answers: dict[str, Answer] = {}
         self._spent: list[int] = []
 
@@ -70,8 +72,12 @@ class Ledger:
         """Append a record; when this returns it is durable and folded. ``answer`` settles its op's promise."""
         if answer is not None:
             self._answers[data["request_id"]] = answer
+        began = time.perf_counter()
         try:
-            return await self.journal.append(Record(kind, tenant, data, self.clock(), blob=blob))
+            kept = await self.journal.append(Record(kind, tenant, data, self.clock(), blob=blob))
+            for observe in self.observers:
+                observe(kept, time.perf_counter() - began)
+            return kept
         finally:
             if answer is not None:
                 self._answers.pop(data["request_id"], None)

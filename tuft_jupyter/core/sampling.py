@@ -111,6 +111,11 @@ class Sampling:
         self._count: Counter[str] = Counter()  # by tenant
         self._bytes: Counter[str] = Counter()
 
+    @property
+    def drawing(self) -> set[asyncio.Task[None]]:
+        """The requests that are on their way."""
+        return self._running
+
     async def stop(self) -> None:
         for task in list(self._running):
             task.cancel()

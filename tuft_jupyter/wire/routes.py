@@ -69,6 +69,9 @@ UPLOAD = 2**30
 
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/healthz", "healthz", "Liveness: the server answers.", access=Access.OPEN),
+    Route(
+        "GET", "/readyz", "readyz", "Readiness: 200 once requests are answered, else 503.", access=Access.OPEN
+    ),
     Route("GET", "/openapi.json", "openapi", "This table, for programs.", access=Access.OPEN),
     Route("POST", "/client/config", "client_config", "Flags that steer the SDK.", m.ClientConfig),
     Route(
@@ -272,6 +275,7 @@ ROUTES: tuple[Route, ...] = (
         max_body=UPLOAD,
         upload=True,
     ),
+    Route("GET", "/tuft/metrics", "metrics", "Numbers for Prometheus (admins only)."),
     Route("GET", "/tuft/tokenizer", "tokenizer", "A base model's tokenizer files (?model=NAME), as text."),
 )
 

@@ -94,6 +94,13 @@ class Host(Protocol):
     async def recovered(self, seconds: float) -> None:
         """Return once the journal was read, so that what was there is known; Overloaded if it takes any longer."""
 
+    @property
+    def serving(self) -> bool:
+        """Whether requests are answered: the journal is read, and nothing stands in the way."""
+
+    def metrics(self) -> tuple[bytes, str]:
+        """Numbers for Prometheus, and their media type."""
+
     async def add_model(self, principal: Principal, model: str) -> ModelCard:
         """Offer one more base model and begin to load it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from tuft_jupyter.core.errors import Forbidden
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.openapi import document
 from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, page_of, reply
@@ -18,6 +19,18 @@ class SessionVerbs(Verbs):
 
     async def openapi(self, call: Call) -> Reply:
         return reply(document(call.root.removesuffix("/api/v1")))
+
+    async def readyz(self, call: Call) -> Reply:
+        """Nobody's name and no model is told: whoever may ask for more has ``/tuft/status``."""
+        if self.host.serving:
+            return reply({"status": "ready"})
+        return reply({"status": "waiting"}, 503)
+
+    async def metrics(self, call: Call) -> Reply:
+        if not call.principal.admin:
+            raise Forbidden("only the owner of this server and its admins may read its metrics")
+        body, content_type = self.host.metrics()
+        return Reply(body, content_type=content_type)
 
     async def client_config(self, call: Call) -> Reply:
         m.decode(m.ClientConfig, call.body)
