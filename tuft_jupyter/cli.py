@@ -23,6 +23,7 @@ from tuft_jupyter.kernel.report import Table, status_table
 
 VERBS = ("launch", "status", "runs", "export", "keys", "hub-service", "doctor", "config", "stop")
 NO_MODEL_CONFIG = "Model configuration file must be provided via --model-config"
+OTHERS = {"runs": cli_runs.runs, "export": cli_runs.export, "stop": cli_runs.stop, "keys": cli_keys.run}
 OVERRIDES = ("host", "port", "checkpoint_dir", "log_level")
 
 
@@ -99,14 +100,8 @@ def _run(words: list[str]) -> int:
             return _hub_service(options.config)
         case "status":
             return _status(options.address)
-        case "runs":
-            return cli_runs.runs(options)
-        case "export":
-            return cli_runs.export(options)
-        case "stop":
-            return cli_runs.stop(options)
-        case "keys":
-            return cli_keys.run(options)
+        case "runs" | "export" | "stop" | "keys":
+            return OTHERS[options.verb](options)
         case "doctor":
             print(Table("TuFT doctor", doctor.findings()))
         case "config":
