@@ -53,7 +53,7 @@ def test_two_users_with_full_queues_take_turns(alice: Server) -> None:
         loss_fn_inputs={"target_tokens": tokens, "weights": [1.0] * len(tokens)},
     )
     model = client.get_server_capabilities().supported_models[0].model_name
-    runs = [client.create_lora_training_client(base_model=model, rank=4, seed=i) for i in range(2)]
+    runs = [client.create_lora_training_client(base_model=model, rank=4, seed=i).result() for i in range(2)]
     for run in runs:
         run.forward_backward([datum], "cross_entropy").result()
     queued = [[run.forward_backward([datum] * 4, "cross_entropy") for _ in range(10)] for run in runs]
