@@ -139,11 +139,14 @@ def test_every_route_refuses_no_key_with_401_and_a_wrong_one_with_403(tmp_path: 
 
 
 def test_what_is_not_offered_says_so_by_name_and_is_not_retried(tmp_path: Path) -> None:
+    """H9: graphs of losses are not taken, and the SDK is told so beforehand: it runs them on its own side."""
+
     async def body(server: Server) -> None:
         for method, path in NOT_OFFERED:
             response = await server.ask(method, filled(path))
             assert response.code == 404
             assert f"{method} {path}" in refusal(response)
+        assert not (await server.post("/client/config", {}))["custom_loss_server_side"]
         for method, path in (("GET", "/nowhere"), ("POST", "/create_model/x"), ("DELETE", "/create_model")):
             refusal(await server.ask(method, path))
 

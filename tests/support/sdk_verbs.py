@@ -131,6 +131,25 @@ def a_custom_loss(client: Client) -> None:
     client.training.optim_step(types.AdamParams(learning_rate=0.0)).result(timeout=SECONDS)
 
 
+def a_traced_custom_loss(client: Client) -> None:
+    """As the SDK traces it; the graph stays with the client, and its loss is that of the built-in."""
+
+    def weighted(logprobs: Any, weights: Any) -> Any:
+        loss = -(logprobs * weights).sum()
+        return loss, {"custom/weighted:sum": loss}
+
+    handle = client.service.create_custom_loss(weighted, {"logprobs": 1, "weights": 1}).result(
+        timeout=SECONDS
+    )
+    assert handle.loss_id is None
+    data = [datum(weights=[1, 0, 2, 0.5, 1, 3, 1])]
+    traced = client.training.forward_backward_custom(data, handle).result(timeout=SECONDS).metrics
+    plain = client.passed(data).metrics
+    assert math.isclose(traced["loss:sum"], plain["loss:sum"], rel_tol=1e-5)
+    assert math.isclose(traced["custom/weighted:sum"], plain["loss:sum"], rel_tol=1e-5)
+    client.training.optim_step(types.AdamParams(learning_rate=0.0)).result(timeout=SECONDS)
+
+
 def save_and_load_state(client: Client) -> None:
     saved = client.training.save_state("verbs").result(timeout=SECONDS)
     assert saved.path == f"tinker://{client.training.model_id}/weights/verbs"
@@ -362,6 +381,7 @@ VERBS = [
     ppo,
     many_datums_in_chunks,
     a_custom_loss,
+    a_traced_custom_loss,
     save_and_load_state,
     resume_with_the_optimizer,
     sample_from_named_weights,

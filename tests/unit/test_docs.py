@@ -14,6 +14,7 @@ from tuft_jupyter import cli
 from tuft_jupyter.config import ModelSettings, PersistenceConfig, Settings, TenantSettings
 from tuft_jupyter.core import state
 from tuft_jupyter.kernel import magic
+from tuft_jupyter.wire.routes import ROUTES
 from tuft_jupyter_server.app import TuftExtension
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,19 @@ def test_every_command_and_option_is_documented(prefix: str, parser: argparse.Ar
     assert commands
     assert not [name for name in commands if f"`{prefix} {name}`" not in COMMANDS]
     assert not [name for name in options if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", COMMANDS)]
+
+
+def test_every_command_of_the_panel_has_its_equal_in_code() -> None:
+    """S1-64: a table row for each, and what the panel calls is a route of the table that keys may use as well."""
+    source = ROOT / "labextension" / "src"
+    commands = re.findall(r"'(tuft:[a-z-]+)'", (source / "commandids.ts").read_text())
+    rows = dict(re.findall(r"^\| (`tuft:.*?) \| (.+) \|$", COMMANDS, re.MULTILINE))
+    named = {name: equal for cell, equal in rows.items() for name in re.findall(r"`(tuft:[a-z-]+)`", cell)}
+    assert commands
+    assert not [name for name in commands if "`" not in named.get(name, "")]
+    calls = re.findall(r"_?api\s*\.call\(\s*'([A-Z]+)',\s*'([\w/]+)'", (source / "actions.ts").read_text())
+    assert calls
+    assert set(calls) <= {(route.method, route.path.removeprefix("/")) for route in ROUTES}
 
 
 def test_every_record_kind_is_described_where_records_are_folded() -> None:

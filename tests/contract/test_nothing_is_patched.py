@@ -1,0 +1,47 @@
+"""The SDK that a user imports stays the SDK as it was shipped, whatever of ours is connected."""
+
+from __future__ import annotations
+
+import pytest
+
+from examples.run_on_server import Server
+from tests.support.live import environment, key_of, python
+
+SCRIPT = """
+import sys, types
+import tinker, tinker.lib.public_interfaces.rest_client, transformers
+
+def snapshot():
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] not in ("tinker", "huggingface_hub"):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, types.FunctionType):
+                found[name, attribute] = id(value)
+            elif isinstance(value, type) and value.__module__.partition(".")[0] == "tinker":
+                found |= {(name, attribute, key): id(inner) for key, inner in vars(value).items()}
+    return found
+
+before = snapshot()
+assert len(before) > 1000
+import IPython
+shell = IPython.InteractiveShell.instance()
+shell.run_line_magic("load_ext", "tuft_jupyter")
+import tuft_jupyter
+tuft_jupyter.init()
+training = tuft_jupyter.create_training_client(base_model="tuft/demo", rank=4)
+assert type(training) is tinker.TrainingClient
+after = snapshot()
+changed = {key for key in before if after.get(key) != before[key]}
+print(sorted(changed))
+"""
+
+
+@pytest.mark.timeout(180)
+def test_connecting_replaces_nothing_of_the_sdk(alice: Server) -> None:
+    """S1-66: stock SDK, no patch: every function and class attribute of tinker is what it was before init()."""
+    env = environment(alice.work, TUFT_ADDRESS=f"{alice.url}tuft", TUFT_API_KEY=key_of(alice.work))
+    done = python(SCRIPT, env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "[]"
