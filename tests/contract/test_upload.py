@@ -109,6 +109,19 @@ def test_a_refused_upload_leaves_nothing_behind(
     on_server(tmp_path, body)
 
 
+def test_an_upload_counts_towards_the_tenants_storage(tmp_path: Path) -> None:
+    """One fits into 10,000 bytes, and then no other does; nothing of it stays."""
+
+    async def body(server: test_http.Server) -> None:
+        assert (await server.ask("POST", WHERE, adapter(), BOB_KEY)).code == 200
+        before = public(server.host.ledger.state)
+        assert "Checkpoint storage is full" in refusal(await server.ask("POST", WHERE, adapter(), BOB_KEY))
+        assert public(server.host.ledger.state) == before
+        assert len(list(server.host.service.checkpoints.root.iterdir())) == 1
+
+    on_server(tmp_path, body, max_checkpoint_bytes=10_000)
+
+
 def ask_lab(alice: Server, body: bytes, **headers: str) -> tuple[int, Any]:
     parts = urlsplit(alice.url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
