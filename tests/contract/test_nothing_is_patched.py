@@ -30,7 +30,7 @@ shell = IPython.InteractiveShell.instance()
 shell.run_line_magic("load_ext", "tuft_jupyter")
 import tuft_jupyter
 tuft_jupyter.init()
-training = tuft_jupyter.create_training_client(base_model="tuft/demo", rank=4)
+training = tuft_jupyter.create_training_client(base_model="tuft/demo", rank=4).result()
 assert type(training) is tinker.TrainingClient
 after = snapshot()
 changed = {key for key in before if after.get(key) != before[key]}

@@ -57,8 +57,8 @@ def test_64_concurrent_samples_finish_while_a_loop_trains_at_no_less_than_half_i
 ) -> None:
     """S1-62: the best of a few tries counts, because a busy machine takes its share too."""
     client = tinker.ServiceClient(base_url=f"{alice.url}tuft", api_key=key_of(alice.work))
-    loop = Loop(client.create_lora_training_client(base_model="tuft/demo", rank=8, seed=1))
-    sampling = client.create_sampling_client(base_model="tuft/demo")
+    loop = Loop(client.create_lora_training_client(base_model="tuft/demo", rank=8, seed=1).result())
+    sampling = client.create_sampling_client(base_model="tuft/demo").result()
     loop.step()
     asyncio.run(samples(sampling))
     ratios = []
