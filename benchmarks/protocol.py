@@ -131,7 +131,7 @@ def sdk_times(address: str, key: str) -> tuple[list[float], int, float]:
         began = time.perf_counter()
         loop.step()
         times.append(time.perf_counter() - began)
-    sampling = client.create_sampling_client(base_model=MODEL)
+    sampling = client.create_sampling_client(base_model=MODEL).result()
     params = types.SamplingParams(max_tokens=8, seed=1)
     prompt = types.ModelInput.from_ints(list(range(32)))
     sampling.sample(prompt, 1, params).result()

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import version
 
 import fairness
+import protocol
 import scaling
 import server_cost
 import step_latency
@@ -23,7 +24,7 @@ def main() -> int:
     before = os.getloadavg()[0]
     rows = [
         row
-        for part in (tenants, step_latency, throughput, scaling, server_cost, fairness)
+        for part in (tenants, step_latency, throughput, scaling, server_cost, protocol, fairness)
         for row in part.measure()
     ]
     packages = ", ".join(

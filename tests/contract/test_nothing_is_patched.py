@@ -9,12 +9,12 @@ from tests.support.live import environment, key_of, python
 
 SCRIPT = """
 import sys, types
-import tinker, tinker.lib.public_interfaces.rest_client, transformers
+import tinker, tinker.lib.public_interfaces.rest_client
 
 def snapshot():
     found = {}
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] not in ("tinker", "huggingface_hub"):
+        if name.partition(".")[0] != "tinker":
             continue
         for attribute, value in list(vars(module).items()):
             if isinstance(value, types.FunctionType):
