@@ -27,7 +27,7 @@ export function checkpointCode({ kind, path }: ICheckpoint): string {
 
 /** Goes on with a run at its next step. */
 export function resumeCode({ id }: IRun): string {
-  return `%load_ext tuft_jupyter\n%tuft resume ${id}`;
+  return `%load_ext tuft_jupyter\ntraining = %tuft resume ${id}`;
 }
 
 function quoted(text: string): string {

@@ -6,15 +6,18 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from tests.support.stub_server import KEY, StubServer
+from tuft_jupyter.kernel.commands.serving import PANEL_COMMAND
 from tuft_jupyter.kernel.commands.table import COMMANDS
 from tuft_jupyter.kernel.report import Grid, Progress, ago, number, size
 
+ROOT = Path(__file__).parents[3]
 ONE, TWO = "6f1c2a52-0000-4000-8000-000000000001:train:0", "9a1c2a52-0000-4000-8000-000000000002:train:1"
 
 
@@ -141,7 +144,8 @@ def test_every_command_helps(name: str, shell: InteractiveShell) -> None:
 def test_open_is_a_button_in_the_lab_and_words_elsewhere(shell: InteractiveShell) -> None:
     result, shown = cell(shell, "%tuft open")
     assert "left sidebar" in shown
-    assert 'data-commandlinker-command="tuft:open-panel"' in result.result._repr_html_()
+    assert f'data-commandlinker-command="{PANEL_COMMAND}"' in result.result._repr_html_()
+    assert f"'{PANEL_COMMAND}'" in (ROOT / "labextension" / "src" / "commandids.ts").read_text()
 
 
 def test_a_grid_escapes_and_aligns() -> None:
