@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 PROMISES = {
     "reinforcement": "after > before + 0.1",
     "custom_loss": "hard[-1] < hard[0] / 2",
+    "environment": "sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.2 and chosen.count('red') > 35",
 }
 
 
@@ -30,7 +31,7 @@ def examples(alice: Server) -> Path:
 
 @pytest.mark.parametrize("name", PROMISES)
 def test_a_notebook_runs_as_it_stands_and_keeps_its_promise(name: str, alice: Server, examples: Path) -> None:
-    """S1-46: it learns what it says."""
+    """S1-71 (environment): the reward of a loop with a world in it rises; the others learn what they say."""
     with Kernel(alice, f"{name}.ipynb") as kernel:
         run_notebook(kernel, EXAMPLES / f"{name}.ipynb")
         assert kernel.value(f"bool({PROMISES[name]})"), kernel.value(
