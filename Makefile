@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test unit check fault format hub-trial bench continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
+.PHONY: help demo lab test unit check fault format hub-trial bench load continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ install: $(STAMPS)/installed  ## make the virtual environment and build the lab 
 security: $(STAMPS)/installed  ## throw TRIALS (10,000) hostile requests of each kind at a server, and every case of bad input
 	$(BIN)/python -m tests.support.fuzz --trials $(or $(TRIALS),10000)
 	$(BIN)/python -m pytest -q tests/security
+
+load: $(STAMPS)/installed  ## park 1,000 polls at a notebook server, then upload 50 times 5 MB; what the notebook notices
+	$(BIN)/python -m tests.support.load
 
 sdk-matrix: $(STAMPS)/installed  ## run one script with every SDK version, print the table of the README
 	$(BIN)/python -m tests.support.sdk_matrix

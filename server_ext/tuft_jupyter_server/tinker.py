@@ -48,6 +48,9 @@ log = logging.getLogger("tuft_jupyter.http")
 
 API = "/api/v1/"
 
+BODY_SECONDS, UPLOAD_SECONDS = 120.0, 3600.0
+"""How long a body may take to arrive: who sends a byte a second does not keep a connection for ever."""
+
 
 @stream_request_body
 class TinkerHandler(Answering):
@@ -101,6 +104,9 @@ class TinkerHandler(Answering):
             announced = self.request.headers.get("Content-Length", "0")
             if announced.isdecimal() and int(announced) > self.limit:
                 raise self._too_large(int(announced))
+            self.request.connection.set_body_timeout(  # type: ignore[union-attr]
+                UPLOAD_SECONDS if self.route.upload else BODY_SECONDS
+            )
             if self.route.upload:
                 self._spool = Spool(self.api.service.checkpoints.root, self.limit)
                 self.request.connection.set_max_body_size(self.limit + 1)  # type: ignore[union-attr]
