@@ -56,6 +56,9 @@ continuity: $(STAMPS)/installed  ## kill a notebook's kernel twenty times; the r
 interrupts: $(STAMPS)/installed  ## interrupt a training cell a hundred times; each time it stops where a step ends
 	TUFT_INTERRUPTS=100 $(BIN)/python -m pytest -q tests/contract/test_interrupts.py
 
+properties: $(STAMPS)/installed  ## draw 320 mixtures of tenants at random, hold each against PEFT alone
+	PROPERTY_CASES=160 $(BIN)/python -m pytest -q tests/unit/engine/test_properties.py
+
 install: $(STAMPS)/installed  ## make the virtual environment and build the lab extension
 
 security: $(STAMPS)/installed  ## throw TRIALS (10,000) hostile requests of each kind at a server, and every case of bad input

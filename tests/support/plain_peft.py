@@ -17,14 +17,16 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
-def plain_peft(model: Path, spec: LoraSpec, weights: Mapping[str, Tensor]) -> PeftModel:
-    """The base model with one PEFT adapter of this geometry holding ``weights`` (PEFT's file names)."""
+def plain_peft(
+    model: Path, spec: LoraSpec, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> PeftModel:
+    """The base model with one fp32 PEFT adapter of this geometry holding ``weights`` (PEFT's file names)."""
     targets = [
         *(ATTENTION if spec.train_attn else []),
         *(MLP if spec.train_mlp else []),
         *(["lm_head"] if spec.train_unembed else []),
     ]
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
     peft = get_peft_model(
         base, LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets, task_type="CAUSAL_LM")
     )
@@ -45,7 +47,7 @@ def target_logprobs(peft: PeftModel, datum: Datum) -> Tensor:
     """Log-probabilities of the datum's target_tokens, shaped like them."""
     logits = peft(input_ids=torch.from_numpy(datum.tokens.astype(np.int64))[None], use_cache=False).logits[0]
     targets = torch.from_numpy(datum.inputs["target_tokens"].astype(np.int64))
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1)
     return logprobs.gather(1, targets.view(len(targets), -1)).view(targets.shape)
 
 

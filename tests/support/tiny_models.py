@@ -12,15 +12,21 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,6 +36,9 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "cohere": (CohereConfig, CohereForCausalLM),
 }
@@ -67,6 +76,7 @@ def make_model(
     tied: bool = True,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    spread: float = 0.2,
     **extra: Any,
 ) -> Path:
     """Write a random model (4 query heads, 2 key/value heads) with its tokenizer; ``family`` as in FAMILIES.
@@ -84,7 +94,7 @@ def make_model(
         head_dim=hidden // 4,
         max_position_embeddings=max_length,
         tie_word_embeddings=tied,
-        initializer_range=0.2,  # large enough that attention and logits are far from uniform
+        initializer_range=spread,  # large enough that attention and logits are far from uniform
         bos_token_id=None,
         eos_token_id=SPECIAL.index("<|im_end|>"),
         pad_token_id=SPECIAL.index("<|pad|>"),
