@@ -95,6 +95,7 @@ async def world(
         limits,
         quotas,
     )
+    made.service.drain_seconds = 0.05  # tests leave engines that hang
     await made.service.start()
     try:
         yield made

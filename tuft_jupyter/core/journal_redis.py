@@ -123,10 +123,13 @@ class RedisJournal:
         self._tasks = [loop.create_task(self._write()), loop.create_task(self._renew())]
 
     async def close(self) -> None:
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for _, _, written in self._waiting:
+            if not written.done():
+                written.set_exception(ServerError("the journal is closed: the server is shutting down"))
         if self._redis is not None:
             with contextlib.suppress(Overloaded):
                 await self._run(RELEASE, self._token)

@@ -125,9 +125,12 @@ class SqliteJournal:
 
     async def close(self) -> None:
         if self._thread is not None:
+            thread, self._thread = (
+                self._thread,
+                None,
+            )  # from now on nothing is taken that would not be written
             self._jobs.put(None)
-            await asyncio.to_thread(self._thread.join)
-            self._thread = None
+            await asyncio.to_thread(thread.join)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
