@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from tuft_jupyter.core.types import Datum, ForwardBackward
+from tuft_jupyter.core.types import Datum, ForwardBackward, Int32Array
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -68,3 +69,68 @@ class SequentialPeft:
         ).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
         return (losses * weights.flatten().to(device)).sum()
+
+
+def write_adapters(home: Path, model: Path, count: int, rank: int) -> list[Path]:
+    """PEFT directories of random adapters on all linear layers but the unembedding."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", module="peft")
+    paths = []
+    for i in range(count):
+        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, init_lora_weights=False)
+        torch.manual_seed(i)
+        paths.append(home / f"adapter{i}")
+        get_peft_model(base, config).save_pretrained(paths[-1])
+    return paths
+
+
+class PeftGenerate:
+    """transformers' ``generate`` over PEFT adapters; sequence i of n belongs to adapter ``i * k // n``."""
+
+    def __init__(self, model: Path, adapters: Sequence[Path], new_tokens: int) -> None:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        self._model = PeftModel.from_pretrained(base, adapters[0], adapter_name="0").eval()
+        for i, path in enumerate(adapters[1:], 1):
+            self._model.load_adapter(path, adapter_name=str(i))
+        self._adapters = len(adapters)
+        self._new = new_tokens
+        self._model.generation_config.eos_token_id = None
+
+    def mixed(self, prompts: Sequence[Int32Array]) -> int:
+        """All in one padded batch, each row with its adapter."""
+        names = [str(i * self._adapters // len(prompts)) for i in range(len(prompts))]
+        return self._generate(prompts, adapter_names=names)
+
+    def per_tenant(self, prompts: Sequence[Int32Array]) -> int:
+        """One padded batch per adapter."""
+        share = len(prompts) // self._adapters
+        drawn = 0
+        for i in range(self._adapters):
+            self._model.set_adapter(str(i))
+            drawn += self._generate(prompts[i * share : (i + 1) * share])
+        return drawn
+
+    def alone(self, prompts: Sequence[Int32Array]) -> int:
+        """One sequence after the other."""
+        self._model.set_adapter("0")
+        return sum(self._generate([prompt]) for prompt in prompts)
+
+    @torch.inference_mode()
+    def _generate(self, prompts: Sequence[Int32Array], **more: Any) -> int:
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # padded on the left, as generate wants it
+            ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        out = self._model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=self._new,
+            pad_token_id=0,
+            **more,
+        )
+        return int((out.shape[1] - longest) * len(prompts))

@@ -125,7 +125,7 @@ class SdkLoop:
     def __init__(self, client: Any, rows: Sequence[Sequence[int]]) -> None:
         from tinker import types
 
-        self._training = client.create_lora_training_client(base_model=MODEL, rank=RANK, seed=1).result()
+        self.training = client.create_lora_training_client(base_model=MODEL, rank=RANK, seed=1).result()
         self._data = sdk_data(rows)
         self._adam = types.AdamParams(learning_rate=LEARNING_RATE)
 
@@ -138,7 +138,7 @@ class SdkLoop:
 
     def send(self) -> tuple[Any, Any]:
         """Ask for a step without waiting for it."""
-        return self._training.forward_backward(self._data, "cross_entropy"), self._training.optim_step(
+        return self.training.forward_backward(self._data, "cross_entropy"), self.training.optim_step(
             self._adam
         )
 

@@ -10,7 +10,9 @@ import platform
 import sys
 from importlib.metadata import version
 
+import decode
 import fairness
+import hand_over
 import protocol
 import scaling
 import server_cost
@@ -24,7 +26,17 @@ def main() -> int:
     before = os.getloadavg()[0]
     rows = [
         row
-        for part in (tenants, step_latency, throughput, scaling, server_cost, protocol, fairness)
+        for part in (
+            tenants,
+            decode,
+            step_latency,
+            throughput,
+            scaling,
+            hand_over,
+            server_cost,
+            protocol,
+            fairness,
+        )
         for row in part.measure()
     ]
     packages = ", ".join(

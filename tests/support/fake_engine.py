@@ -148,7 +148,7 @@ class FakeTrainer:
             run.steps += 1
         return results
 
-    def save(self, run: str, target: Path, *, optimizer: bool) -> int:
+    def save(self, run: str, target: Path, *, optimizer: bool, durable: bool = True) -> int:
         self._called("save", [run])
         live = self.runs[run]
         lora = {name: getattr(live.lora, name) for name in live.lora.__slots__}

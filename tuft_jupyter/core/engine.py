@@ -61,8 +61,11 @@ class Trainer(Protocol):
     def optim_step(self, batch: Sequence[tuple[str, AdamParams]]) -> list[Mapping[str, float] | TuftError]:
         """AdamW on each run's accumulated gradient, then clear it. Returns ``grad_norm`` and such."""
 
-    def save(self, run: str, target: Path, *, optimizer: bool) -> int:
-        """Write a plain PEFT directory atomically; returns its size in bytes."""
+    def save(self, run: str, target: Path, *, optimizer: bool, durable: bool = True) -> int:
+        """Write a plain PEFT directory atomically; returns its size in bytes.
+
+        Without ``durable`` it need not survive a power failure, and is there sooner.
+        """
 
     def remove(self, run: str) -> None:
         """Forget the adapter and its optimizer; unknown runs are ignored."""

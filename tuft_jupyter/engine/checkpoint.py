@@ -90,8 +90,13 @@ def write(
     *,
     steps: int,
     moments: Sequence[Mapping[str, Tensor]] | None,
+    durable: bool = True,
 ) -> int:
-    """Write a checkpoint directory and return its size in bytes; one that is already there is replaced."""
+    """Write a checkpoint directory and return its size in bytes; one that is already there is replaced.
+
+    ``durable``: it is on the disk when the call returns. Without, a power failure may leave a directory that
+    :func:`read` refuses.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename stays in one file system; dotted, so that no listing shows it.
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}"
@@ -121,7 +126,7 @@ def write(
         manifest["digest"] = _digest_of(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         size = sum(file.stat().st_size for file in temporary.iterdir())
-        _publish(temporary, target)
+        _publish(temporary, target, durable)
         return size
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -278,16 +283,17 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
     return _digest(json.dumps(manifest, sort_keys=True).encode())
 
 
-def _publish(temporary: Path, target: Path) -> None:
+def _publish(temporary: Path, target: Path, durable: bool) -> None:
     """Make the finished directory durable, then give it its name."""
-    for path in (*temporary.iterdir(), temporary):
+    for path in (*temporary.iterdir(), temporary) if durable else ():
         _sync(path)
     replaced = None
     if target.exists():
         replaced = temporary.with_name(f"{temporary.name}.old")
         target.rename(replaced)
     temporary.rename(target)
-    _sync(target.parent)
+    if durable:
+        _sync(target.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
 

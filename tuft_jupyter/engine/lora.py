@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
@@ -236,18 +236,14 @@ class AdapterBank:
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors under the names PEFT gives them in a file (views, fp32)."""
-        assert self._peft is not None
-        return dict(
-            get_peft_model_state_dict(
-                self._peft, adapter_name=self._adapters[name].name, save_embedding_layers=False
-            )
-        )
+        adapter = self._adapters[name]
+        return adapter.split(adapter.weights)
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors of exactly the names and shapes of :meth:`state_dict` into the adapter."""
-        assert self._peft is not None
         adapter = self._adapters[name]
-        set_peft_model_state_dict(self._peft, dict(tensors), adapter_name=adapter.name)
+        for key, view in adapter.split(adapter.weights).items():
+            view.copy_(tensors[key])
         adapter.refresh()
 
     def _layers(self) -> dict[str, MultiLoraLinear]:

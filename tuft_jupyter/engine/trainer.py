@@ -114,7 +114,7 @@ class PeftTrainer:
                     view.copy_(tensors[tensor_name])
         return live.spec
 
-    def save(self, run: str, target: Path, *, optimizer: bool) -> int:
+    def save(self, run: str, target: Path, *, optimizer: bool, durable: bool = True) -> int:
         """Write a plain PEFT directory atomically; returns its size in bytes."""
         live = self._run(run)
         return checkpoint.write(
@@ -125,6 +125,7 @@ class PeftTrainer:
             self.bank.state_dict(run),
             steps=live.adam.steps,
             moments=[live.adapter.split(vector) for vector in live.adam.moments] if optimizer else None,
+            durable=durable,
         )
 
     def remove(self, run: str) -> None:

@@ -238,8 +238,11 @@ class TrainingWorker:
                 size = self.trainer.save(run, Path(args["directory"]), optimizer=args["optimizer"])
                 return {"path": args.get("path")}, {"size_bytes": size}
             case OpKind.SAVE_WEIGHTS_FOR_SAMPLER:
-                size = self.trainer.save(run, Path(args["directory"]), optimizer=False)
                 named = "sampling_session_id" if "sampling_session_id" in args else "path"
+                # What was never given a name can be saved again; five syncs are most of the time to its first token
+                size = self.trainer.save(
+                    run, Path(args["directory"]), optimizer=False, durable=named == "path"
+                )
                 return {named: args[named]}, {"size_bytes": size}
             case OpKind.UNLOAD_MODEL:
                 self.trainer.remove(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,37 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_beside(
 
 
 # ---- damage
+
+
+def test_only_what_need_not_be_durable_is_saved_without_waiting_for_the_disk(
+    trainer: PeftTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file of a checkpoint, its directory and the one above; of weights that have no name, nothing."""
+    synced: list[int] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), sync(handle))[1])
+    trainer.save("run", tmp_path / "fast", optimizer=False, durable=False)
+    assert not synced
+    trainer.save("run", tmp_path / "safe", optimizer=False)
+    assert len(synced) == 5
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "fast" / name).read_bytes() == (tmp_path / "safe" / name).read_bytes()
+
+
+def test_a_directory_is_verified_without_its_base_model(trainer: PeftTrainer, tmp_path: Path) -> None:
+    """vllm#18372: whoever only passes a path on learns first whether it can be used."""
+    good = tmp_path / "good"
+    trainer.save("run", good, optimizer=False)
+    checkpoint.verify(good, base_name="tiny/qwen3", max_rank=SPEC.rank)
+    with pytest.raises(UserError, match="trained on another base model"):
+        checkpoint.verify(good, base_name="other", max_rank=SPEC.rank)
+    with pytest.raises(UserError, match="max_lora_rank"):
+        checkpoint.verify(good, base_name="tiny/qwen3", max_rank=SPEC.rank - 1)
+    with pytest.raises(UserError, match="not a PEFT adapter directory"):
+        checkpoint.verify(tmp_path, base_name="tiny/qwen3", max_rank=SPEC.rank)
+    flip(good / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="changed or damaged"):
+        checkpoint.verify(good, base_name="tiny/qwen3", max_rank=SPEC.rank)
 
 
 def truncate(file: Path) -> None:
