@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,21 @@ def test_a_run_says_in_a_sentence_why_it_waits(tmp_path: Path) -> None:
         missing = {"model_id": run, "seq_id": 2, "path": f"tinker://{run}/weights/none"}
         assert "does not exist" in refusal(await server.ask("POST", "/load_weights", missing))
         assert "nothing is asked of it" in await why(server, run)
+
+    on_server(tmp_path, body)
+
+
+def test_a_limit_that_holds_requests_back_is_named(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        quotas, tenant = server.host.service.quotas, server.host.owner.tenant
+        run = await server.new_run()
+        quotas.default = replace(quotas.default, requests_per_second=2.0)
+        asked = [asyncio.create_task(ask_step(server, run, n)) for n in (1, 2, 3, 4)]
+        while not quotas.paused(tenant):  # noqa: ASYNC110 - the quotas themselves say when somebody is held
+            await asyncio.sleep(0)
+        (shown,) = (await look(server))["runs"]
+        assert "lets you have 2 requests a second (rps_limit" in shown["why"]
+        await asyncio.gather(*asked)
 
     on_server(tmp_path, body)
 

@@ -60,6 +60,11 @@ def why(service: Service, run: Run) -> str:
         return f"it could not be started: {run.error}"
     if run.status == "closed":
         return "it was unloaded; its checkpoints can be loaded into a new run"
+    if service.quotas.paused(run.tenant):
+        quota = service.quotas.of(run.tenant)
+        rates = {"requests": quota.requests_per_second, "tokens": quota.tokens_per_second}
+        allowed = " and ".join(f"{rate:g} {what} a second" for what, rate in rates.items() if rate)
+        return f"your requests are held back: this server lets you have {allowed} (rps_limit, tps_limit)"
     if not run.pending:
         if run.last_error:
             return f"its last request failed: {run.last_error}"

@@ -49,11 +49,8 @@ def _attach(_: argparse.Namespace) -> Grid:
     if not found:
         return Grid("Nothing ran: there is no run of yours yet.", (), ())
     title = f"{len(live)} of {len(found)} runs can go on; {len(busy)} at work"
-    return run_grid(found, title, f"go on with the first: training = %tuft resume {_name(found)}")
-
-
-def _name(runs: list[dict[str, Any]]) -> str:
-    return continuity.short(runs[0]["id"])
+    first = continuity.short(found[0]["id"])
+    return run_grid(found, title, f"go on with the first: training = %tuft resume {first}")
 
 
 def _resume(arguments: argparse.Namespace) -> Any:
