@@ -22,6 +22,7 @@ from examples.run_on_server import Server
 from tests.support.live import key_of
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
+from tuft_jupyter.core import sampling
 from tuft_jupyter.core.types import CheckpointKind
 from tuft_jupyter_server.host import Host
 from tuft_jupyter_server.tinker import openai_handlers
@@ -249,5 +250,32 @@ def test_a_dead_worker_is_replaced_before_the_first_chunk(tmp_path: Path) -> Non
         assert (await server.ask("/completions", asked, X_API_Key=BOB_KEY)).code == 200
         server.engines.sampler.dies = 2
         assert "died" in refusal(await server.ask("/completions", asked, X_API_Key=BOB_KEY), 500)
+
+    scripted(tmp_path, body)
+
+
+def test_a_tenant_with_too_much_under_way_is_told_to_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L6: samples and texts share one limit; room is left as soon as a client goes."""
+    monkeypatch.setattr(sampling, "WAITING", 1)
+
+    async def body(server: Scripted) -> None:
+        asked = {"model": "tuft/demo", "prompt": "a"}
+        hanging = asyncio.ensure_future(
+            server.ask("/completions", {**asked, "user": "hang"}, X_API_Key=BOB_KEY)
+        )
+        while not server.host.service.sampling._count:  # noqa: ASYNC110 - a plain number
+            await asyncio.sleep(0.001)
+        refused = await server.ask("/completions", asked, X_API_Key=BOB_KEY)
+        assert "wait for results" in refusal(refused, 429)
+        assert refused.headers["Retry-After"] == "1"
+        assert (await server.ask("/completions", asked, X_API_Key=server.host.key)).code == 200
+        hanging.cancel()
+        server.client.close()
+        server.client = AsyncHTTPClient(force_instance=True)
+        while server.host.service.sampling._count:  # noqa: ASYNC110 - a plain number
+            await asyncio.sleep(0.001)
+        assert (await server.ask("/completions", asked, X_API_Key=BOB_KEY)).code == 200
 
     scripted(tmp_path, body)

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,6 +188,17 @@ class Sampling:
                 f"(or {WAITING_BYTES >> 20} MiB): wait for results"
             )
 
+    @contextlib.contextmanager
+    def room(self, tenant: str, size: int) -> Iterator[None]:
+        """One more request of a tenant under way, for as long as it is held; Overloaded if there is no room."""
+        self._check_room(tenant, size)
+        self._count[tenant] += 1
+        self._bytes[tenant] += size
+        try:
+            yield
+        finally:
+            self._leave(tenant, size)
+
     def _begun(self, request_id: str, drawing: _Drawing) -> None:
         self._drawing[request_id] = drawing
         self._count[drawing.sampler.tenant] += 1
@@ -198,9 +209,11 @@ class Sampling:
         drawing = self._drawing.pop(request_id, None)
         if drawing is None:
             return
-        tenant = drawing.sampler.tenant
+        self._leave(drawing.sampler.tenant, drawing.size)
+
+    def _leave(self, tenant: str, size: int) -> None:
         self._count[tenant] -= 1
-        self._bytes[tenant] -= drawing.size
+        self._bytes[tenant] -= size
         if not self._count[tenant]:
             del self._count[tenant], self._bytes[tenant]
 

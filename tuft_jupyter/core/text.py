@@ -81,6 +81,14 @@ class Text:
     ) -> AsyncGenerator[bytes, None]:
         """The chunks of the answer as they are drawn, or the whole as one; closing the iterator stops the drawing."""
         card, directory = self.find(principal, model)
+        with self.sampling.room(principal.tenant, len(body)):
+            async with aclosing(self._chunks(principal, card, directory, body, chat)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _chunks(
+        self, principal: Principal, card: ModelCard, directory: str | None, body: bytes, chat: bool
+    ) -> AsyncGenerator[bytes, None]:
         worker = self.sampling.worker(card)
         for last in (False, True):
             begun = False

@@ -146,6 +146,36 @@ async def test_a_cancelled_conversation_draws_no_more(directory: Path) -> None:
 
 
 @on_a_loop
+async def test_a_request_that_is_cancelled_while_it_is_tokenized_never_begins(directory: Path) -> None:
+    async with worker(directory) as texts:
+        asked = json.dumps({"model": "m", "prompt": "abc", "max_tokens": 120, "stream": True}).encode()
+        begun = asyncio.ensure_future(texts.begin("r", None, asked, chat=False))
+        await asyncio.sleep(0)  # it is in the tokenizer's thread now
+        texts.cancel("r")
+        assert (await begun).category == "user"
+        assert not texts._open
+        assert not texts._preparing
+        assert not texts._worker.sampler.busy()
+
+
+@on_a_loop
+async def test_many_readers_get_larger_pieces_and_nothing_is_lost(directory: Path) -> None:
+    async with worker(directory) as texts:
+        asked = {"model": "m", "prompt": "abc", "max_tokens": 60, "stream": True, "temperature": 0}
+        body = json.dumps(asked).encode()
+
+        async def read(name: str) -> str:
+            part = await texts.begin(name, None, body, chat=False)
+            chunks = list(part.chunks)
+            while not part.ended:
+                part = await texts.more(name)
+                chunks += part.chunks
+            return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
+
+        assert len(set(await asyncio.gather(*(read(f"r{i}") for i in range(20))))) == 1
+
+
+@on_a_loop
 async def test_a_refusal_names_the_field(directory: Path) -> None:
     async with worker(directory) as texts:
         for asked, words in [

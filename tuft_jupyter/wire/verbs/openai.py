@@ -14,6 +14,9 @@ from tuft_jupyter.wire.routes import Dialect
 from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, error_reply, reply
 
 EVENTS = "text/event-stream"
+BYTES_PER_TOKEN = 4
+"""A guess: nothing is tokenized in the notebook's process, and a rate needs no more."""
+
 DONE = b"data: [DONE]\n\n"
 STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """What keeps a proxy from holding events back."""
@@ -40,6 +43,7 @@ class OpenAIVerbs(Verbs):
     async def _complete(self, call: Call, *, chat: bool) -> Reply:
         """The first piece is waited for, so that a refusal is one, with its status, and not an event."""
         head = decode_head(call.body)
+        await self.service.quotas.pace(call.principal.tenant, 1, len(call.body) // BYTES_PER_TOKEN)
         chunks = self.service.text.complete(call.principal, head.model, call.body, chat=chat)
         try:
             first = await anext(chunks)
