@@ -15,6 +15,7 @@ import { INotebookTracker } from '@jupyterlab/notebook';
 import { ISettingRegistry } from '@jupyterlab/settingregistry';
 import { IStatusBar } from '@jupyterlab/statusbar';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
+import { Signal } from '@lumino/signaling';
 import { Actions } from './actions';
 import { Api } from './api';
 import { CommandIDs } from './commandids';
@@ -142,11 +143,14 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
     addActions(commands, context, actions, notebooks);
 
     const status = new StatusItem(context);
+    const statusChanged = new Signal<object, void>(status);
     adopt(status);
     statusBar?.registerStatusItem(status.id, {
       item: status,
       align: 'left',
-      rank: 10
+      rank: 10,
+      isActive: () => settings.statusBar,
+      activeStateChanged: statusChanged
     });
     const category = trans.__('Fine-Tuning');
     launcher?.add({ command: CommandIDs.openRuns, category, rank: 1 });
@@ -159,7 +163,7 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
         const take = () => {
           settings = readSettings(loaded);
           widgets.forEach(widget => widget.configure(settings));
-          status.setHidden(!settings.statusBar);
+          statusChanged.emit();
         };
         take();
         loaded.changed.connect(take);
