@@ -13,6 +13,7 @@ from importlib.metadata import version
 import decode
 import fairness
 import hand_over
+import journal
 import protocol
 import scaling
 import server_cost
@@ -36,6 +37,7 @@ def main() -> int:
             server_cost,
             protocol,
             fairness,
+            journal,
         )
         for row in part.measure()
     ]

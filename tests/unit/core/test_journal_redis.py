@@ -15,6 +15,7 @@ import pytest
 import redis as client
 
 from tests.support.redis_server import RedisServer
+from tests.support.world import stepped, world
 from tuft_jupyter.core import journal_redis
 from tuft_jupyter.core.errors import Overloaded, ServerError
 from tuft_jupyter.core.journal import Durability, Unavailable
@@ -305,3 +306,27 @@ def test_the_password_in_the_address_is_never_told(tmp_path: Path) -> None:
     with pytest.raises(Unavailable) as refused:
         asyncio.run(numbers(kept))
     assert "hunter2" not in f"{refused.value} {kept.description}"
+
+
+def test_the_tests_ran_against_redis_seven(redis: RedisServer) -> None:
+    """S1-56: the version that the documentation starts."""
+    asked = client.Redis.from_url(redis.url)
+    assert asked.info("server")["redis_version"].startswith("7.")
+    asked.close()
+
+
+def test_what_one_server_made_the_next_one_on_the_namespace_reads(redis: RedisServer, tmp_path: Path) -> None:
+    """S1-52, S1-48: create on one, read on the other, train on there, nothing executed twice."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, journal=journal(redis, tmp_path)) as first:
+            run = await first.connect()
+            passes = await first.train(run, 4)
+        async with world(tmp_path, journal=journal(redis, tmp_path)) as second:
+            second.seq = first.seq
+            assert second.service.state.runs[run].step == 4
+            assert (await second.answer(passes[0])).body == b"done"
+            passes += await second.train(run, 2)
+            assert second.trained == stepped(passes)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
