@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import urllib.error
@@ -35,7 +36,9 @@ print(run.model_id)
 
 
 def test_marked_secrets_are_nowhere_in_what_a_server_writes_and_shows(tmp_path: Path) -> None:
-    """T6, P5: logs at DEBUG, journal, files, process arguments, feed and metrics: 0 hits."""
+    """T6, P5: logs at DEBUG, journal, files, process arguments, feed and metrics: 0 hits. T11, M6: and beside a
+    training and a sampling worker nothing, of Ray neither, listens beyond the loopback interface.
+    """
     env = environment(tmp_path, TUFT_API_KEY=KEY, TUFT_LOG_LEVEL="debug")
     config = tmp_path / "tuft.yaml"
     journal = tmp_path / "tuft" / "journal.sqlite"
@@ -63,6 +66,7 @@ def test_marked_secrets_are_nowhere_in_what_a_server_writes_and_shows(tmp_path: 
         )
         shown += _metrics(server.address)
         arguments = " ".join(" ".join(each.cmdline()) for each in _processes())
+        assert not _open_to_others(server.process.pid)
         for secret in secrets:
             assert secret not in shown
             assert secret not in arguments
@@ -77,6 +81,26 @@ def test_marked_secrets_are_nowhere_in_what_a_server_writes_and_shows(tmp_path: 
     assert searched > 100_000
     assert "debug" in config.read_text()
     assert b"DEBUG tuft_jupyter" in server.log.read_bytes(), "the log was at its most talkative"
+
+
+def _open_to_others(pid: int) -> list[tuple[int, str]]:
+    """(port, interface) of listening sockets of a process and everything below it that others could reach."""
+    below = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    assert any("raylet" in " ".join(each.cmdline()) for each in below if _readable(each)), "Ray is there"
+    sockets = [
+        socket.laddr
+        for process in below
+        for socket in process.net_connections("inet")
+        if socket.status == psutil.CONN_LISTEN
+    ]
+    return [(at.port, at.ip) for at in sockets if not _loopback(at.ip)]
+
+
+def _loopback(ip: str) -> bool:
+    address = ipaddress.ip_address(ip)
+    return address.is_loopback or bool(
+        getattr(address, "ipv4_mapped", None) and address.ipv4_mapped.is_loopback
+    )
 
 
 def _processes() -> list[psutil.Process]:

@@ -18,6 +18,7 @@ from typing import Any
 from tuft_jupyter.core.access import owned
 from tuft_jupyter.core.errors import NotFound, UserError
 from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.quotas import Quotas
 from tuft_jupyter.core.state import Checkpoint, Session
 from tuft_jupyter.core.types import CheckpointKind, Principal, checkpoint_path
 
@@ -26,9 +27,15 @@ PATH = re.compile(r"tinker://[^/]{1,200}/(weights|sampler_weights)/[^/]{1,128}\Z
 
 
 class Checkpoints:
-    def __init__(self, ledger: Ledger, root: Path) -> None:
+    def __init__(self, ledger: Ledger, root: Path, quotas: Quotas | None = None) -> None:
         self.ledger = ledger
         self.root = root
+        self._quotas = quotas or Quotas()
+
+    def check_room(self, tenant: str, more: int) -> None:
+        """UserError if the tenant may not keep so many bytes more."""
+        mine = (c.size_bytes for c in self.ledger.state.checkpoints.values() if c.tenant == tenant)
+        self._quotas.check_storage(tenant, sum(mine), more)
 
     def plan(
         self,
@@ -91,6 +98,7 @@ class Checkpoints:
             if path in self.ledger.state.checkpoints:
                 return path
             raise UserError(f"model_seq_id: {run} is a model already: choose another number")
+        self.check_room(session.tenant, source.size_bytes)
         saved = self.plan(
             run,
             CheckpointKind(source.kind),
@@ -130,6 +138,7 @@ class Checkpoints:
 
         ``directory`` lies below the root already, and ``size`` is what its files take, in bytes.
         """
+        self.check_room(session.tenant, size)
         kind = CheckpointKind.TRAINING
         saved = self.plan(run, kind, name, ttl=ttl, overwrite=False, user_metadata=None)
         data = {

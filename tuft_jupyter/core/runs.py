@@ -304,9 +304,9 @@ class Runs:
 
     def _check_storage(self, run: Run, kind: CheckpointKind) -> None:
         """The last checkpoint of the same run and kind says how large the next one will be."""
-        mine = [c for c in self.ledger.state.checkpoints.values() if c.tenant == run.tenant]
-        alike = [c.size_bytes for c in mine if c.run == run.id and c.kind == kind]
-        self.quotas.check_storage(run.tenant, sum(c.size_bytes for c in mine), alike[-1] if alike else 0)
+        checkpoints = self.ledger.state.checkpoints.values()
+        alike = [c.size_bytes for c in checkpoints if c.run == run.id and c.kind == kind]
+        self.checkpoints.check_room(run.tenant, alike[-1] if alike else 0)
 
     async def _submit(
         self,

@@ -87,7 +87,7 @@ class Service:
         self.quotas = quotas or Quotas()
         self.sessions = Sessions(ledger)
         self.tenure = Tenure(ledger, self.sessions, self.limits)
-        self.checkpoints = Checkpoints(ledger, checkpoint_dir)
+        self.checkpoints = Checkpoints(ledger, checkpoint_dir, self.quotas)
         self.runs = Runs(
             ledger,
             self.sessions,
