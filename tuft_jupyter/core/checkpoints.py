@@ -138,7 +138,6 @@ class Checkpoints:
 
         ``directory`` lies below the root already, and ``size`` is what its files take, in bytes.
         """
-        self.check_room(session.tenant, size)
         kind = CheckpointKind.TRAINING
         saved = self.plan(run, kind, name, ttl=ttl, overwrite=False, user_metadata=None)
         data = {

@@ -40,8 +40,7 @@ class UploadVerbs(Verbs):
         limit = card.max_rank or service.limits.max_rank
         try:
             foreign, size = await asyncio.to_thread(receive, call.upload, directory, card, limit)
-            held = sum(saved.size_bytes for saved in service.checkpoints.mine(call.principal))
-            service.quotas.check_storage(call.principal.tenant, held, size)
+            service.checkpoints.check_room(call.principal.tenant, size)
             details = {"tags": ["upload"], "display_name": f"upload of {name}"}
             session = await service.sessions.open(call.principal, details)
             run = run_id(session, 0)
