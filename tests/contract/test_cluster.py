@@ -70,13 +70,14 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="module")
 def engines(settings: Settings, runner: asyncio.Runner) -> Iterator[Engines]:
     """Engines whose Ray stays up between the tests, and is gone without a trace after them."""
+    others = {*psutil.Process().children(recursive=True)}  # servers of other tests
     made = Engines(settings)
     keeper = object()
     with pytest.MonkeyPatch.context() as patch:
         for name in SECRETS:
             patch.setenv(name, CANARY)
         runner.run(made._runtime.acquire(keeper))
-    processes = psutil.Process().children(recursive=True)
+    processes = {*psutil.Process().children(recursive=True)} - others
     yield made
     runner.run(made._runtime.release(keeper))
     assert not [process for process in processes if _runs(process)]
@@ -365,7 +366,7 @@ def test_the_death_of_ray_itself_is_noticed_and_survived(
         await training.step([create()])
         hanging = asyncio.create_task(training.step([forward_backward(actors.HANG)]))
         await asyncio.sleep(0)
-        next(p for p in psutil.Process().children(recursive=True) if p.name() == victim).kill()
+        next(p for p in psutil.Process().children() if p.name() == victim).kill()
         with pytest.raises(EngineDied):
             await asyncio.wait_for(hanging, 5)
         await training.start()
