@@ -57,7 +57,7 @@ interrupts: $(STAMPS)/installed  ## interrupt a training cell a hundred times; e
 	TUFT_INTERRUPTS=100 $(BIN)/python -m pytest -q tests/contract/test_interrupts.py
 
 properties: $(STAMPS)/installed  ## draw 320 mixtures of tenants at random, hold each against PEFT alone
-	PROPERTY_CASES=160 $(BIN)/python -m pytest -q tests/unit/engine/test_properties.py
+	PROPERTY_CASES=160 $(BIN)/python -m pytest -q --timeout 3600 tests/unit/engine/test_properties.py
 
 install: $(STAMPS)/installed  ## make the virtual environment and build the lab extension
 
