@@ -18,6 +18,7 @@ def test_the_sdk_comes_back_after_429_and_loses_nothing(
 ) -> None:
     """L6: two samples at a time for a client that wants ten; all are drawn, each once."""
     monkeypatch.setattr(sampling, "WAITING", 2)
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
 
     def client(address: str, key: str) -> list[list[int]]:
         service = tinker.ServiceClient(base_url=address, api_key=key)
