@@ -1,8 +1,8 @@
 """The torch sampler with several adapters in one batch, beside three ways to do it with transformers and PEFT.
 
 PEFT's mixed batch (``adapter_names``), ``generate`` for one tenant after the other, and one sequence at a time. All run
-in this process on one thread and take turns; figures are new tokens per CPU-second, medians over the turns. With ``--tiny``
-only the smaller model.
+in this process on one thread and take turns; figures are new tokens per CPU-second, medians over the turns.
+With ``--tiny`` only the smaller model.
 """
 
 from __future__ import annotations
