@@ -59,10 +59,10 @@ class Client:
     address: str
     key: str = field(default="", repr=False)
 
-    def alive(self) -> bool:
+    def alive(self, seconds: float = PROBE_SECONDS) -> bool:
         """Whether a Tinker-like server answers ``healthz``; no key is sent."""
         try:
-            return Client(self.address).call("GET", "healthz", timeout=PROBE_SECONDS).get("status") == "ok"
+            return Client(self.address).call("GET", "healthz", timeout=seconds).get("status") == "ok"
         except (Unreachable, Refused):
             return False
 

@@ -25,6 +25,8 @@ from tuft_jupyter.config import DEFAULT_PORT
 from tuft_jupyter.kernel.client import PROBE_SECONDS, Client, Refused, Unreachable, is_loopback, normal
 from tuft_jupyter.kernel.errors import TuftConnectionError
 
+HUB_SECONDS = 30.0
+"""The Hub's service is the one place to go, and may be busy when everybody begins at once."""
 OUR_COMMANDS = ("tuft", "jupyter-tuft")
 Note = Callable[[str], None]
 
@@ -65,12 +67,15 @@ def discover(
         key = api_key or env.get("TINKER_API_KEY") or _key(home, env)
         return _explicit(own_url, "TINKER_BASE_URL", key, "; unset it, or use `%tuft init --here`")
     shared = _hub_service(env)
-    if shared is not None and not (env.get("TUFT_ADDRESS") or env.get("TUFT_API_KEY")):
+    if shared is not None and normal(env.get("TUFT_ADDRESS") or shared[0]) == shared[0]:
         place, hub_key = shared
-        outcome = check(place, hub_key)
+        outcome = check(place, hub_key, HUB_SECONDS)
         if isinstance(outcome, list):
             return Found(place, "JupyterHub's shared service", outcome, hub_key)
-        note(f"TUFT_HUB_SERVICE says {place}, but {outcome}; looking further")
+        raise TuftConnectionError(
+            f"Cannot connect to JupyterHub's shared service at {place} (from TUFT_HUB_SERVICE): {outcome}; "
+            "tell your Hub's admins"
+        )
     key = api_key or _key(home, env)
     given = bool(api_key or env.get("TUFT_API_KEY"))
     tried: set[str] = set()
@@ -95,16 +100,16 @@ def user_base_url(env: Mapping[str, str]) -> str | None:
     return normal(url)
 
 
-def check(address: str, key: str) -> list[str] | str:
+def check(address: str, key: str, seconds: float = PROBE_SECONDS) -> list[str] | str:
     """The models a server offers to this key, or why it cannot be used, as the end of a sentence.
 
     Alive is not enough: something else on the port may be. A Tinker server also says what it offers.
     """
     client = Client(address, key)
-    if not client.alive():
+    if not client.alive(seconds):
         return "no TuFT server answers there"
     try:
-        return client.models(timeout=PROBE_SECONDS)
+        return client.models(timeout=seconds)
     except Refused as error:
         if error.status in (401, 403):
             return f"the server there refuses this key ({error})"
