@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -71,6 +72,47 @@ def test_no_process_outlives_the_driver_however_it_ends(end: str, tmp_path: Path
     finally:
         driver.kill()
         driver.wait()
+
+
+def test_what_ray_starts_late_does_not_outlive_the_driver_either(tmp_path: Path) -> None:
+    """F2: on a busy machine Ray's agents come up after its other processes were counted."""
+    script = (
+        "import asyncio, sys; from pathlib import Path\n"
+        "from tuft_jupyter.engine import ray_local; from tuft_jupyter.engine.ray_runtime import Runtime\n"
+        "counted = ray_local.processes\n"
+        "ray_local.processes = lambda temp: [p for p in counted(temp) if p.name() in ray_local.VITAL]\n"
+        "async def main():\n"
+        "    session = await Runtime(Path(sys.argv[1]), None).acquire(0)\n"
+        "    print(session.logs, flush=True); await asyncio.sleep(600)\n"
+        "asyncio.run(main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    try:
+        assert driver.stdout is not None
+        logs = driver.stdout.readline().strip()
+        _until(lambda: len([p for p in _writers(logs) if p.name().startswith("ray::")]) >= 2, 60)
+    finally:
+        driver.kill()
+        driver.wait()
+    _until(lambda: not _writers(logs), 10)
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _writers(logs: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(file.path.startswith(logs) for file in process.open_files()):
+                found.append(process)
+    return found
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -59,10 +59,18 @@ class Guard:
         )
 
     def watch(self, process: psutil.Process) -> None:
+        with contextlib.suppress(psutil.Error):
+            self._tell(f"{process.pid} {process.create_time()}")
+
+    def watch_session(self, directory: Path) -> None:
+        """Whatever of Ray writes below its session's directory, also if it starts later."""
+        self._tell(str(directory))
+
+    def _tell(self, name: str) -> None:
         pipe = self._process.stdin
         assert pipe is not None
-        with contextlib.suppress(psutil.Error, OSError):
-            pipe.write(f"{process.pid} {process.create_time()}\n")
+        with contextlib.suppress(OSError):
+            pipe.write(f"{name}\n")
             pipe.flush()
 
     def close(self) -> None:

@@ -123,6 +123,7 @@ class Runtime:
         node, temp = ray_local.start(self.home)
         session = Session(place, _gpus(), Path(node.get_logs_dir_path()), ray_local.Guard())
         assert session.guard is not None
+        session.guard.watch_session(Path(node.get_session_dir_path()))
         for process in ray_local.processes(temp):
             session.guard.watch(process)
             if process.name() in ray_local.VITAL:
