@@ -138,7 +138,14 @@ def test_the_metadata_names_the_extras_and_the_commands(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
         scripts = archive.read(f"{info}/entry_points.txt").decode()
-    assert set(metadata.get_all("Provides-Extra", [])) == {"backend", "dev", "persistence", "vllm"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "backend",
+        "dev",
+        "hub",
+        "persistence",
+        "tensorboard",
+        "vllm",
+    }
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "tuft = tuft_jupyter.cli:main" in scripts
     assert "jupyter-tuft = tuft_jupyter.cli:main" in scripts
