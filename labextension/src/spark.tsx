@@ -28,8 +28,9 @@ export function Spark({ lines }: ISparkProps): JSX.Element {
   }
   const across = (value: number) =>
     MARGIN + ((value - from) / (to - from || 1)) * (WIDTH - 2 * MARGIN);
+  // what a constant differs by from step to step is rounding, not news
   const up = (value: number) =>
-    high > low
+    high - low > 1e-6 * Math.abs(high)
       ? HEIGHT - MARGIN - ((value - low) / (high - low)) * (HEIGHT - 2 * MARGIN)
       : HEIGHT / 2;
   return (

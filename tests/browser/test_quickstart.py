@@ -25,6 +25,9 @@ STEP_IS = """step => {
     return Number(text.match(/step (\\d+)/)?.[1] ?? 0) >= step;
 }"""
 LAST_CELL_RAN = "last => jupyterapp.shell.currentWidget.content.model.cells.get(last).executionCount !== null"
+ANSWERED = """() => [...document.querySelectorAll('.jp-Tuft-answerText')].every(
+    node => /jp-mod-(done|cut)/.test(node.className)
+)"""
 NAMED_SAMPLER = 'print(training.save_weights_for_sampler("pirate-sampler").result().path)'
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(400)]
@@ -68,17 +71,16 @@ def picture(lab: Lab) -> str:
     return hashlib.sha256(drawn.encode()).hexdigest()
 
 
-def take_pictures(lab: Lab) -> None:
+def take_pictures(lab: Lab, what: str) -> None:
     """The page in both themes, for the documentation."""
     folder = os.environ.get("TUFT_SCREENSHOTS")
     if not folder:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lab.scroll_to("## Train")
     for theme, name in (("JupyterLab Light", "light"), ("JupyterLab Dark", "dark")):
         lab.set_theme(theme)
         lab.page.wait_for_timeout(1000)  # the theme's own transitions
-        lab.page.screenshot(path=Path(folder) / f"panel-{name}.png")
+        lab.page.screenshot(path=Path(folder) / f"{what}-{name}.png")
 
 
 def test_the_loss_curve_moves_while_the_quickstart_runs(lab: Lab) -> None:
@@ -94,7 +96,8 @@ def test_the_loss_curve_moves_while_the_quickstart_runs(lab: Lab) -> None:
         readings.append(reading(lab))
         pictures.append(picture(lab))
         if step == 30:
-            take_pictures(lab)
+            lab.scroll_to("## Train")
+            take_pictures(lab, "panel")
     steps = [step for step, _ in readings]
     assert steps == sorted(set(steps)), f"the curve stood still: {readings}"
     assert len(set(pictures)) == len(pictures), "the canvas was not drawn anew"
@@ -110,4 +113,18 @@ def test_the_loss_curve_moves_while_the_quickstart_runs(lab: Lab) -> None:
     for path in paths:
         shown = lab.page.locator("#tuft-panel .jp-Tuft-path", has_text=path)
         shown.first.wait_for()
+    assert lab.complaints == []
+
+    lab.page.click("#tuft-panel >> text=Enlarge")
+    lab.page.wait_for_selector(".jp-Tuft-view canvas")
+    chart = lab.page.locator(".jp-Tuft-view .u-over").bounding_box()
+    assert chart is not None
+    lab.page.mouse.click(chart["x"] + chart["width"] / 4, chart["y"] + chart["height"] / 2)
+    lab.page.wait_for_selector(".jp-Tuft-view .jp-mod-picked")
+    take_pictures(lab, "runs")
+    lab.page.click('#tuft-panel button[aria-label="Try pirate-sampler in the playground"]')
+    lab.page.fill(".jp-Tuft-playground textarea", "What is your name?")
+    lab.page.keyboard.press("Control+Enter")
+    lab.wait(ANSWERED, None, seconds=120)
+    take_pictures(lab, "lab-playground")
     assert lab.complaints == []
