@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 PROMISES = {
     "reinforcement": "after > before + 0.1",
+    "preference": "margins[-1] > 1 and sum(map(len, after)) < 0.7 * sum(map(len, before))",
+    "distillation": "divergences[-1] < divergences[0] / 3 and any('matey' in answer for answer in after)",
     "custom_loss": "hard[-1] < hard[0] / 2",
     "environment": "sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.2 and chosen.count('red') > 35",
 }
