@@ -116,8 +116,8 @@ class Hub:
         shared = {
             name: kept[name] for name in ("PYTHONPATH", "HF_ENDPOINT", "TINKER_TELEMETRY", "OMP_NUM_THREADS")
         }
-        scripts = str(Path(sys.executable).parent)  # where jupyterhub-singleuser is, whoever started the tests
-        shared |= {"PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
+        scripts = Path(sys.executable).parent  # jupyterhub-singleuser is there, whoever started the tests
+        shared |= {"PATH": os.pathsep.join([str(scripts), os.environ["PATH"]])}
         config = self.work / "jupyterhub_config.py"
         config.write_text(
             TAIL.format(
