@@ -23,7 +23,8 @@ export const CURVE_COLUMNS = [
   'loss',
   'tokens',
   'grad_norm',
-  'learning_rate'
+  'learning_rate',
+  'kl'
 ] as const;
 
 /** One entry per optimizer step in each column. */
@@ -34,8 +35,8 @@ export interface ICurve {
   tokens: number[];
   grad_norm: (number | null)[];
   learning_rate: (number | null)[];
-  /** Kullback-Leibler divergence from the policy that sampled, where the loss knows one. */
-  kl?: (number | null)[];
+  /** Divergence from the policy that sampled, nats per token with an advantage; null where the loss knows none. */
+  kl: (number | null)[];
 }
 
 /** An adapter in training. */
@@ -52,11 +53,15 @@ export interface IRun {
   last_error: string | null;
   step: number;
   tokens: number;
+  /** Milliseconds that the engine worked for this run. */
+  engine_ms: number;
   /** Accepted operations without an outcome. */
   pending: number;
   last_request: number;
   loss_sum: number;
   weight_sum: number;
+  kl_sum: number;
+  kl_tokens: number;
   step_tokens: number;
   passes: number;
   curve: ICurve;
@@ -70,6 +75,9 @@ export interface ISampler {
   base_model: string;
   created: number;
   model_path: string | null;
+  /** Whose weights these are, and after which step; null for a base model. */
+  run: string | null;
+  step: number | null;
 }
 
 /** Saved weights. */
@@ -226,10 +234,13 @@ function newRun(record: IRecord, data: Data): IRun {
     last_error: null,
     step: 0,
     tokens: 0,
+    engine_ms: 0,
     pending: 0,
     last_request: 0,
     loss_sum: 0,
     weight_sum: 0,
+    kl_sum: 0,
+    kl_tokens: 0,
     step_tokens: 0,
     passes: 0,
     curve: {
@@ -238,7 +249,8 @@ function newRun(record: IRecord, data: Data): IRun {
       loss: [],
       tokens: [],
       grad_norm: [],
-      learning_rate: []
+      learning_rate: [],
+      kl: []
     }
   };
 }
@@ -251,6 +263,7 @@ function opDone(state: IState, record: IRecord, data: Data): void {
   run.pending -= 1;
   run.last_error = null;
   const facts: Data = data.facts ?? {};
+  run.engine_ms += facts.engine_ms ?? 0;
   if (createsRun(data.op)) {
     run.status = 'ready';
     run.step = facts.step ?? run.step;
@@ -258,6 +271,8 @@ function opDone(state: IState, record: IRecord, data: Data): void {
   } else if (data.op === 'forward_backward') {
     run.loss_sum += facts.loss_sum ?? 0;
     run.weight_sum += facts.weight_sum ?? 0;
+    run.kl_sum += facts.kl_sum ?? 0;
+    run.kl_tokens += facts.kl_tokens ?? 0;
     run.step_tokens += facts.tokens ?? 0;
     run.passes += 1;
     run.tokens += facts.tokens ?? 0;
@@ -271,7 +286,8 @@ function opDone(state: IState, record: IRecord, data: Data): void {
       saved(state, run, record, facts);
     }
     if (facts.sampler) {
-      samplerOpened(state, record, facts.sampler);
+      const from = { run: run.id, step: run.step };
+      samplerOpened(state, record, { ...facts.sampler, ...from });
     }
   } else if (data.op === 'unload_model') {
     run.status = 'closed';
@@ -280,6 +296,7 @@ function opDone(state: IState, record: IRecord, data: Data): void {
 
 function forgetGradients(run: IRun): void {
   run.loss_sum = run.weight_sum = run.step_tokens = run.passes = 0;
+  run.kl_sum = run.kl_tokens = 0;
 }
 
 function optimizerStep(run: IRun, time: number, facts: Data): void {
@@ -291,6 +308,7 @@ function optimizerStep(run: IRun, time: number, facts: Data): void {
   run.curve.tokens.push(run.step_tokens);
   run.curve.grad_norm.push(facts.grad_norm ?? null);
   run.curve.learning_rate.push(facts.learning_rate ?? null);
+  run.curve.kl.push(run.kl_tokens > 0 ? run.kl_sum / run.kl_tokens : null);
   forgetGradients(run);
 }
 
@@ -334,13 +352,16 @@ function opFailed(state: IState, _: IRecord, data: Data): void {
 }
 
 function samplerOpened(state: IState, record: IRecord, data: Data): void {
+  const saved = state.checkpoints.get(data.model_path);
   state.samplers.set(data.sampler, {
     id: data.sampler,
     session: data.session,
     tenant: record.tenant,
     base_model: data.base_model,
     created: record.time,
-    model_path: data.model_path ?? null
+    model_path: data.model_path ?? null,
+    run: saved?.run ?? data.run ?? null,
+    step: saved?.step ?? data.step ?? null
   });
 }
 

@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tuft_jupyter import models
@@ -29,6 +29,7 @@ from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.keys import KeyBook
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.quotas import Limits, Quota, Quotas
+from tuft_jupyter.core.samples import Samples
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import ModelCard, Principal
 from tuft_jupyter.home import ensure_key, ensure_secret, private_directory, private_file
@@ -37,6 +38,7 @@ from tuft_jupyter.wire.tickets import Tickets
 from tuft_jupyter_server.catalog import ServerCatalog
 from tuft_jupyter_server.gauges import Gauges
 from tuft_jupyter_server.metrics import CONTENT_TYPE, Metrics
+from tuft_jupyter_server.wording import words_of
 
 log = logging.getLogger("tuft_jupyter")
 
@@ -138,6 +140,7 @@ class Host:
                 owner=self.owner.tenant,
             ),
             quotas=_quotas(settings, lambda tenant: self.groups.get(tenant, ())),
+            samples=Samples(settings.keep_samples),
         )
         self.api = Api(self.service, self)
         self.gauges = Gauges(self.engines.workers)
@@ -241,6 +244,9 @@ class Host:
 
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in models.tokenizer_files(card)}
+
+    def words(self, card: ModelCard) -> Callable[[Sequence[int]], str | None]:
+        return words_of(card)
 
     def _model_state(self, card: ModelCard) -> dict[str, str]:
         driver = self.service.drivers.get(card.name)

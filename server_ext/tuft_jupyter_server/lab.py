@@ -20,8 +20,6 @@ from tuft_jupyter import metrics
 from tuft_jupyter.core.feed import Subscription
 from tuft_jupyter.core.outlook import waiting
 from tuft_jupyter.core.shown import public, public_record
-from tuft_jupyter.wire.api import Call
-from tuft_jupyter.wire.routes import ROUTES
 from tuft_jupyter_server.host import Host
 from tuft_jupyter_server.logtail import TAIL
 
@@ -76,43 +74,6 @@ class LabExport(APIHandler):
         self.set_header("Content-Type", "application/octet-stream")
         self.set_header("Content-Disposition", f'attachment; filename="{name}"')
         self.finish(content, set_content_type="application/octet-stream")
-
-
-class LabKeys(APIHandler):
-    """GET, POST, PUT, DELETE: the keys of the server, for whoever its lab belongs to; the verbs are the API's."""
-
-    auth_resource = "tuft"
-
-    def initialize(self, host: Host) -> None:
-        self.host = host
-
-    @web.authenticated
-    @authorized
-    async def get(self) -> None:
-        await self._answer("GET", "/tuft/keys")
-
-    @web.authenticated
-    @authorized
-    async def post(self) -> None:
-        await self._answer("POST", "/tuft/keys")
-
-    @web.authenticated
-    @authorized
-    async def put(self, key: str) -> None:
-        await self._answer("PUT", "/tuft/keys/{key}", key)
-
-    @web.authenticated
-    @authorized
-    async def delete(self, key: str) -> None:
-        await self._answer("DELETE", "/tuft/keys/{key}", key)
-
-    async def _answer(self, method: str, path: str, key: str = "") -> None:
-        route = next(each for each in ROUTES if (each.method, each.path) == (method, path))
-        call = Call(self.host.owner, {"key": key}, body=self.request.body)
-        answer = await self.host.api.answer(route, call)
-        self.set_status(answer.status)
-        self.set_header("Content-Type", answer.content_type)
-        self.finish(answer.body)
 
 
 class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
@@ -205,7 +166,5 @@ def handlers(root: str, host: Host) -> list[tuple[str, type[web.RequestHandler],
     return [
         (root + "/lab/state", LabState, {"host": host}),
         (root + "/lab/export", LabExport, {"host": host}),
-        (root + "/lab/keys", LabKeys, {"host": host}),
-        (root + "/lab/keys/([^/]+)", LabKeys, {"host": host}),
         (root + "/lab/feed", LabFeed, {"host": host}),
     ]

@@ -149,6 +149,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("DELETE", "/tuft/keys/{key}"): OF_RUN,
     ("GET", "/tuft/outlook"): TENANT,
     ("GET", "/tuft/runs/{run}/curve"): OF_RUN,
+    ("GET", "/tuft/runs/{run}/samples"): OF_RUN,
     ("POST", "/tuft/runs/{run}/resume"): own(session_id="SESSION"),
     ("GET", "/tuft/gauges"): TENANT,
     ("POST", "/tuft/adapters"): Rule(Whose.TENANT, lambda ids: adapter(), query="?base_model=tuft/demo"),

@@ -19,6 +19,7 @@ from tests.support.live import environment, python
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 
 PARKED = 100
+LAB_KEYS = "tuft/lab/api/v1/tuft/keys"
 
 
 async def parked(server: Server, key: str) -> list[asyncio.Task[object]]:
@@ -153,17 +154,17 @@ def test_what_a_server_writes_is_its_owner_s_alone(tmp_path: Path) -> None:
 
 def test_the_lab_makes_and_revokes_keys_under_jupyter_s_own_protection(alice: JupyterServer) -> None:
     """T5: the lab's routes check Jupyter's identity and its XSRF token."""
-    made = alice.request("POST", "tuft/lab/keys", {"tenant": "dave", "name": "from the lab"})
+    made = alice.request("POST", LAB_KEYS, {"tenant": "dave", "name": "from the lab"})
     assert made["key"].startswith("tml-")
-    listed = alice.request("GET", "tuft/lab/keys")["keys"]
+    listed = alice.request("GET", LAB_KEYS)["keys"]
     assert "from the lab" in {key["name"] for key in listed}
-    assert alice.request("PUT", f"tuft/lab/keys/{made['id']}", {"ttl_seconds": 60})["expires"] > time.time()
-    assert alice.request("DELETE", f"tuft/lab/keys/{made['id']}") == {}
+    assert alice.request("PUT", f"{LAB_KEYS}/{made['id']}", {"ttl_seconds": 60})["expires"] > time.time()
+    assert alice.request("DELETE", f"{LAB_KEYS}/{made['id']}") == {}
     for headers in ({}, {"X-API-Key": made["key"]}, {"Origin": "http://trusted.example.com.evil.com"}):
         request = urllib.request.Request(
-            f"{alice.url}tuft/lab/keys", data=b'{"tenant": "eve"}', headers=headers, method="POST"
+            f"{alice.url}{LAB_KEYS}", data=b'{"tenant": "eve"}', headers=headers, method="POST"
         )
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
         assert refused.value.code in (403, 404), headers  # a foreign origin is told of no such page
-    assert "eve" not in {key["tenant"] for key in alice.request("GET", "tuft/lab/keys")["keys"]}
+    assert "eve" not in {key["tenant"] for key in alice.request("GET", LAB_KEYS)["keys"]}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.contract.test_http import BOB_KEY, Server, on_server, refusal
+from tests.support.fake_engine import FakeEngines
 
 
 async def ask_step(server: Server, run: str, seq: int) -> str:
@@ -159,3 +160,78 @@ def test_the_machine_is_measured_for_whoever_asks(tmp_path: Path) -> None:
         assert measured["workers"]
 
     on_server(tmp_path, body)
+
+
+async def sampled(server: Server, path: str, token: int, key: str = "") -> None:
+    """Draw from the weights that ``path`` names, in a session of one's own."""
+    session = (await server.post("/create_session", {}, key))["session_id"]
+    opened = {"session_id": session, "sampling_session_seq_id": 0, "model_path": path}
+    sampler = (await server.post("/create_sampling_session", opened, key))["sampling_session_id"]
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [token]}]}
+    asked = {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt, "num_samples": 2}
+    asked["sampling_params"] = {"max_tokens": 2, "temperature": 0.5}
+    promise = await server.post("/asample", asked, key)
+    answer = await server.ask("POST", "/retrieve_future", {"request_id": promise["request_id"]}, key)
+    assert answer.code == 200
+
+
+def drawing(server: Server) -> Server:
+    """The server with engines that save and draw as the real ones do."""
+    engines = FakeEngines()
+    vars(server.host.engines).update(trainer=engines.trainer, sampler=engines.sampler)
+    return server
+
+
+async def saved(server: Server, run: str, seq: int, key: str = "") -> str:
+    asked = {"model_id": run, "seq_id": seq, "path": f"at-{seq}"}
+    promise = await server.post("/save_weights_for_sampler", asked, key)
+    answer = await server.post("/retrieve_future", {"request_id": promise["request_id"]}, key)
+    return str(answer["path"])
+
+
+async def said(server: Server, run: str, step: int, key: str = "") -> dict[str, Any]:
+    response = await server.ask("GET", f"/tuft/runs/{run}/samples?step={step}", key=key)
+    assert response.code == 200, response.body
+    shown: dict[str, Any] = json.loads(response.body)
+    return shown
+
+
+def test_what_the_weights_of_a_step_said_is_shown_to_whoever_asked_them_only(tmp_path: Path) -> None:
+    """Prompts are their owner's: an admin sees the run, and not what another tenant asked its weights."""
+
+    async def body(server: Server) -> None:
+        run = await drawing(server).new_run(BOB_KEY)
+        await sampled(server, await saved(server, run, 1, BOB_KEY), 7, BOB_KEY)
+        shown = await said(server, run, 5, BOB_KEY)
+        assert (shown["step"], shown["steps"], shown["keeping"]) == (0, [0], True)
+        (asked,) = shown["samples"]
+        assert asked["prompt"]["tokens"] == [7]
+        assert asked["prompt"]["text"] is not None
+        assert (asked["temperature"], asked["sequences"], len(asked["answers"])) == (0.5, 2, 2)
+        assert asked["answers"][0]["stop_reason"] == "length"
+        assert len(asked["answers"][0]["tokens"]) == 2
+        assert (await said(server, run, 5))["samples"] == [], "the owner of the server asked nothing"
+        assert "step" in refusal(await server.ask("GET", f"/tuft/runs/{run}/samples?step=soon", key=BOB_KEY))
+        mine = await server.new_run()
+        assert (await server.ask("GET", f"/tuft/runs/{mine}/samples", key=BOB_KEY)).code == 404
+
+    on_server(tmp_path, body)
+
+
+def test_samples_are_shown_by_step_and_a_switch_keeps_none(tmp_path: Path) -> None:
+    async def body(server: Server) -> None:
+        run = await drawing(server).new_run()
+        await train_step(server, run, 1)
+        await sampled(server, await saved(server, run, 2), 11)
+        await train_step(server, run, 3)
+        await sampled(server, await saved(server, run, 4), 22)
+        keeping = server.host.settings.keep_samples
+        assert (await said(server, run, 1))["steps"] == ([1, 2] if keeping else [])
+        for step, token in ((1, 11), (2, 22), (99, 22)):
+            shown = await said(server, run, step)
+            assert shown["keeping"] is keeping
+            asked = [each["prompt"]["tokens"] for each in shown["samples"]]
+            assert asked == ([[token]] if keeping else [])
+
+    on_server(tmp_path / "kept", body)
+    on_server(tmp_path / "not", body, keep_samples=False)

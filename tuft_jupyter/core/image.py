@@ -1,7 +1,7 @@
 """The image of a state: everything it holds as JSON, from which the same state can be made again.
 
-It stands in the journal for the records before it. Fields that a later version added get their defaults; fields that it
-dropped are ignored.
+It stands in the journal for the records before it. Fields and curve columns that a later version added get their
+defaults; fields that it dropped are ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from tuft_jupyter.core.objects import State
+from tuft_jupyter.core.objects import CURVE_COLUMNS, State
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -34,6 +34,9 @@ def plain(value: Any) -> Any:
 def state_of(image: Mapping[str, Any]) -> State:
     """The state whose image this is."""
     made: State = _build(State, image)
+    for run in made.runs.values():
+        for name in CURVE_COLUMNS:
+            run.curve.setdefault(name, [None] * len(run.curve["step"]))
     return made
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-CURVE_COLUMNS = ("step", "time", "loss", "tokens", "grad_norm", "learning_rate")
+CURVE_COLUMNS = ("step", "time", "loss", "tokens", "grad_norm", "learning_rate", "kl")
 
 
 @dataclass(slots=True)
@@ -28,7 +28,8 @@ class Session:
 class Run:
     """An adapter in training. ``curve`` holds one entry per optimizer step in each column.
 
-    ``loss`` of a step is the loss per weighted token (nats) over the passes since the step before.
+    ``loss`` of a step is the loss per weighted token (nats) over the passes since the step before, ``kl`` how
+    far the learner is from the policy that sampled (nats per token with an advantage; None for losses without one).
     ``pending`` counts accepted ops without an outcome. ``snapshot`` is the directory that replay can start
     from and ``covers`` the record it contains; ops done after it are in ``replay`` (record numbers of their
     acceptance). ``error`` says why a run failed, ``last_error`` why its last op did (None if that one succeeded).
@@ -57,12 +58,16 @@ class Run:
     """directories of checkpoints that its ops load, until a snapshot makes it independent of them"""
     loss_sum: float = 0.0
     weight_sum: float = 0.0
+    kl_sum: float = 0.0
+    kl_tokens: int = 0
     step_tokens: int = 0
     passes: int = 0
 
 
 @dataclass(slots=True)
 class Sampler:
+    """``run`` and ``step``: whose weights these are, and after which optimizer step; None for a base model."""
+
     id: str
     session: str
     tenant: str
@@ -71,6 +76,8 @@ class Sampler:
     model_path: str | None = None
     directory: str | None = None
     clients: int = 1
+    run: str | None = None
+    step: int | None = None
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from tuft_jupyter.core.engine import EngineDied, SamplingEngine
 from tuft_jupyter.core.errors import NotFound, Overloaded, TuftError
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.samples import Kept, Samples
 from tuft_jupyter.core.startup import bring_up
 from tuft_jupyter.core.state import Checkpoint, Sampler
 from tuft_jupyter.core.types import ModelCard, Principal, sampler_id
@@ -97,12 +98,17 @@ class Sampling:
     """The samplers of all tenants and their requests."""
 
     def __init__(
-        self, ledger: Ledger, catalog: Catalog, make_engine: Callable[[ModelCard], SamplingEngine]
+        self,
+        ledger: Ledger,
+        catalog: Catalog,
+        make_engine: Callable[[ModelCard], SamplingEngine],
+        samples: Samples | None = None,
     ) -> None:
         self.ledger = ledger
         self.catalog = catalog
         self.workers: dict[str, Worker] = {}
         self.completions = Completions()
+        self.samples = samples or Samples(keeping=False)
         self._make_engine = make_engine
         self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._joined: dict[str, int] = {}
@@ -270,6 +276,7 @@ class Sampling:
                     answer = Answer(category=outcome.category, error=outcome.error)
                 else:
                     answer = Answer(outcome.result, outcome.content_type)
+                    self.samples.keep(sampler, Kept(self.ledger.clock(), body, outcome.result))
                 break
         except TuftError as error:
             answer = Answer(category=error.category, error=error.message)

@@ -23,6 +23,7 @@ from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer, Promise
 from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.runs import Runs
+from tuft_jupyter.core.samples import Samples
 from tuft_jupyter.core.sampling import Sampling
 from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.state import State
@@ -74,6 +75,7 @@ class Service:
         limits: Limits | None = None,
         rule: SnapshotRule | None = None,
         quotas: Quotas | None = None,
+        samples: Samples | None = None,
     ) -> None:
         self.ledger = ledger
         self.catalog = catalog
@@ -99,7 +101,7 @@ class Service:
             self.quotas,
             self.tenure,
         )
-        self.sampling = Sampling(ledger, catalog, engines.sampling)
+        self.sampling = Sampling(ledger, catalog, engines.sampling, samples)
         self.text = Text(self.sampling, self.checkpoints)
         self._tasks: set[asyncio.Task[None]] = set()
 

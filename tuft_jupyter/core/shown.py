@@ -37,6 +37,8 @@ def public(state: State, tenant: str | None = None) -> dict[str, Any]:
                 "base_model": s.base_model,
                 "created": s.created,
                 "model_path": s.model_path,
+                "run": s.run,
+                "step": s.step,
             }
             for s in mine(state.samplers.values())
         ],
@@ -71,10 +73,13 @@ def _public_run(run: Run) -> dict[str, Any]:
         "last_error": run.last_error,
         "step": run.step,
         "tokens": run.tokens,
+        "engine_ms": run.engine_ms,
         "pending": run.pending,
         "last_request": run.last_request,
         "loss_sum": run.loss_sum,
         "weight_sum": run.weight_sum,
+        "kl_sum": run.kl_sum,
+        "kl_tokens": run.kl_tokens,
         "step_tokens": run.step_tokens,
         "passes": run.passes,
         "curve": run.curve,

@@ -116,6 +116,8 @@ def _op_done(state: State, record: Record, data: Mapping[str, Any]) -> None:
     elif kind is OpKind.FORWARD_BACKWARD:
         run.loss_sum += facts.get("loss_sum", 0.0)
         run.weight_sum += facts.get("weight_sum", 0.0)
+        run.kl_sum += facts.get("kl_sum", 0.0)
+        run.kl_tokens += facts.get("kl_tokens", 0)
         run.step_tokens += facts.get("tokens", 0)
         run.passes += 1
         run.tokens += facts.get("tokens", 0)
@@ -127,7 +129,7 @@ def _op_done(state: State, record: Record, data: Mapping[str, Any]) -> None:
         if "checkpoint" in facts:
             _saved(state, run, record, facts)
         if "sampler" in facts:  # an ephemeral save opens its sampler in one record: no crash parts them
-            _sampler_opened(state, record, facts["sampler"])
+            _sampler_opened(state, record, {**facts["sampler"], "run": run.id, "step": run.step})
     elif kind is OpKind.UNLOAD_MODEL:
         run.status = "closed"
         run.replay.clear()
@@ -135,8 +137,8 @@ def _op_done(state: State, record: Record, data: Mapping[str, Any]) -> None:
 
 
 def _forget_gradients(run: Run) -> None:
-    run.loss_sum = run.weight_sum = 0.0
-    run.step_tokens = run.passes = 0
+    run.loss_sum = run.weight_sum = run.kl_sum = 0.0
+    run.kl_tokens = run.step_tokens = run.passes = 0
 
 
 def _step(run: Run, time: float, facts: Mapping[str, Any]) -> None:
@@ -149,6 +151,7 @@ def _step(run: Run, time: float, facts: Mapping[str, Any]) -> None:
         "tokens": run.step_tokens,
         "grad_norm": facts.get("grad_norm"),
         "learning_rate": facts.get("learning_rate"),
+        "kl": run.kl_sum / run.kl_tokens if run.kl_tokens else None,
     }
     for name in CURVE_COLUMNS:
         run.curve[name].append(point[name])
@@ -189,6 +192,8 @@ def _op_failed(state: State, record: Record, data: Mapping[str, Any]) -> None:
 
 
 def _sampler_opened(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    saved = state.checkpoints.get(data.get("model_path") or "")
+    run, step = (saved.run, saved.step) if saved is not None else (data.get("run"), data.get("step"))
     state.samplers[data["sampler"]] = Sampler(
         id=data["sampler"],
         session=data["session"],
@@ -197,6 +202,8 @@ def _sampler_opened(state: State, record: Record, data: Mapping[str, Any]) -> No
         created=record.time,
         model_path=data.get("model_path"),
         directory=data.get("directory"),
+        run=run,
+        step=step,
     )
 
 

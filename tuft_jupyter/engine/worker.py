@@ -23,6 +23,7 @@ from typing import Any
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task, Trainer
 from tuft_jupyter.core.errors import DatumError, ServerError, TuftError
 from tuft_jupyter.core.types import JSON, PROTOBUF, AdamParams, ForwardBackward, LoraSpec, OpKind
+from tuft_jupyter.engine.divergence import sampled_kl
 from tuft_jupyter.engine.slices import Sliced
 from tuft_jupyter.wire import codec
 from tuft_jupyter.wire.peek import base_type
@@ -175,6 +176,7 @@ class TrainingWorker:
         del self._unfinished[task.request_id]
         answer = sliced.joined()
         facts |= _finite({"loss_sum": answer.loss_sum, "weight_sum": answer.weight_sum})
+        facts |= sampled_kl(sliced.request, answer)
         try:
             if base_type(task.content_type) == PROTOBUF:
                 result, content_type = codec.encode_forward_backward_output(answer), PROTOBUF

@@ -260,6 +260,12 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("GET", "/tuft/runs/{run}/curve", "curve", "A run's points from number ?start= on."),
     Route(
+        "GET",
+        "/tuft/runs/{run}/samples",
+        "samples",
+        "What a run's weights answered to the caller at ?step= or the step before it that has samples.",
+    ),
+    Route(
         "POST",
         "/tuft/runs/{run}/resume",
         "resume",

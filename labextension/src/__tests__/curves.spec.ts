@@ -17,7 +17,8 @@ function run(step: number[], loss: (number | null)[], seconds = 1): IRun {
     time: step.map((_, i) => 1000 + i * seconds),
     tokens: step.map(() => 100),
     grad_norm: step.map(() => null),
-    learning_rate: step.map(() => 0.001)
+    learning_rate: step.map(() => 0.001),
+    kl: step.map(() => null)
   };
   return { ...goldenState().runs[0], curve };
 }

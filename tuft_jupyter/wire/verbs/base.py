@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Protocol
@@ -109,6 +109,9 @@ class Host(Protocol):
 
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         """The model's tokenizer files by name, as text."""
+
+    def words(self, card: ModelCard) -> Callable[[Sequence[int]], str | None]:
+        """A function from token ids to text, or to None where the tokenizer cannot be read. Blocks a moment."""
 
 
 class Verbs:

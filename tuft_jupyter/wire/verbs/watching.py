@@ -14,6 +14,7 @@ import msgspec
 from tuft_jupyter.core.outlook import next_seq, outlook, points
 from tuft_jupyter.core.shown import public
 from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.said import said
 from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, number, reply
 
 
@@ -51,6 +52,21 @@ class WatchingVerbs(Verbs):
         run = self.service.runs.get(call.principal, call.path["run"])
         start = number(call.query, "start", 0)
         return reply({"run": run.id, "start": start, "columns": points(run, start)})
+
+    async def samples(self, call: Call) -> Reply:
+        """``step``: whose weights these samples are of, null if none are kept near the one asked for."""
+        run = self.service.runs.get(call.principal, call.path["run"])
+        samples, tenant = self.service.sampling.samples, call.principal.tenant
+        near = samples.near(tenant, run.id, number(call.query, "step", run.step))
+        step, shown = None, []
+        if near is not None:
+            step, kept = near
+            card = self.service.catalog.resolve(run.base_model)
+            shown = await asyncio.to_thread(lambda: said(kept, self.host.words(card)))
+        return reply(
+            {"run": run.id, "step": step, "steps": samples.steps(tenant, run.id), "samples": shown}
+            | {"keeping": samples.keeping}
+        )
 
     async def resume(self, call: Call) -> Reply:
         """What a client needs that goes on with a run: its step, and the number of the next request."""
