@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 WANTED = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
 SAID = {"true": True, "1": True, "false": False, "0": False}
@@ -108,3 +109,17 @@ class Reader:
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+
+
+def at_least(name: str, value: float | None, least: int) -> None:
+    """ConfigError if a number is too small; None is none."""
+    if value is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+
+def web_address(name: str, text: str) -> None:
+    """ConfigError unless a text is empty, or an http or https address without a query."""
+    parts = urlsplit(text)
+    plain = text.isascii() and text.isprintable() and " " not in text and not parts.query + parts.fragment
+    if text and not (plain and parts.scheme in ("http", "https") and parts.hostname):
+        raise ConfigError(f"{name} must be an address such as https://gpu.example.org/tuft, not {text!r}")

@@ -21,7 +21,7 @@ import yaml
 
 from tuft_jupyter import home as homes
 from tuft_jupyter.checked import ConfigError as ConfigError
-from tuft_jupyter.checked import Reader
+from tuft_jupyter.checked import Reader, at_least, web_address
 
 DEFAULT_PORT = 10610
 DEFAULT_RANK_LIMIT = 64
@@ -67,7 +67,7 @@ class PersistenceConfig:
         object.__setattr__(self, "file_path", Path(self.file_path).expanduser())
         if not self.namespace:
             raise ConfigError("namespace must not be empty")
-        _at_least("future_ttl_seconds", self.future_ttl_seconds, 1)
+        at_least("future_ttl_seconds", self.future_ttl_seconds, 1)
 
     @property
     def enabled(self) -> bool:
@@ -120,7 +120,7 @@ class ModelSettings:
         if not self.model_path:
             object.__setattr__(self, "model_path", self.model_name)
         for name in ("max_model_len", "tensor_parallel_size", "max_lora_rank", "max_loras"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         if self.sampler_type is not None:
             _check_sampler(self.sampler_type)
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -149,7 +149,7 @@ class TenantSettings:
         if bool(self.tenant) == bool(self.group):
             raise ConfigError("tenant: name one tenant, or one group")
         for name in _QUOTAS:
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         if self.weight is not None and not 0 < self.weight <= 1000:
             raise ConfigError(f"weight must be more than 0 and at most 1000, not {self.weight}")
 
@@ -165,8 +165,9 @@ class Settings:
     """Everything a server is told. ``file`` is the configuration file that was read, None if there was none.
 
     ``max_lora_rank`` holds for models that no file lists (:meth:`rank_limit`). ``authorized_users`` maps keys
-    to tenants. ``adapter_timeout`` and ``adapter_max_lifetime`` are seconds, ``max_body_bytes`` bounds one
-    request body, ``max_upload_bytes`` an adapter that is uploaded. ``per_token_model_limit`` (runs), ``rps_limit``
+    to tenants. ``public_url`` is where clients reach this server if a proxy stands before it ("": where they say
+    themselves that they do). ``adapter_timeout`` and ``adapter_max_lifetime`` are seconds, ``max_body_bytes`` bounds
+    one request body, ``max_upload_bytes`` an adapter that is uploaded. ``per_token_model_limit`` (runs), ``rps_limit``
     and ``tps_limit`` (requests and input tokens a second), ``max_input_tokens`` (of one request) and
     ``max_checkpoint_bytes`` hold for each tenant, ``max_loras`` for the runs in use on one base model; 0 means no
     limit, and ``tenants`` lists who has others. ``trust_remote_code`` lets models run Python
@@ -186,6 +187,7 @@ class Settings:
     model_owner: str = LOCAL_USER
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
+    public_url: str = ""
     adapter_timeout: float = 1800.0
     adapter_max_lifetime: float = 36000.0
     max_body_bytes: int = 64 * 1024 * 1024
@@ -218,15 +220,16 @@ class Settings:
             "micro_batch_tokens",
             "trainer_threads",
         ):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in (*_QUOTAS, "max_loras"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be 0 (any free one) to 65535, not {self.port}")
         if self.log_level.lower() not in LOG_LEVELS:
             raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
         object.__setattr__(self, "log_level", self.log_level.lower())
         _check_sampler(self.sampler_type)
+        web_address("public_url", self.public_url)
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")
         seen: set[str] = set()
@@ -386,8 +389,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _check_sampler(name: str) -> None:
     if name not in SAMPLERS:
         raise ConfigError(f"sampler_type must be one of {', '.join(SAMPLERS)}, not {name!r}")
-
-
-def _at_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ConfigError(f"{name} must be at least {least}, not {value}")

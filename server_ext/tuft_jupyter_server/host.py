@@ -206,6 +206,10 @@ class Host:
     def serving(self) -> bool:
         return self._ready.is_set() and not self.problem
 
+    @property
+    def public_root(self) -> str:
+        return self.settings.public_url.rstrip("/") + "/api/v1" if self.settings.public_url else ""
+
     def metrics(self) -> tuple[bytes, str]:
         return self._metrics.text(), CONTENT_TYPE
 

@@ -198,7 +198,12 @@ def serve(settings: Settings) -> None:
             "JUPYTERHUB_SERVICE_URL, JUPYTERHUB_API_URL and JUPYTERHUB_API_TOKEN (see docs/jupyterhub.md)"
         )
     where = urlsplit(url)
-    settings = replace(settings, host=where.hostname or settings.host, port=where.port or settings.port)
+    settings = replace(
+        settings,
+        host=where.hostname or settings.host,
+        port=where.port or settings.port,
+        public_url=settings.public_url or os.environ.get("JUPYTERHUB_PUBLIC_URL", ""),
+    )
     asyncio.run(_serve(settings, prefix.rstrip("/")))
 
 

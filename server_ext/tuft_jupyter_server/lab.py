@@ -88,6 +88,7 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
         self._subscription: Subscription | None = None
 
     @ws_authenticated
+    @authorized
     async def get(self, *args: Any, **kwargs: Any) -> None:
         await super().get(*args, **kwargs)
 

@@ -16,6 +16,7 @@ import time
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("tuft_request_id", default="")
 PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 QUIET = {"tornado.access": logging.WARNING, "tornado.general": logging.WARNING}
 
 
@@ -49,12 +50,16 @@ class Json(logging.Formatter):
             said["request_id"] = record.request_id  # type: ignore[attr-defined]
         if record.exc_info:
             said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said, ensure_ascii=False)
+        return json.dumps(said)
 
 
 class Lines(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """One line, whatever is in it: nobody's text begins a line of its own or moves a terminal's cursor."""
+        return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)

@@ -76,6 +76,7 @@ class TinkerHandler(Answering):
         self.principal = Principal("")
         self.credential = ""
         self.grant: Grant | None = None
+        self.known_path = next((route.path for route in routes.values()), "unknown path")
         self._chunks: list[bytes] = []
         self._size = 0
         self._spool: Spool | None = None
@@ -86,6 +87,8 @@ class TinkerHandler(Answering):
     def set_default_headers(self) -> None:
         self.set_header("Server", "tuft-jupyter")
         self.set_header("X-Content-Type-Options", "nosniff")
+        # Caches know that `Authorization` makes an answer private; of `X-API-Key` they know nothing (RFC 9111, 3.5)
+        self.set_header("Cache-Control", "no-store")
 
     async def prepare(self) -> None:
         self.set_header("X-Request-Id", begin_request(self.request.headers.get("X-Request-Id")))
@@ -240,8 +243,9 @@ class TinkerHandler(Answering):
         return f"{self.request.protocol}://{self.request.host}{prefix}{API.rstrip('/')}"
 
     def _log(self) -> None:
-        """No access log: a poll that is held is no event, and paths may name what is a tenant's own."""
-        log.debug("%s %s %s", self.get_status(), self.request.method, self.request.path)
+        """No access log: a poll that is held is no event. Of the path only what the table says of it: the rest names
+        what is a tenant's own, and the path of a download is its permission."""
+        log.debug("%s %s %s", self.get_status(), self.request.method, self.known_path)
 
 
 Rule = tuple[str, type[TinkerHandler], dict[str, Any]]

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
+from jupyter_server.utils import ensure_async
 from tornado import web
 
 from tuft_jupyter.core.errors import ServerError, TooLarge, TuftError
@@ -66,7 +67,11 @@ class LabUpload(Answering, APIHandler):
         await super().prepare(**options)
         if self._finished:
             return
-        if not self.current_user:  # before a byte of the body is read
+        who = self.current_user
+        allowed = who and await ensure_async(
+            self.authorizer.is_authorized(self, who, "write", self.auth_resource)
+        )
+        if not allowed:  # before a byte of the body is read
             raise web.HTTPError(403)
         limit = self.host.settings.max_upload_bytes
         self._spool = Spool(self.host.settings.checkpoint_dir, limit)

@@ -76,6 +76,7 @@ def test_a_jupyter_server_has_its_metrics_where_scrapers_look(alice: JupyterServ
     """S1-69: `/tuft/metrics`, beside Jupyter's own `/metrics`."""
     import urllib.request
 
+    ask(f"{alice.url}tuft", "sessions", key_of(alice.work))  # answered once the journal was read
     request = urllib.request.Request(f"{alice.url}tuft/metrics")
     request.add_header("Authorization", f"Bearer {key_of(alice.work)}")
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:

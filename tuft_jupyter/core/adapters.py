@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,12 @@ from tuft_jupyter.core.types import ModelCard
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_BYTES = 2**20
-HEADER_BYTES = 2**24
+HEADER_BYTES, FOREIGN_HEADER_BYTES = 2**24, 2**22
+"""Of a base model's file, and of an adapter's: 40,000 tensors. Parsing one keeps Python to itself."""
 CHUNK = 2**22
+MAX_ALPHA = 1e9
+DIMENSIONS = 8
+"""More than any tensor of an adapter has. The product of a header's worth of numbers would take hours."""
 PREFIX = "base_model.model."
 PAIR = ("lora_A", "lora_B")
 
@@ -65,7 +70,7 @@ class Foreign:
 def examine(config: bytes, weights: Path, base: ModelCard, max_rank: int) -> Foreign:
     """What the adapter is. UserError if it cannot be trained on ``base`` as it is."""
     rank, alpha = _geometry(config, max_rank)
-    modules = _modules(tensors(weights), rank)
+    modules = _modules(tensors(weights, FOREIGN_HEADER_BYTES), rank)
     _check_shapes(modules, _linear_layers(Path(base.path)), base.name)
     _check_finite(weights)
     names = sorted(modules)
@@ -91,13 +96,13 @@ def examine(config: bytes, weights: Path, base: ModelCard, max_rank: int) -> For
     return Foreign(lora, json.dumps(said, indent=2) + "\n")
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
+def tensors(path: Path, longest: int = HEADER_BYTES) -> dict[str, Tensor]:
     """The header of a safetensors file. UserError unless its entries cover the file exactly, without overlap."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(HEADER_BYTES, size - 8):
+        if not 2 <= length <= min(longest, size - 8):
             raise _unreadable(f"its header claims {length} bytes, the file has {size}")
         try:
             listed = json.loads(file.read(length))
@@ -119,6 +124,8 @@ def tensors(path: Path) -> dict[str, Tensor]:
 def _entry(name: str, entry: Mapping[str, Any], start: int) -> Tensor:
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     numbers = (*shape, begin, end)
+    if len(shape) > DIMENSIONS:
+        raise _unreadable(f"{name[:200]} has {len(shape)} dimensions")
     if not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
         raise _unreadable(f"{name} has a shape or offset that is no size")
     if dtype in _DTYPES and math.prod(shape) * np.dtype(_DTYPES[dtype][0]).itemsize != end - begin:
@@ -136,19 +143,23 @@ def _geometry(config: bytes, max_rank: int) -> tuple[int, float]:
         raise UserError(f"{CONFIG}: peft_type must be 'LORA', only plain LoRA can be trained here")
     for key, value in said.items():
         if key not in _UNDERSTOOD and value:
-            raise UserError(f"{CONFIG}: it sets {key}, only plain LoRA can be trained here")
+            raise UserError(f"{CONFIG}: it sets {key[:200]}, only plain LoRA can be trained here")
     if said.get("bias", "none") != "none":
-        raise UserError(f"{CONFIG}: bias is {said['bias']!r}, only 'none' can be trained here")
+        raise UserError(f"{CONFIG}: bias is {_short(said['bias'])}, only 'none' can be trained here")
     if said.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
-            f"{CONFIG}: init_lora_weights is {said['init_lora_weights']!r}, which changes the base model; "
+            f"{CONFIG}: init_lora_weights is {_short(said['init_lora_weights'])}, which changes the base model; "
             "convert the adapter to plain LoRA first"
         )
     rank, alpha = said.get("r"), said.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= max_rank:
-        raise UserError(f"{CONFIG}: r is {rank!r}, outside 1..{max_rank}, the limit here (max_lora_rank)")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise UserError(f"{CONFIG}: lora_alpha is {alpha!r}, it must be a finite number above 0")
+        raise UserError(
+            f"{CONFIG}: r is {_short(rank)}, outside 1..{max_rank}, the limit here (max_lora_rank)"
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MAX_ALPHA:
+        raise UserError(
+            f"{CONFIG}: lora_alpha is {_short(alpha)}, it must be above 0 and at most {MAX_ALPHA:g}"
+        )
     return rank, float(alpha)
 
 
@@ -237,6 +248,11 @@ def _numbers(file: Any, tensor: Tensor, kind: str) -> Iterator[Any]:
         chunk = file.read(min(CHUNK, left))
         left -= len(chunk)
         yield np.frombuffer(chunk, kind)
+
+
+def _short(value: Any) -> str:
+    """A stranger's value as an answer may repeat it."""
+    return reprlib.repr(value)
 
 
 def _unreadable(why: str) -> UserError:

@@ -7,23 +7,34 @@ a path on disk. A checkpoint is readable by its owner, or by everybody while it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tuft_jupyter.core.access import owned
-from tuft_jupyter.core.errors import NotFound, UserError
+from tuft_jupyter.core.errors import NotFound, Overloaded, UserError
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.quotas import Quotas
-from tuft_jupyter.core.state import Checkpoint, Session
+from tuft_jupyter.core.state import Checkpoint, Run, Session
 from tuft_jupyter.core.types import CheckpointKind, Principal, checkpoint_path
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 PATH = re.compile(r"tinker://[^/]{1,200}/(weights|sampler_weights)/[^/]{1,128}\Z")
+
+
+@dataclass(slots=True)
+class Coming:
+    """A checkpoint on its way; ``size`` None: not known yet. ``op`` is the request that saves it, if any."""
+
+    tenant: str
+    size: int | None
+    op: str = ""
 
 
 class Checkpoints:
@@ -31,11 +42,46 @@ class Checkpoints:
         self.ledger = ledger
         self.root = root
         self._quotas = quotas or Quotas()
+        self._coming: dict[str, Coming] = {}
+        """by the directory of a checkpoint that is not on record yet"""
 
-    def check_room(self, tenant: str, more: int) -> None:
-        """UserError if the tenant may not keep so many bytes more."""
-        mine = (c.size_bytes for c in self.ledger.state.checkpoints.values() if c.tenant == tenant)
-        self._quotas.check_storage(tenant, sum(mine), more)
+    @contextlib.contextmanager
+    def room(self, tenant: str, directory: str, more: int | None) -> Iterator[Callable[[str], None]]:
+        """Hold so many bytes for a checkpoint, so that of many at once only as many pass as fit.
+
+        They are held within the block; or, where the block tells the id of the request that will save it, until that
+        has an outcome. UserError if the tenant may not keep so many. ``more`` None: nobody knows yet how many; then it
+        is one at a time, and Overloaded while another one is on its way.
+        """
+        accepted = self.ledger.state.accepted
+        self._coming = {at: one for at, one in self._coming.items() if not one.op or one.op in accepted}
+        coming = [one.size for one in self._coming.values() if one.tenant == tenant]
+        kept = (c.size_bytes for c in self.ledger.state.checkpoints.values() if c.tenant == tenant)
+        self._quotas.check_storage(tenant, sum(kept) + sum(size or 0 for size in coming), more or 0)
+        if more is None and None in coming and self._quotas.of(tenant).checkpoint_bytes:
+            raise Overloaded(
+                "another checkpoint is being saved, and tells how large this one will be: wait", 1.0
+            )
+        held = self._coming[directory] = Coming(tenant, more)
+
+        def until(op: str) -> None:
+            held.op = op
+
+        try:
+            yield until
+        finally:
+            if not held.op:
+                del self._coming[directory]
+
+    def expected(self, run: Run, kind: CheckpointKind) -> int | None:
+        """The bytes that a checkpoint of a run will take: those of its tenant's last one of the same shape."""
+        shape = (run.tenant, run.base_model, kind, _size_of(run.lora))
+        alike = [
+            c.size_bytes
+            for c in self.ledger.state.checkpoints.values()
+            if (c.tenant, c.base_model, c.kind, _size_of(c.lora)) == shape
+        ]
+        return alike[-1] if alike else None
 
     def plan(
         self,
@@ -98,7 +144,6 @@ class Checkpoints:
             if path in self.ledger.state.checkpoints:
                 return path
             raise UserError(f"model_seq_id: {run} is a model already: choose another number")
-        self.check_room(session.tenant, source.size_bytes)
         saved = self.plan(
             run,
             CheckpointKind(source.kind),
@@ -115,12 +160,13 @@ class Checkpoints:
             "source": source.path,
         }
         directory = Path(saved["directory"])
-        try:
-            await asyncio.to_thread(_link, Path(source.directory), directory)
-            await self.ledger.record("weights_copied", session.tenant, data)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
+        with self.room(session.tenant, str(directory), source.size_bytes):
+            try:
+                await asyncio.to_thread(_link, Path(source.directory), directory)
+                await self.ledger.record("weights_copied", session.tenant, data)
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
         return path
 
     async def adopt(
@@ -188,6 +234,11 @@ def check_name(name: str) -> None:
             f"path: {name!r} is not a checkpoint name: use 1 to 128 letters, digits, '.', '_' or '-', "
             "beginning with a letter or digit"
         )
+
+
+def _size_of(lora: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of an adapter's description decides how large it is."""
+    return tuple(lora.get(name) for name in ("rank", "train_attn", "train_mlp", "train_unembed"))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -178,6 +178,11 @@ class Runs:
     ) -> str:
         """Accept the saving of a run: with its optimizer as a training checkpoint, else the weights alone."""
         found = self.live(principal, run)
+        training = kind is CheckpointKind.TRAINING
+        op = OpKind.SAVE_WEIGHTS if training else OpKind.SAVE_WEIGHTS_FOR_SAMPLER
+        known = self.ledger.seen.find(run, seq, _digest(op, raw))
+        if known is not None:  # its name is taken by now, and its bytes are counted
+            return known
         saved = self.checkpoints.plan(
             run,
             kind,
@@ -187,16 +192,19 @@ class Runs:
             user_metadata=user_metadata,
             recipients=recipients,
         )
-        self._check_storage(found, kind)
-        training = kind is CheckpointKind.TRAINING
         args = {
             "directory": saved["directory"],
             "optimizer": training,
             "path": saved["path"],
             "facts": {"checkpoint": saved},
         }
-        op = OpKind.SAVE_WEIGHTS if training else OpKind.SAVE_WEIGHTS_FOR_SAMPLER
-        return await self._accept(found, op, seq, args, raw)
+        if (run, seq) in self._accepting:
+            return await self._accept(found, op, seq, args, raw)
+        size = self.checkpoints.expected(found, kind)
+        with self.checkpoints.room(found.tenant, saved["directory"], size) as until:
+            request_id = await self._accept(found, op, seq, args, raw)
+            until(request_id)
+        return request_id
 
     async def save_for_sampling_session(
         self, principal: Principal, run: str, seq: int, number: int, raw: bytes
@@ -302,12 +310,6 @@ class Runs:
     def _in_use(self) -> Iterator[tuple[str, str, str]]:
         return self.tenure.in_use(self.ledger.clock())
 
-    def _check_storage(self, run: Run, kind: CheckpointKind) -> None:
-        """The last checkpoint of the same run and kind says how large the next one will be."""
-        checkpoints = self.ledger.state.checkpoints.values()
-        alike = [c.size_bytes for c in checkpoints if c.run == run.id and c.kind == kind]
-        self.checkpoints.check_room(run.tenant, alike[-1] if alike else 0)
-
     async def _submit(
         self,
         tenant: str,
@@ -323,7 +325,7 @@ class Runs:
     ) -> str:
         """Journal an op and put it into its lane. The same (run, seq) and bytes give the same request id."""
         lanes = self._driver(base_model).lanes
-        digest = hashlib.sha256(kind.value.encode() + raw).hexdigest()
+        digest = _digest(kind, raw)
         known = self.ledger.seen.find(run, seq, digest)
         if known is not None:
             return known
@@ -363,3 +365,8 @@ class Runs:
         record = await self.ledger.record("op_accepted", op.tenant, data, op.body)
         lanes.push(op, record.n)
         return op.request_id
+
+
+def _digest(kind: OpKind, raw: bytes) -> str:
+    """What tells a request that is sent again from another one under the same number."""
+    return hashlib.sha256(kind.value.encode() + raw).hexdigest()

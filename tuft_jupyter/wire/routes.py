@@ -100,7 +100,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "GET", "/sessions/{session}/trace_export", "trace_export", "Says that this server keeps no traces."
     ),
-    Route("POST", "/telemetry", "telemetry", "Counted by kind, and not kept.", m.Telemetry, max_body=8 * MIB),
+    Route("POST", "/telemetry", "telemetry", "Counted by kind, and not kept.", m.Telemetry, max_body=2 * MIB),
     Route("POST", "/create_model", "create_model", "Start a run with a fresh LoRA adapter.", m.CreateModel),
     Route("POST", "/get_info", "get_info", "What a run is: base model, rank, tokenizer.", m.ModelOnly),
     Route("POST", "/unload_model", "unload_model", "End a run and free its memory.", m.ModelOnly),

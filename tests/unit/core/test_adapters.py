@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], Any, str]] = {
         b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e999}',
         "lora_alpha is inf",
     ),
+    "an alpha beyond all floats": (
+        pairs(Q0),
+        b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1' + b"0" * 400 + b"}",
+        "lora_alpha is 1000.*at most 1e",
+    ),
+    "a rank of a thousand digits": (
+        pairs(Q0),
+        b'{"peft_type": "LORA", "lora_alpha": 8, "r": 1' + b"0" * 1000 + b"}",
+        r"r is 10+\.\.\.0+, outside",
+    ),
     "dora": (pairs(Q0), {"use_dora": True}, "sets use_dora"),
     "rslora": (pairs(Q0), {"use_rslora": True}, "sets use_rslora"),
     "saved modules": (pairs(Q0), {"modules_to_save": ["lm_head"]}, "sets modules_to_save"),
@@ -174,10 +185,24 @@ LIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "fractions": lambda header: header[A].update(shape=[4.0, 8]),
     "a shape of another size": lambda header: header[A].update(shape=[4, 9]),
     "a huge shape": lambda header: header[A].update(shape=[2**62, 2**62]),
+    "ten thousand dimensions": lambda header: header[A].update(shape=[2**47] * 10_000),
     "no dtype": lambda header: header[A].pop("dtype"),
     "three offsets": lambda header: header[A].update(data_offsets=[0, 1, 2]),
     "a list": lambda header: header.update({A: [1, 2]}),
 }
+
+
+def test_no_arithmetic_is_done_on_a_header_before_its_size_is_known(base: ModelCard) -> None:
+    """H4, H7: the product of a hundred thousand sizes would hold the whole process for half a minute."""
+
+    def many(header: dict[str, Any]) -> None:
+        header[A].update(shape=[2**47] * 200_000)
+
+    content = safetensors(pairs(Q0), many)
+    began = time.process_time()
+    with pytest.raises(UserError, match="200000 dimensions"):
+        examine(base, content)
+    assert time.process_time() - began < 5.0
 
 
 @pytest.mark.parametrize("name", list(LIES))

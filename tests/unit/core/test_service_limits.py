@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.support.world import ALICE, BOB, LORA, World, scenario, until, world
-from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.errors import Overloaded, UserError
 from tuft_jupyter.core.journal import MemoryJournal
 from tuft_jupyter.core.quotas import Limits, Quota, Quotas
 from tuft_jupyter.core.types import CheckpointKind, Principal
@@ -154,5 +155,60 @@ def test_checkpoints_have_their_share_of_the_disk(tmp_path: Path) -> None:
             assert len(here.service.state.checkpoints) == before
             await here.service.checkpoints.delete(ALICE, f"tinker://{run}/weights/c0")
             await here.answer(await here.service.runs.save_weights(ALICE, run, 61, "c9", kind, b"9"))
+
+    scenario(body)
+
+
+def test_saves_that_wait_count_as_if_they_were_done(tmp_path: Path) -> None:
+    """T12: of many checkpoints asked for at once only as many are accepted as there is room for; asked again, the same
+    request is the same answer, though its own bytes have filled the room by then.
+    """
+
+    async def body() -> None:
+        async with world(tmp_path, quotas=Quotas(Quota(checkpoint_bytes=3))) as here:
+            run, kind = await here.connect(ALICE), CheckpointKind.TRAINING
+            saves = here.service.runs.save_weights
+            here.engines.trainer.gate.clear()
+            first = await saves(ALICE, run, 50, "c0", kind, b"0")
+            with pytest.raises(Overloaded, match="tells how large"):  # nobody knows yet what one takes
+                await saves(ALICE, run, 51, "c1", kind, b"1")
+            assert await saves(ALICE, run, 50, "c0", kind, b"0") == first
+            here.engines.trainer.gate.set()
+            await here.answer(first)
+            here.engines.trainer.gate.clear()
+            accepted = [await saves(ALICE, run, 51 + n, f"c{1 + n}", kind, b"%d" % n) for n in range(2)]
+            for _ in range(3):
+                with pytest.raises(UserError, match="3 of 3 bytes"):
+                    await saves(ALICE, run, 60, "c9", kind, b"9")
+            assert await saves(ALICE, run, 52, "c2", kind, b"1", overwrite=False) == accepted[1]
+            here.engines.trainer.gate.set()
+            for request in accepted:
+                await here.answer(request)
+            assert await saves(ALICE, run, 52, "c2", kind, b"1", overwrite=False) == accepted[1]
+            assert len(here.service.state.checkpoints) == 3
+
+    scenario(body)
+
+
+def test_copies_at_once_share_the_room_that_is_left(tmp_path: Path) -> None:
+    """T12: ten copies race for two places."""
+
+    async def body() -> None:
+        async with world(tmp_path, quotas=Quotas(Quota(checkpoint_bytes=3))) as here:
+            run = await here.connect(ALICE)
+            saved = await here.service.runs.save_weights(ALICE, run, 50, "c0", CheckpointKind.TRAINING, b"0")
+            await here.answer(saved)
+            (source,) = here.service.state.checkpoints.values()
+            os.makedirs(source.directory, exist_ok=True)  # noqa: PTH103
+            session = here.service.sessions.mine(ALICE)[0]
+            copies = [
+                here.service.checkpoints.copy(source, session, f"{session.id}:train:{n}", None)
+                for n in range(1, 11)
+            ]
+            ended = await asyncio.gather(*copies, return_exceptions=True)
+            refused = [each for each in ended if isinstance(each, BaseException)]
+            assert len(refused) == 8
+            assert all("storage is full" in str(each) for each in refused)
+            assert len(here.service.state.checkpoints) == 3
 
     scenario(body)

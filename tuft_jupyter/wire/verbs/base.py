@@ -88,6 +88,10 @@ class Host(Protocol):
     tickets: Tickets
     keybook: KeyBook
 
+    @property
+    def public_root(self) -> str:
+        """The API's address for everybody, as the operator gave it; "": each caller's own words for it hold."""
+
     def status(self, principal: Principal) -> dict[str, Any]:
         """Readiness in words and numbers, as the lab and ``%tuft status`` show it."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
-from tuft_jupyter.core.errors import Forbidden
+from tuft_jupyter.core.errors import Forbidden, UserError
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.openapi import document
 from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, page_of, reply
 
 EVENTS = frozenset(("SESSION_START", "SESSION_END", "UNHANDLED_EXCEPTION", "GENERIC_EVENT"))
+MAX_EVENTS = 10_000
+"""In one request; the SDK sends 100."""
 SEVERITIES = frozenset(("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
 
 
@@ -111,7 +113,10 @@ class SessionVerbs(Verbs):
 
     async def telemetry(self, call: Call) -> Reply:
         """Events carry paths and tracebacks of the user's own code: only their kind is looked at."""
-        for event in m.decode(m.Telemetry, call.body).events:
+        events = m.decode(m.Telemetry, call.body).events
+        if len(events) > MAX_EVENTS:
+            raise UserError(f"events: {len(events)} are more than {MAX_EVENTS}: send them in parts")
+        for event in events:
             kind = event.event if event.event in EVENTS else "other"
             severity = event.severity if event.severity in SEVERITIES else "other"
             self.service.counters.add("sdk_events", event=kind, severity=severity)

@@ -97,7 +97,7 @@ class TransferVerbs(Verbs):
 
     def _address(self, call: Call, checkpoint: Checkpoint, file: str) -> tuple[str, float]:
         signed, expires = self.host.tickets.issue(Ticket(checkpoint.path, _version(checkpoint), file))
-        return f"{call.root}/tuft/files/{signed}", expires
+        return f"{self.host.public_root or call.root}/tuft/files/{signed}", expires
 
 
 def _version(checkpoint: Checkpoint) -> str:

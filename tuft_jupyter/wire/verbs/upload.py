@@ -40,20 +40,20 @@ class UploadVerbs(Verbs):
         limit = card.max_rank or service.limits.max_rank
         try:
             foreign, size = await asyncio.to_thread(receive, call.upload, directory, card, limit)
-            service.checkpoints.check_room(call.principal.tenant, size)
-            details = {"tags": ["upload"], "display_name": f"upload of {name}"}
-            session = await service.sessions.open(call.principal, details)
-            run = run_id(session, 0)
-            path = await service.checkpoints.adopt(
-                service.sessions.get(call.principal, session),
-                run,
-                name,
-                card.name,
-                foreign.lora,
-                directory,
-                size,
-                ttl,
-            )
+            with service.checkpoints.room(call.principal.tenant, str(directory), size):
+                details = {"tags": ["upload"], "display_name": f"upload of {name}"}
+                session = await service.sessions.open(call.principal, details)
+                run = run_id(session, 0)
+                path = await service.checkpoints.adopt(
+                    service.sessions.get(call.principal, session),
+                    run,
+                    name,
+                    card.name,
+                    foreign.lora,
+                    directory,
+                    size,
+                    ttl,
+                )
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
