@@ -178,7 +178,7 @@ async def _fill_up(home: Path, rng: Random, copy: Path) -> None:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(home, copy)
         await _check_a_crash_now(copy, acknowledged)
-        assert all((each / "run.json").is_file() for each in (home / "snapshots").glob("*") if each.is_dir())
+        assert all((each / "run.json").is_file() for each in (home / "snapshots").glob("*/*"))
         filler.unlink()
         await w.train(run, 3)  # without a restart
         for request_id in acknowledged:

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from tests.support.scripted_engine import OneModel, ScriptedEngines
-from tuft_jupyter.core.driver import SnapshotRule
 from tuft_jupyter.core.journal import Journal, MemoryJournal
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.service import Service
+from tuft_jupyter.core.snapshots import SnapshotRule
 from tuft_jupyter.core.types import AdamParams, Principal
 
 ALICE, BOB = Principal("alice"), Principal("bob")

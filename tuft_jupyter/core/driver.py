@@ -13,12 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
-import uuid
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task, TrainingEngine
@@ -26,8 +22,9 @@ from tuft_jupyter.core.errors import Overloaded, TuftError
 from tuft_jupyter.core.lanes import Grant, Lane, Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.snapshots import Snapshots
 from tuft_jupyter.core.startup import bring_up
-from tuft_jupyter.core.state import CREATES_RUN
+from tuft_jupyter.core.state import CREATES_RUN, ENDED
 from tuft_jupyter.core.types import ModelCard, Op, OpKind
 
 log = logging.getLogger("tuft_jupyter.driver")
@@ -39,14 +36,6 @@ MAX_REBUILDS = 3
 """Workers in a row that may die while they bring one run back, before the ops that wait for it are failed."""
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotRule:
-    """A run is written to disk after this many steps, or this many seconds after its last snapshot."""
-
-    steps: int = 20
-    seconds: float = 30.0
-
-
 class Driver:
     """``status`` is "idle", "loading", "ready" or "failed"; ``detail`` says why."""
 
@@ -56,21 +45,17 @@ class Driver:
         engine: TrainingEngine,
         lanes: Lanes,
         ledger: Ledger,
-        snapshots: Path,
-        rule: SnapshotRule | None = None,
+        snapshots: Snapshots,
     ) -> None:
         self.card = card
         self.engine = engine
         self.lanes = lanes
         self.ledger = ledger
         self.snapshots = snapshots
-        self.rule = rule or SnapshotRule()
         self.status = "idle"
         self.detail = ""
         self._closing = False
         self._wanted = asyncio.Event()
-        self._snapshot_at: dict[str, float] = {}
-        self._steps: dict[str, int] = {}
         self._leaving: set[str] = set()
         self._working: deque[Sequence[Grant]] = deque()
         """Batches that the worker has not answered yet, in the order in which it works on them."""
@@ -83,6 +68,17 @@ class Driver:
         """Let a run's adapter leave the worker when its lane is empty; it comes back when it is used again."""
         self._leaving.add(run)
         self.wake()
+
+    async def forget_idle(self) -> None:
+        """Keep nothing of runs that no worker holds and that wait for nothing; what is closed leaves the disk, too."""
+        for lane in list(self.lanes.by_run.values()):
+            run = self.ledger.state.runs.get(lane.run)
+            if run is None or lane.queue or (lane.resident and run.status not in ENDED):
+                continue
+            self.lanes.drop(run.id)
+            self.snapshots.forget(run.id)
+            if run.status in ENDED:
+                await self.snapshots.remove(run.id, run.snapshot)
 
     def close(self) -> None:
         """Finish the step that is being worked on, and begin nothing more."""
@@ -235,11 +231,11 @@ class Driver:
         if op.kind in CREATES_RUN:
             grant.lane.resident = True
             if op.kind is OpKind.LOAD_WEIGHTS:  # its checkpoint may be deleted later: do not depend on it
-                self._steps[op.run] = self.rule.steps
+                self.snapshots.hurry(op.run)
         elif op.kind is OpKind.UNLOAD_MODEL:
             grant.lane.resident = False
         elif op.kind is OpKind.OPTIM_STEP:
-            self._steps[op.run] = self._steps.get(op.run, 0) + 1
+            self.snapshots.stepped(op.run)
         data = {
             "request_id": op.request_id,
             "run": op.run,
@@ -282,12 +278,15 @@ class Driver:
         if run.status == "creating":
             lane.resident = True  # its first op makes it
             return True
+        if run.status in ENDED:  # these were accepted before it was
+            await self._fail_lane(lane, "user", f"model {run.id!r} cannot be used any more: it was unloaded")
+            return False
         try:
             if run.snapshot is not None:
                 restore = {"directory": run.snapshot, "optimizer": True}
                 await self._replay(Task("restore", run.id, OpKind.LOAD_WEIGHTS, restore))
             for accepted in run.replay:
-                await self._replay(self._replayed(await self.ledger.op(accepted)))
+                await self._replay(self._replayed(await self._accepted(accepted)))
         except (TuftError, LookupError) as error:
             log.error("run %s cannot be rebuilt: %s", run.id, error)
             await self._fail_lane(lane, "server", f"{_NOT_BACK}: {error}")
@@ -303,8 +302,17 @@ class Driver:
                 await self._fail_lane(lane, "server", text)
             raise
         lane.resident, lane.deaths = True, 0
-        self._steps[run.id] = sum(1 for _ in run.replay) // 2
+        self.snapshots.stepped(run.id, len(run.replay) // 2)
         return True
+
+    async def _accepted(self, record: int) -> Op:
+        """An op out of the journal; while that does not answer, wait: the run is not at fault."""
+        while True:
+            try:
+                return await self.ledger.op(record)
+            except Overloaded as silent:
+                log.error("waiting to read record %d: %s", record, silent)
+                await asyncio.sleep(silent.retry_after)
 
     async def _replay(self, task: Task) -> None:
         while True:
@@ -325,20 +333,16 @@ class Driver:
             return False
         if lane.queue and lane.queue[0].sent:
             return False
-        now = self.ledger.clock()
-        last = self._snapshot_at.setdefault(lane.run, now)
-        return self._steps.get(lane.run, 0) >= self.rule.steps or now - last >= self.rule.seconds
+        return self.snapshots.due(lane.run)
 
     async def _snapshot(self, lane: Lane) -> None:
         """Write the run down, so that replay can start here, and drop what is no longer needed for it."""
         run = self.ledger.state.runs[lane.run]
         if run.passes or not run.replay or run.status != "ready":
             return
-        directory = self.snapshots / uuid.uuid4().hex
+        directory = self.snapshots.place(run.id)
         task = Task("snapshot", run.id, OpKind.SAVE_WEIGHTS, {"directory": str(directory), "optimizer": True})
         (outcome,) = await self.engine.step([task])
-        self._snapshot_at[lane.run] = self.ledger.clock()
-        self._steps[lane.run] = 0
         if outcome.category:
             log.warning("no snapshot of %s: %s", run.id, outcome.error)
             return
@@ -350,8 +354,7 @@ class Driver:
         except Overloaded as full:
             log.warning("no snapshot of %s: %s", run.id, full)
             return
-        if before is not None:
-            await asyncio.to_thread(shutil.rmtree, before, True)
+        await self.snapshots.keep(run.id, directory, before)
 
     async def _let_go(self) -> None:
         for run in list(self._leaving):

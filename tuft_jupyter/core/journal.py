@@ -41,7 +41,11 @@ class Unavailable(ServerError):
 
 
 class Damaged(ServerError):
-    """What was read is not what was written; the message names the record."""
+    """What was read is not what was written; the message names the record. ``record`` is the part that is whole."""
+
+    def __init__(self, message: str, record: Record | None = None) -> None:
+        super().__init__(message)
+        self.record = record
 
 
 class ReadOnly(Overloaded):

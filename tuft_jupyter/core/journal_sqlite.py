@@ -315,10 +315,12 @@ def _read_one(db: sqlite3.Connection, n: int) -> Record | None:
     if row is None:
         return None
     kind, tenant, at, data, crc, blob, blob_crc = row
-    whole = crc is None or crc == _crc(n, kind, tenant, at, data)
-    if not whole or (blob is not None and blob_crc is not None and blob_crc != zlib.crc32(blob, n)):
+    if crc is not None and crc != _crc(n, kind, tenant, at, data):
         raise Damaged(f"record {n} of the journal is damaged on disk")
-    return Record(kind, tenant, json.loads(data), at, n, blob)
+    record = Record(kind, tenant, json.loads(data), at, n, blob)
+    if blob is not None and blob_crc is not None and blob_crc != zlib.crc32(blob, n):
+        raise Damaged(f"the body of record {n} of the journal is damaged on disk", replace(record, blob=None))
+    return record
 
 
 def _take_lock(path: Path) -> IO[str]:

@@ -157,6 +157,8 @@ class Ledger:
             answer.record, answer.time = record.n, record.time
             self.promises.settle(data["request_id"], answer)
             self._forget_body(data["run"], accepted)
+            if self.state.runs[data["run"]].status in fold.ENDED:
+                self.seen.drop(data["run"])
         elif record.kind == "op_failed":
             failed = Answer(None, "", data["category"], data["error"], record.n, record.time)
             self.promises.settle(data["request_id"], failed)

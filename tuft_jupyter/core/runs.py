@@ -26,7 +26,7 @@ from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.seen import already_used
 from tuft_jupyter.core.sessions import Sessions
-from tuft_jupyter.core.state import Checkpoint, Run
+from tuft_jupyter.core.state import ENDED, Checkpoint, Run
 from tuft_jupyter.core.tenure import LAST_CHECKPOINT, Tenure
 from tuft_jupyter.core.types import (
     JSON,
@@ -270,7 +270,7 @@ class Runs:
 
     @staticmethod
     def _usable(run: Run) -> None:
-        if run.status in ("failed", "closed"):
+        if run.status in ENDED:
             raise UserError(f"model {run.id!r} cannot be used any more: {run.error or 'it was unloaded'}")
 
     def _lora(self, card: ModelCard, lora: Mapping[str, Any]) -> LoraSpec:

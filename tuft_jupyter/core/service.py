@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 from tuft_jupyter.core.checkpoints import Checkpoints
 from tuft_jupyter.core.counters import Counters
-from tuft_jupyter.core.driver import Driver, SnapshotRule
+from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
 from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.journal import Damaged
 from tuft_jupyter.core.lanes import Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer, Promise
@@ -26,6 +27,7 @@ from tuft_jupyter.core.runs import Runs
 from tuft_jupyter.core.samples import Samples
 from tuft_jupyter.core.sampling import Sampling
 from tuft_jupyter.core.sessions import Sessions
+from tuft_jupyter.core.snapshots import SnapshotRule, Snapshots
 from tuft_jupyter.core.state import State
 from tuft_jupyter.core.tenure import Tenure
 from tuft_jupyter.core.text import Text
@@ -115,11 +117,25 @@ class Service:
         """Read the journal and queue again what was accepted but has no outcome."""
         await self.ledger.open()
         for n in sorted(self.ledger.state.accepted.values()):
-            op = await self.ledger.op(n)
-            driver = self._driver_of(op.run)
-            if driver is not None:
-                driver.lanes.push(op, n)
+            await self._resume(n)
         self._spawn(self._maintain(), "maintenance")
+
+    async def _resume(self, n: int) -> None:
+        """Queue again what record ``n`` accepted; if its body rotted on disk, it fails alone."""
+        try:
+            op = await self.ledger.op(n)
+        except Damaged as damage:
+            if damage.record is None:
+                raise
+            told = {name: damage.record.data[name] for name in ("request_id", "run", "seq", "op")}
+            error = f"this request was not finished and cannot be run again: {damage.message}. Send it anew"
+            log.error("%s of %s: %s", told["op"], told["run"], error)
+            told |= {"category": "server", "error": error}
+            await self.ledger.record("op_failed", damage.record.tenant, told)
+            return
+        driver = self._driver_of(op.run)
+        if driver is not None:
+            driver.lanes.push(op, n)
 
     async def stop(self) -> None:
         """Finish the steps under way, leave a snapshot of every run, end the workers, close the journal.
@@ -147,7 +163,8 @@ class Service:
                 self.limits.batch_tokens, self.limits.shared_batch_tokens, weight=self.quotas.weight
             )
             engine = Watchdog(self.engines.training(card), card.max_context_length)
-            driver = Driver(card, engine, lanes, self.ledger, self.home / "snapshots", self.rule)
+            snapshots = Snapshots(self.home / "snapshots", self.rule, self.ledger.clock)
+            driver = Driver(card, engine, lanes, self.ledger, snapshots)
             self.drivers[card.name] = driver
             self._spawn(driver.run(), f"driver {card.name}")
         return driver
@@ -190,6 +207,7 @@ class Service:
                 run = self.ledger.state.runs.get(lane.run)
                 if run is not None and lane.resident and not lane.queue and self.tenure.idle(run, now):
                     driver.release(run.id)
+            await driver.forget_idle()
 
     def _spent_samplers(self, now: float) -> set[str]:
         """Directories of ephemeral weights that nobody will sample from any more: of sessions that ended or fell

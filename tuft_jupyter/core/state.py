@@ -37,12 +37,14 @@ from tuft_jupyter.core.objects import CURVE_COLUMNS, Checkpoint, IssuedKey, Run,
 from tuft_jupyter.core.types import OpKind, Record
 
 __all__ = [
-    "CREATES_RUN", "CURVE_COLUMNS", "SAVES",
+    "CREATES_RUN", "CURVE_COLUMNS", "ENDED", "SAVES",
     "Checkpoint", "IssuedKey", "Run", "Sampler", "Session", "State",
     "apply", "fold",
 ]  # fmt: skip
 
 CREATES_RUN = {OpKind.CREATE_MODEL, OpKind.LOAD_WEIGHTS}
+ENDED = {"closed", "failed"}
+"""The ``status`` of a run of which nothing can be asked any more."""
 SAVES = {OpKind.SAVE_WEIGHTS, OpKind.SAVE_WEIGHTS_FOR_SAMPLER}
 
 

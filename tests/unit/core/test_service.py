@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from tests.support.scripted_engine import ScriptedEngines
 from tests.support.world import ALICE, BOB, LORA, World, scenario, stepped, until, world
-from tuft_jupyter.core.driver import SnapshotRule
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.shown import public
+from tuft_jupyter.core.snapshots import SnapshotRule
 
 
 def test_pipelined_ops_run_once_and_in_order(tmp_path: Path) -> None:
@@ -188,6 +189,29 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, steps: int) -> Non
     scenario(body)
 
 
+def test_a_waiting_request_whose_body_rotted_on_disk_fails_alone(tmp_path: Path) -> None:
+    """F5: the server starts, names the record, and runs what else waited."""
+    path = tmp_path / "journal.sqlite"
+
+    async def body() -> None:
+        async with world(tmp_path, journal=SqliteJournal(path)) as w:
+            run = await w.connect()
+            w.engines.trainer.gate.clear()
+            rotten, healthy = [await w.forward_backward(run, text=f"{name}:8") for name in ("one", "two")]
+            record = w.service.state.accepted[rotten]
+            await w.service.ledger.close()  # as after a kill -9
+        with sqlite3.connect(path) as db:
+            db.execute("UPDATE blobs SET blob = ? WHERE n = ?", (b"onf:8", record))
+        db.close()
+        async with world(tmp_path, journal=SqliteJournal(path)) as w:
+            answer = await w.answer(rotten)
+            assert (answer.category, f"body of record {record} " in answer.error) == ("server", True)
+            assert (await w.answer(healthy)).body == b"done"
+            assert w.trained == [healthy]
+
+    scenario(body)
+
+
 def test_snapshots_shorten_the_replay_and_old_ones_are_removed(tmp_path: Path) -> None:
     async def body() -> None:
         async with world(tmp_path) as w:
@@ -195,7 +219,7 @@ def test_snapshots_shorten_the_replay_and_old_ones_are_removed(tmp_path: Path) -
             await w.train(run, 10)
             state = w.service.state.runs[run]
             assert len(state.replay) <= 2 * 3
-            assert len(list((tmp_path / "snapshots").iterdir())) == 1
+            assert len(list((tmp_path / "snapshots").glob("*/*"))) == 1
 
     scenario(body)
 

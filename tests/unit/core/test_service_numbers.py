@@ -14,11 +14,11 @@ from tests.support.fake_engine import FakeEngines, Faults
 from tests.support.loops import on_a_loop
 from tests.support.scripted_engine import OneModel
 from tests.support.sdk_bodies import sdk_body
-from tuft_jupyter.core.driver import SnapshotRule
 from tuft_jupyter.core.journal import MemoryJournal
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.service import Service
+from tuft_jupyter.core.snapshots import SnapshotRule
 from tuft_jupyter.core.types import PROTOBUF, AdamParams, Principal
 
 ALICE, BOB = Principal("alice"), Principal("bob")

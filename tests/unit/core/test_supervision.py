@@ -10,8 +10,8 @@ import pytest
 from tests.support.scripted_engine import ScriptedEngine, ScriptedEngines
 from tests.support.world import ALICE, BOB, scenario, stepped, until, world
 from tuft_jupyter.core.engine import EngineDied, Task
-from tuft_jupyter.core.errors import ServerError
-from tuft_jupyter.core.types import OpKind
+from tuft_jupyter.core.errors import Overloaded, ServerError
+from tuft_jupyter.core.types import OpKind, Record
 from tuft_jupyter.core.watchdog import Patience, Watchdog
 
 STEP = [Task("r", "run", OpKind.OPTIM_STEP, grant=16)]
@@ -85,6 +85,73 @@ def test_a_step_that_waits_behind_the_batch_that_kills_is_not_suspected(tmp_path
             assert (await w.answer(fatal)).category == "server"
             assert not (await w.answer(step)).category
             assert [entry.attempts for entry in entries] == [2, 0]
+
+    scenario(body)
+
+
+def test_a_journal_that_is_silent_while_a_run_is_rebuilt_fails_nothing(tmp_path: Path) -> None:
+    """F7, P1: the worker died, and Redis does not answer just now: the run is brought back when it does."""
+
+    async def body() -> None:
+        async with world(tmp_path) as w:
+            run = await w.connect()
+            passes = await w.train(run, 2)
+            journal = w.service.ledger.journal
+            read, silent = journal.read, iter([True, True])
+
+            async def sometimes(n: int) -> Record | None:
+                if next(silent, False):
+                    raise Overloaded("Redis does not answer", retry_after=0.01)
+                return await read(n)
+
+            journal.read = sometimes  # type: ignore[method-assign]
+            w.engines.trainer.kill()
+            last = await w.forward_backward(run)
+            assert not (await w.answer(last)).category
+            assert w.trained == [*stepped(passes), last]
+            assert next(silent, None) is None
+
+    scenario(body)
+
+
+def test_what_waits_behind_an_unload_is_told_so_and_nothing_of_the_run_stays(tmp_path: Path) -> None:
+    """L7: its lane, its numbers and its snapshots go; its record and its checkpoints stay."""
+
+    async def body() -> None:
+        async with world(tmp_path) as w:
+            run = await w.connect()
+            await w.train(run, 4)
+            assert list((tmp_path / "snapshots").glob("*/*"))
+            w.engines.trainer.gate.clear()
+            closing = await w.service.runs.unload(ALICE, run, b"unload")
+            late = await w.forward_backward(run)
+            w.engines.trainer.gate.set()
+            assert not (await w.answer(closing)).category
+            answer = await w.answer(late)
+            assert (answer.category, "was unloaded" in answer.error) == ("user", True)
+            await w.service.sweep(0.0)
+            assert w.service.drivers["tiny"].lanes.by_run == {}
+            assert list((tmp_path / "snapshots").iterdir()) == []
+            assert w.service.ledger.seen.next_seq(run) == 1
+            assert w.service.state.runs[run].status == "closed"
+
+    scenario(body)
+
+
+def test_a_run_that_was_left_alone_comes_back_with_its_next_request(tmp_path: Path) -> None:
+    """L7: nothing of it is in memory meanwhile but what the journal tells."""
+
+    async def body() -> None:
+        async with world(tmp_path) as w:
+            run = await w.connect()
+            passes = await w.train(run, 2)
+            driver = w.service.drivers["tiny"]
+            driver.release(run)
+            await until(lambda: not driver.lanes.by_run[run].resident)
+            await w.service.sweep(0.0)
+            assert run not in driver.lanes.by_run
+            passes += await w.train(run, 1)
+            assert w.trained == stepped(passes)
 
     scenario(body)
 
