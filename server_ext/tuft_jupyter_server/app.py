@@ -82,6 +82,7 @@ class TuftExtension(ExtensionApp):
         if self.problem:
             return
         tell_kernels(self.host, serverapp)  # first: a kernel may be started from now on
+        self.host.answers_at(address_of(serverapp))
         await self.host.start()
         self._activity = asyncio.get_running_loop().create_task(count_as_activity(self.host, self.settings))
 
@@ -105,6 +106,12 @@ async def count_as_activity(host: Host, settings: dict[str, Any]) -> None:
         await asyncio.sleep(ACTIVITY_SECONDS / 10)
 
 
+def address_of(serverapp: Any) -> str:
+    """Where clients on this machine reach our routes."""
+    parts = urlsplit(serverapp.local_url)
+    return urlunsplit((parts.scheme, parts.netloc, url_path_join(serverapp.base_url, "tuft"), "", ""))
+
+
 def tell_kernels(host: Host, serverapp: Any) -> None:
     """Put this server's address and key where the kernels it starts inherit them.
 
@@ -112,9 +119,7 @@ def tell_kernels(host: Host, serverapp: Any) -> None:
     """
     if os.environ.get("TUFT_ADDRESS") or os.environ.get("TINKER_BASE_URL"):
         return
-    parts = urlsplit(serverapp.local_url)
-    address = urlunsplit((parts.scheme, parts.netloc, url_path_join(serverapp.base_url, "tuft"), "", ""))
-    key = host.key
+    address, key = address_of(serverapp), host.key
     service, token = os.environ.get("TUFT_HUB_SERVICE"), os.environ.get("JUPYTERHUB_API_TOKEN")
     if service and token:  # everybody's GPU is there, and whom a Hub token speaks for is known there
         address, key = service.rstrip("/"), KEY_PREFIX + token

@@ -23,6 +23,8 @@ from tuft_jupyter_server.host import Host
 log = logging.getLogger("tuft_jupyter.daemon")
 
 OWNER_FD = "TUFT_OWNER_FD"
+PREFIX = "(?:/tuft)?"
+"""A pattern: with and without it, so that an address is right however it is spelled."""
 
 
 def serve(settings: Settings) -> None:
@@ -31,7 +33,7 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    await serve_host(Host(settings), "(?:/tuft)?")
+    await serve_host(Host(settings), PREFIX)
 
 
 async def serve_host(host: Host, prefix: str) -> None:
@@ -52,8 +54,10 @@ async def serve_host(host: Host, prefix: str) -> None:
     server = HTTPServer(Application(rules), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20)
     server.add_sockets(sockets)
     address = f"http://{settings.host}:{sockets[0].getsockname()[1]}"
+    if settings.host not in ("0.0.0.0", "::"):
+        host.answers_at(address if prefix == PREFIX else address + prefix)
     await host.start()
-    if host.problem:
+    if host.problem and not host.journal.elsewhere:
         server.stop()
         raise OSError(host.problem)
     write_address(settings.home, address)

@@ -22,7 +22,7 @@ from tuft_jupyter._version import __version__
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
-from tuft_jupyter.core.errors import Forbidden, Overloaded, TuftError, UserError
+from tuft_jupyter.core.errors import Elsewhere, Forbidden, Overloaded, TuftError, UserError
 from tuft_jupyter.core.journal import Journal, MemoryJournal, Unavailable
 from tuft_jupyter.core.journal_redis import RedisJournal
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
@@ -150,6 +150,10 @@ class Host:
         self._tried = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
+    def answers_at(self, address: str) -> None:
+        """Say, before the start, where clients reach this server: another one of its namespace sends them here."""
+        self.journal.address = address
+
     async def start(self) -> None:
         """Recover from the journal. A failure is kept in ``problem`` and shown; the notebook server goes on.
 
@@ -180,6 +184,9 @@ class Host:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._tried.wait()
+        if self.journal.elsewhere:
+            told = f"{self.problem or self.journal.problem} (it answers at {self.journal.elsewhere})"
+            raise Elsewhere(told, self.journal.elsewhere)
         if not self._ready.is_set():
             raise Overloaded(f"not ready yet: {self.problem or 'reading the journal'}", retry_after=2.0)
 

@@ -19,6 +19,7 @@ from tornado.web import HTTPError, stream_request_body
 
 from tuft_jupyter.core.access import TOKEN_PREFIX, Grant, KeyRing
 from tuft_jupyter.core.errors import (
+    Elsewhere,
     Forbidden,
     NotFound,
     NotOffered,
@@ -113,6 +114,9 @@ class TinkerHandler(Answering):
             if self.route.upload:
                 self._spool = Spool(self.api.service.checkpoints.root, self.limit)
                 self.request.connection.set_max_body_size(self.limit + 1)  # type: ignore[union-attr]
+        except Elsewhere as other:
+            self.set_header("Location", other.address + self._below())
+            self.send(error_reply(other, self.dialect))
         except TuftError as error:
             self.send(error_reply(error, self.dialect))
 
@@ -241,6 +245,11 @@ class TinkerHandler(Answering):
         """Ours, as the client spells it: a proxy may have put a prefix before it. No id holds a slash."""
         prefix, _, _ = self.request.path.rpartition(API)
         return f"{self.request.protocol}://{self.request.host}{prefix}{API.rstrip('/')}"
+
+    def _below(self) -> str:
+        """What was asked for, as it is below the address of any server like this one."""
+        prefix, _, rest = (self.request.uri or "").partition(API)
+        return f"{'/oai' if prefix.endswith('/oai') else ''}{API}{rest}"
 
     def _log(self) -> None:
         """No access log: a poll that is held is no event. Of the path only what the table says of it: the rest names

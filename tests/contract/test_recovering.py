@@ -7,9 +7,10 @@ import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.contract.test_http import Server
+from tests.contract.test_http import ROOT, Server
 from tuft_jupyter.core.journal import Sink
 from tuft_jupyter_server import host as hosts
 
@@ -80,6 +81,38 @@ def test_a_second_server_names_the_first_and_takes_over_when_it_is_gone(
         await second.host._ready.wait()
         assert (await second.ask("POST", "/get_info", {"model_id": run})).code == 200
         await stop(second)
+
+    scenario(body)
+
+
+def test_whatever_is_asked_of_a_server_that_waits_is_sent_on_to_the_one_that_writes(tmp_path: Path) -> None:
+    """S1-52: path, query, key and a body of megabytes; only whether it is alive it says itself."""
+
+    async def body() -> None:
+        first, second = Server(tmp_path), Server(tmp_path)
+        await first.host.start()
+        await second.host.start()
+        second.host.journal.elsewhere = f"http://127.0.0.1:{first.port}{ROOT.removesuffix('/api/v1')}"
+        headers = {"X-API-Key": first.host.key}
+        url = f"http://127.0.0.1:{second.port}{ROOT}"
+        async with httpx.AsyncClient(follow_redirects=True, headers=headers) as client:
+            large = await client.post(f"{url}/forward_backward", content=b"[" * (3 * 2**20))
+            assert (large.status_code, large.url.port) == (
+                400,
+                first.port,
+            )  # what the first says of such a body
+            run = await first.new_run()
+            found = await client.get(f"{url}/training_runs?limit=1&offset=0")
+            assert [each["training_run_id"] for each in found.json()["training_runs"]] == [run]
+            assert str(found.url).startswith(f"http://127.0.0.1:{first.port}/")
+            assert (await client.get(f"{url}/healthz")).url.port == second.port
+        moved = await second.client.fetch(
+            f"{url}/get_server_capabilities", headers=headers, follow_redirects=False, raise_error=False
+        )
+        assert moved.code == 307
+        assert f":{first.port}/" in json.loads(moved.body)["detail"]
+        await stop(second)
+        await stop(first)
 
     scenario(body)
 

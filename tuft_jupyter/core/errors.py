@@ -11,6 +11,7 @@
     │   ├── TooLarge         413: over a size limit
     │   ├── UnsupportedMedia 415: a body in a form we do not read
     │   └── NotOffered       404: part of the protocol, not offered by this server (the SDK retries a 501)
+    ├── Elsewhere            307 with Location: another server serves what this one was asked for
     ├── Overloaded           429 with Retry-After: a limit is reached for now
     ├── Lost                 410: the promise is gone (a sample before a restart); ask again
     └── ServerError          500, category "server": our fault; the message never carries a traceback
@@ -72,6 +73,17 @@ class UnsupportedMedia(UserError):
 
 class NotOffered(UserError):
     status = 404
+
+
+class Elsewhere(TuftError):
+    """``address`` is that server's, without a slash at the end."""
+
+    status = 307
+    category = "server"
+
+    def __init__(self, message: str, address: str) -> None:
+        super().__init__(message)
+        self.address = address
 
 
 class Overloaded(TuftError):

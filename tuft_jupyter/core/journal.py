@@ -53,11 +53,17 @@ class ReadOnly(Overloaded):
 
 
 class Journal(Protocol):
-    """Where records go. ``description`` says in words what survives what; ``problem``, why nothing can be written."""
+    """Where records go. ``description`` says in words what survives what; ``problem``, why nothing can be written.
+
+    ``address`` is where clients reach this server (set before ``open``; "" if nowhere that others could name), and
+    ``elsewhere`` where they reach the one that writes instead of it, as far as that is known.
+    """
 
     description: str
     durability: Durability
     problem: str
+    address: str
+    elsewhere: str
 
     async def open(self, sink: Sink) -> None:
         """Take the journal over and hand every record it holds to ``sink`` (without blobs), oldest first.
@@ -91,6 +97,7 @@ class MemoryJournal:
     description = "in memory only: everything is lost when the server stops"
     durability = Durability.NOTHING
     problem = ""
+    address = elsewhere = ""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock

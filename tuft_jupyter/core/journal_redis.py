@@ -12,7 +12,7 @@ Keys are ``{namespace}::{type}::{id}``; ``::`` inside an id is written ``__SEP__
 ``journal::records``   stream: entry ``n-0`` is record n, without its blob
 ``journal::image``     what stands for the records that were compacted away
 ``journal::ops``       sorted set: numbers of the ops whose bodies are kept
-``lease::journal``     who writes; expires when the writer falls silent
+``lease::journal``     who writes, and at which address it answers; expires when the writer falls silent
 ``op::n``              record n with the body of its op, until no replay needs it
 ``future::n``          record n with the result of its op, for ``future_ttl_seconds``
 =====================  =================================================================================
@@ -79,12 +79,13 @@ class RedisJournal:
         self.durability = Durability.PROCESS
         self.problem = ""
         self.namespace = namespace
+        self.address = self.elsewhere = ""
         self.holder = f"process {os.getpid()} on {socket.gethostname()}"
         self._url = url
         self._marker = markers / f"{uuid.uuid5(uuid.NAMESPACE_URL, f'{self.place}#{namespace}')}.json"
         self._ttl = future_ttl
         self._clock = clock
-        self._token = f"{self.holder} #{uuid.uuid4().hex}"
+        self._token = ""
         self._id = ""
         self._epoch = 0
         self._n = self._imaged = 0
@@ -109,6 +110,7 @@ class RedisJournal:
 
     async def open(self, sink: Sink) -> None:
         self._sink = sink
+        self._token = f"{self.holder} #{uuid.uuid4().hex} {self.address}"
         self._redis = _client(self._url)
         try:
             await self._acquire()
@@ -146,6 +148,7 @@ class RedisJournal:
         except Overloaded as silent:
             raise Unavailable(silent.message) from None
         where = f"the namespace {self.namespace!r}"
+        self.elsewhere = _address(answer[1]) if answer[0] == b"HELD" else ""
         if answer[0] == b"HELD":
             raise Unavailable(
                 f"{where} in Redis {self.place} is written by {_name(answer[1])}: connect to that server, stop it, or "
@@ -322,6 +325,7 @@ class RedisJournal:
             return
         where = f"the namespace {self.namespace!r} in Redis {self.place}"
         if answer[0] == b"FENCED":
+            self.elsewhere = _address(answer[1])
             what = f"this server was silent too long and {_name(answer[1])} took over {where}: connect to that one"
         elif answer[0] == b"BEHIND":
             what = (
@@ -371,6 +375,15 @@ def _client(url: str) -> Redis:
 
 def _name(token: bytes) -> str:
     return token.decode().partition(" #")[0] or "another server"
+
+
+def _address(token: bytes) -> str:
+    """Where a lease's holder answers; "" if it did not say, or if that is nowhere when seen from this machine."""
+    name, _, rest = token.decode().partition(" #")
+    address = rest.partition(" ")[2]
+    host = urlsplit(address).hostname or ""
+    loopback = host == "localhost" or host.startswith("127.") or host == "::1"
+    return "" if loopback and not name.endswith(f" on {socket.gethostname()}") else address
 
 
 def _record(n: int, fields: dict[bytes, bytes]) -> Record:

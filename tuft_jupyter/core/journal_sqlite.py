@@ -57,6 +57,7 @@ class SqliteJournal:
     """The journal in ``path``. ``problem`` names what is damaged; then it is read-only."""
 
     durability = Durability.MACHINE
+    address = elsewhere = ""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = path

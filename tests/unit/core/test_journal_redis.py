@@ -207,6 +207,51 @@ def test_a_second_server_is_refused_at_once_and_takes_over_after_the_holders_dea
     asyncio.run(scenario())
 
 
+def test_who_writes_says_where_it_answers_and_who_was_outlived_learns_it(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """S1-52: each sends its clients to the one that writes; nobody does once it is the writer itself."""
+
+    async def scenario() -> None:
+        first, second = journal(redis, tmp_path), journal(redis, tmp_path)
+        first.address, second.address = "http://127.0.0.1:1/a/tuft", "http://127.0.0.1:2/b/tuft"
+        await first.open(lambda record: None)
+        with pytest.raises(Unavailable):
+            await second.open(lambda record: None)
+        assert (first.elsewhere, second.elsewhere) == ("", first.address)
+        first._tasks.pop().cancel()  # it renews its lease no more
+        while True:
+            try:
+                await second.open(lambda record: None)
+                break
+            except Unavailable:
+                await asyncio.sleep(0.05)
+        assert second.elsewhere == ""
+        with pytest.raises(Overloaded, match="took over"):
+            await first.append(line(1))
+        assert first.elsewhere == second.address
+        await first.close()
+        await second.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("address", "followed"),
+    [
+        ("http://10.1.2.3:10610", True),
+        ("http://127.0.0.1:8888/tuft", False),
+        ("http://localhost:8888/tuft", False),
+        ("http://[::1]:8888/tuft", False),
+        ("", True),
+    ],
+)
+def test_the_loopback_address_of_another_machine_leads_nowhere(address: str, followed: bool) -> None:
+    """S1-52: a key is never sent to whatever listens there on this machine."""
+    told = journal_redis._address(f"process 7 on some-other-machine #0a {address}".encode())
+    assert told == (address if followed else "")
+
+
 SLEEPER = """
 import asyncio, sys
 from pathlib import Path

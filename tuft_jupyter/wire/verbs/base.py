@@ -96,7 +96,10 @@ class Host(Protocol):
         """Readiness in words and numbers, as the lab and ``%tuft status`` show it."""
 
     async def recovered(self, seconds: float) -> None:
-        """Return once the journal was read, so that what was there is known; Overloaded if it takes any longer."""
+        """Return once the journal was read, so that what was there is known; Overloaded if it takes any longer.
+
+        Elsewhere if another server serves it instead.
+        """
 
     @property
     def serving(self) -> bool:
