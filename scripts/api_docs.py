@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from tuft_jupyter.wire.routes import BULK, MIB, NOT_OFFERED, OPENAI_ROUTES, ROUTES, Route
+from tuft_jupyter.wire.routes import BULK, MIB, OPENAI_ROUTES, ROUTES, Route
 
 HEAD = """# API reference
 
@@ -46,13 +46,6 @@ Below `<base url>/tuft/oai/api/v1` in a notebook server and below `/oai/api/v1` 
 | --- | --- | --- | --- | --- |
 """
 
-TAIL = """
-## Not offered by this version
-
-These parts of the protocol answer 404 with their name:
-
-"""
-
 
 def row(route: Route) -> str:
     return f"| {route.method} | `{route.path}` | {route.doc} | {route.access.value} | {route.max_body // MIB} MiB |\n"
@@ -73,20 +66,7 @@ def text() -> str:
     bodies = "".join(fields(route) for route in ROUTES)
     openai = "".join(row(route) for route in OPENAI_ROUTES)
     openai_bodies = "".join(fields(route) for route in OPENAI_ROUTES)
-    absent = "".join(f"- {method} `{path}`\n" for method, path in NOT_OFFERED)
-    return (
-        HEAD
-        + listed
-        + MIDDLE % (BULK // MIB)
-        + bodies
-        + "\n"
-        + OPENAI
-        + openai
-        + openai_bodies
-        + "\n"
-        + TAIL
-        + absent
-    )
+    return HEAD + listed + MIDDLE % (BULK // MIB) + bodies + "\n" + OPENAI + openai + openai_bodies + "\n"
 
 
 if __name__ == "__main__":

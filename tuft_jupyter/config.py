@@ -172,7 +172,8 @@ class Settings:
     ``max_checkpoint_bytes`` hold for each tenant, ``max_loras`` for the runs in use on one base model; 0 means no
     limit, and ``tenants`` lists who has others. ``trust_remote_code`` lets models run Python
     that they bring, ``keep_samples`` keeps the newest samples of each step in memory for whoever asked for them,
-    ``hub_cache_seconds`` is how long what JupyterHub says of a token is believed. None means:
+    ``custom_loss_server_side`` computes losses that users wrote beside the model, ``hub_cache_seconds`` is how long
+    what JupyterHub says of a token is believed. None means:
     ``micro_batch_tokens`` by device, ``ray_address`` a
     local Ray of our own, ``trainer_threads`` by CPUs. ``sampler_type`` is ``torch``,
     ``vllm`` or ``auto`` (:func:`sampler_choice`).
@@ -205,6 +206,7 @@ class Settings:
     trainer_threads: int | None = None
     trust_remote_code: bool = False
     keep_samples: bool = True
+    custom_loss_server_side: bool = False
     sampler_type: str = "auto"
     log_level: str = "info"
     log_format: str = "text"

@@ -138,6 +138,7 @@ class Host:
                 idle_timeout=settings.adapter_timeout,
                 max_lifetime=settings.adapter_max_lifetime,
                 owner=self.owner.tenant,
+                custom_loss=settings.custom_loss_server_side,
             ),
             quotas=_quotas(settings, lambda tenant: self.groups.get(tenant, ())),
             samples=Samples(settings.keep_samples),

@@ -22,7 +22,6 @@ from tuft_jupyter.core.errors import (
     Elsewhere,
     Forbidden,
     NotFound,
-    NotOffered,
     TooLarge,
     TuftError,
     UnsupportedMedia,
@@ -31,14 +30,12 @@ from tuft_jupyter.core.errors import (
 from tuft_jupyter.core.types import JSON, Principal
 from tuft_jupyter.wire.api import Api, Call, error_reply
 from tuft_jupyter.wire.routes import (
-    NOT_OFFERED,
     OPENAI_ROUTES,
     ROUTES,
     UPLOAD,
     Access,
     Dialect,
     Route,
-    pattern_of,
 )
 from tuft_jupyter.wire.verbs.base import ANYTHING
 from tuft_jupyter_server.answering import Answering
@@ -62,7 +59,6 @@ class TinkerHandler(Answering):
         api: Api,
         keys: KeyRing,
         routes: Mapping[str, Route],
-        not_offered: Mapping[str, str],
         max_body: int,
         dialect: Dialect,
         max_upload: int = UPLOAD,
@@ -71,7 +67,6 @@ class TinkerHandler(Answering):
         self.api = api
         self.keys = keys
         self.routes = routes
-        self.not_offered = not_offered
         self.max_body = max_body
         self.max_upload = max_upload
         self.principal = Principal("")
@@ -193,9 +188,6 @@ class TinkerHandler(Answering):
             return route
         await self.keys.presented(self._key())
         what = f"{self.request.method} {self.request.path}"
-        if self.request.method in self.not_offered:
-            name = self.not_offered[self.request.method]
-            raise NotOffered(f"{name} is part of the Tinker protocol, but not offered by this server")
         if self.routes:
             raise UserError(f"{what}: this path answers {', '.join(self.routes)}")
         raise NotFound(f"{what}: there is no such path; the API is described in the documentation")
@@ -264,39 +256,28 @@ def handlers(root: str, api: Api, keys: KeyRing, max_body: int, max_upload: int 
     """Tornado rules for the whole table below ``root`` (ending in ``/api/v1``), and for what it does not have."""
     shared = {"api": api, "keys": keys, "max_body": max_body, "max_upload": max_upload}
     shared["dialect"] = Dialect.TINKER
-    return _rules(root, ROUTES, NOT_OFFERED, shared)
+    return _rules(root, ROUTES, shared)
 
 
 def metrics_handler(path: str, api: Api, keys: KeyRing, max_body: int) -> list[Rule]:
     """``/tuft/metrics`` of the table under the short path that scrapers are given."""
     route = next(each for each in ROUTES if each.verb == "metrics")
     shared = {"api": api, "keys": keys, "max_body": max_body, "dialect": Dialect.TINKER}
-    return [(path, TinkerHandler, {**shared, "routes": {route.method: route}, "not_offered": {}})]
+    return [(path, TinkerHandler, {**shared, "routes": {route.method: route}})]
 
 
 def openai_handlers(root: str, api: Api, keys: KeyRing, max_body: int) -> list[Rule]:
     """The same for OpenAI-compatible inference, below a root of its own."""
     shared = {"api": api, "keys": keys, "max_body": max_body, "dialect": Dialect.OPENAI}
-    return _rules(root, OPENAI_ROUTES, (), shared)
+    return _rules(root, OPENAI_ROUTES, shared)
 
 
-def _rules(
-    root: str, table: Sequence[Route], not_offered: Sequence[tuple[str, str]], shared: dict[str, Any]
-) -> list[Rule]:
+def _rules(root: str, table: Sequence[Route], shared: dict[str, Any]) -> list[Rule]:
     by_path: dict[str, dict[str, Route]] = {}
     for route in table:
         by_path.setdefault(route.pattern, {})[route.method] = route
-    refused: dict[str, dict[str, str]] = {}
-    for method, path in not_offered:
-        refused.setdefault(pattern_of(path), {})[method] = f"{method} {path}"
-    rules: list[Rule] = [  # what is not offered first: its literal paths would else be taken for ids
-        (root + pattern, TinkerHandler, {**shared, "routes": {}, "not_offered": names})
-        for pattern, names in refused.items()
-        if pattern not in by_path
+    rules: list[Rule] = [
+        (root + pattern, TinkerHandler, {**shared, "routes": routes}) for pattern, routes in by_path.items()
     ]
-    rules += [
-        (root + pattern, TinkerHandler, {**shared, "routes": routes, "not_offered": refused.get(pattern, {})})
-        for pattern, routes in by_path.items()
-    ]
-    rules.append((root + "/.*", TinkerHandler, {**shared, "routes": {}, "not_offered": {}}))
+    rules.append((root + "/.*", TinkerHandler, {**shared, "routes": {}}))
     return rules

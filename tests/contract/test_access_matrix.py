@@ -19,6 +19,7 @@ from tornado.web import Application
 
 from tests.contract.test_http import BOB_KEY, Server, on_server
 from tests.contract.test_upload import adapter
+from tests.support.fuzz_cases import LOSS
 from tuft_jupyter.core.types import PROTOBUF
 from tuft_jupyter.wire import tuft_wire_pb2 as pb
 from tuft_jupyter.wire.routes import OPENAI_ROUTES, ROUTES, Access, Dialect, Route
@@ -103,6 +104,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/unload_model"): own(model_id="RUN"),
     ("POST", "/forward"): passes(True),
     ("POST", "/forward_backward"): passes(False),
+    ("POST", "/create_custom_loss"): Rule(Whose.OWN, lambda ids: {"session_id": ids["SESSION"], **LOSS}),
     ("POST", "/optim_step"): own(model_id="RUN", seq_id=11),
     ("POST", "/save_weights"): own(model_id="RUN", path="other", seq_id=12),
     ("POST", "/save_weights_for_sampler"): own(model_id="RUN", path="other", seq_id=13),
@@ -259,7 +261,7 @@ def in_a_world(tmp_path: Path, body: Callable[[World], Any]) -> None:
         finally:
             world.http.stop()
 
-    on_server(tmp_path, scenario)
+    on_server(tmp_path, scenario, custom_loss_server_side=True)
 
 
 def test_every_route_has_a_rule_and_every_rule_a_route() -> None:

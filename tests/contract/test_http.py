@@ -16,13 +16,15 @@ from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 from tornado.web import Application
 
+from tests.support.fuzz_cases import LOSS
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
+from tuft_jupyter.core.loss_graph import from_id
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.shown import public
 from tuft_jupyter.core.types import JSON, PROTOBUF, SAMPLED
 from tuft_jupyter.wire import tuft_wire_pb2 as pb
-from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access
+from tuft_jupyter.wire.routes import ROUTES, Access
 from tuft_jupyter_server.host import Host
 from tuft_jupyter_server.tinker import handlers
 
@@ -123,9 +125,7 @@ def test_every_route_refuses_no_key_with_401_and_a_wrong_one_with_403(tmp_path: 
     """S1-24, T1: no route is forgotten, because the table is the test's list too."""
 
     async def body(server: Server) -> None:
-        for method, path in [(r.method, r.path) for r in ROUTES if r.access is Access.KEY] + list(
-            NOT_OFFERED
-        ):
+        for method, path in [(r.method, r.path) for r in ROUTES if r.access is Access.KEY]:
             for key, code in ((None, 401), ("tml-wrong", 403)):
                 response = await server.ask(method, filled(path), key=key)
                 assert response.code == code, (method, path, key)
@@ -138,19 +138,40 @@ def test_every_route_refuses_no_key_with_401_and_a_wrong_one_with_403(tmp_path: 
     on_server(tmp_path, body)
 
 
-def test_what_is_not_offered_says_so_by_name_and_is_not_retried(tmp_path: Path) -> None:
-    """H9: graphs of losses are not taken, and the SDK is told so beforehand: it runs them on its own side."""
-
+def test_a_path_that_is_none_says_so_and_is_not_retried(tmp_path: Path) -> None:
     async def body(server: Server) -> None:
-        for method, path in NOT_OFFERED:
-            response = await server.ask(method, filled(path))
-            assert response.code == 404
-            assert f"{method} {path}" in refusal(response)
-        assert not (await server.post("/client/config", {}))["custom_loss_server_side"]
         for method, path in (("GET", "/nowhere"), ("POST", "/create_model/x"), ("DELETE", "/create_model")):
             refusal(await server.ask(method, path))
 
     on_server(tmp_path, body)
+
+
+def test_graphs_of_losses_are_not_taken_unless_the_operator_says_so(tmp_path: Path) -> None:
+    """H9: the SDK is told beforehand, and runs them on its own side; who sends one anyway is told the setting."""
+
+    async def off(server: Server) -> None:
+        session = (await server.post("/create_session", {}))["session_id"]
+        assert (await server.post("/client/config", {}))["custom_loss_server_side"] is False
+        response = await server.ask("POST", "/create_custom_loss", {"session_id": session, **LOSS})
+        assert response.code == 404
+        assert "custom_loss_server_side" in refusal(response)
+
+    async def on(server: Server) -> None:
+        session = (await server.post("/create_session", {}))["session_id"]
+        assert (await server.post("/client/config", {}))["custom_loss_server_side"] is True
+        asked = {"session_id": session, **LOSS}
+        promise = await server.post("/create_custom_loss", asked)
+        answer = await server.post("/retrieve_future", promise)
+        assert from_id(answer["loss_id"]).id == answer["loss_id"]
+        for wrong, words in (
+            ({"graph": {"format": 2, "nodes": []}}, "graph.format"),
+            ({"graph": {"nodes": []}}, "graph.nodes"),
+            ({"inputs": [{"name": "logprobs", "rank": 7}]}, "rank"),
+        ):
+            assert words in refusal(await server.ask("POST", "/create_custom_loss", {**asked, **wrong}))
+
+    on_server(tmp_path / "off", off)
+    on_server(tmp_path / "on", on, custom_loss_server_side=True)
 
 
 BAD = [

@@ -71,9 +71,8 @@ class Target:
     def __init__(self, home: Path) -> None:
         users = {BYSTANDER_KEY: "bystander"}
         models = [ModelSettings("tuft/demo", max_model_len=64)]
-        settings = load_settings(
-            None, {"TUFT_HOME": str(home)}, {"authorized_users": users, "supported_models": models}
-        )
+        given = {"authorized_users": users, "supported_models": models, "custom_loss_server_side": True}
+        settings = load_settings(None, {"TUFT_HOME": str(home)}, given)
         self.host = Host(settings, engines=LocalEngines())
         self.host.api.hold_seconds = 0.05
         shared = (self.host.api, self.host.keys, 2**23)

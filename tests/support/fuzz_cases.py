@@ -102,6 +102,25 @@ ADAM = {
     "weight_decay": 0.0,
     "grad_clip_norm": 0.0,
 }
+LOSS: Any = {
+    "inputs": [{"name": "logprobs", "rank": 1}],
+    "graph": {
+        "nodes": [
+            {"op": "placeholder", "name": "logprobs", "target": "logprobs"},
+            {
+                "op": "call_function", "name": "clamp", "target": "torch.clamp",
+                "args": [{"ref": "logprobs"}], "kwargs": {"min": {"float": "-inf"}, "max": 0.5},
+            },
+            {"op": "call_method", "name": "sum_1", "target": "sum", "args": [{"ref": "clamp"}]},
+            {
+                "op": "output", "name": "output", "target": "output",
+                "args": [{"tuple": [{"ref": "sum_1"}, {"dict": {"custom/x:sum": {"ref": "sum_1"}}}]}],
+            },
+        ]
+    },
+}  # fmt: skip
+"""A loss of one's own, as the newest SDK traces it."""
+
 BODIES: dict[str, Callable[[World], Any]] = {
     "client_config": lambda w: {"sdk_version": "0.38.0"},
     "create_session": lambda w: {"tags": ["a"], "user_metadata": {"a": "b"}, "project_id": "p"},
@@ -121,6 +140,7 @@ BODIES: dict[str, Callable[[World], Any]] = {
     "unload_model": lambda w: {"model_id": w.ids["spare"]},
     "forward": _passed,
     "forward_backward": _passed,
+    "create_custom_loss": lambda w: {"session_id": w.ids["session"], **copy.deepcopy(LOSS)},
     "optim_step": lambda w: {"model_id": w.ids["run"], "seq_id": w.seq, "adam_params": ADAM},
     "save_weights": lambda w: {"model_id": w.ids["run"], "seq_id": w.seq, "path": f"n{w.seq}", "ttl_seconds": 60},
     "save_weights_for_sampler": lambda w: {

@@ -32,7 +32,7 @@ class LocalTraining:
 
     def _make(self) -> TrainingWorker:
         card = self._card
-        limits = {"max_rank": 16, "max_length": card.max_context_length}
+        limits = {"max_rank": 16, "max_length": card.max_context_length, "custom_loss": True}
         return TrainingWorker(
             PeftTrainer(card.path, name=card.name, device="cpu", dtype=torch.float32, **limits)
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tuft_jupyter.wire.api import Api
-from tuft_jupyter.wire.routes import NOT_OFFERED, ROUTES, Access
+from tuft_jupyter.wire.routes import ROUTES, Access
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [ROOT / "tuft_jupyter", ROOT / "server_ext" / "tuft_jupyter_server"]
@@ -141,10 +141,6 @@ def test_only_liveness_and_the_table_itself_are_open() -> None:
 
 def test_only_downloads_need_no_key_but_a_signed_address() -> None:
     assert [route.path for route in ROUTES if route.access is Access.SIGNED] == ["/tuft/files/{ticket}"]
-
-
-def test_nothing_is_offered_and_not_offered_at_once() -> None:
-    assert not {(route.method, route.path) for route in ROUTES} & set(NOT_OFFERED)
 
 
 def test_nothing_of_ours_unpickles_or_runs_foreign_code() -> None:

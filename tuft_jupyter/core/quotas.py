@@ -26,7 +26,8 @@ REMEMBERED = 10_000
 class Limits:
     """What one server grants altogether. Tokens count model input tokens; times are seconds, 0 means no end.
 
-    ``owner`` is the tenant whose server it is: the lifetime of runs does not bind it.
+    ``owner`` is the tenant whose server it is: the lifetime of runs does not bind it. ``custom_loss``: whether losses
+    that users wrote are computed here.
     """
 
     max_rank: int = 64
@@ -37,6 +38,7 @@ class Limits:
     max_lifetime: float = 0.0
     owner: str = ""
     ephemeral_per_session: int = 32
+    custom_loss: bool = False
 
 
 @dataclass(frozen=True, slots=True)

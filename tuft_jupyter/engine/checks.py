@@ -10,15 +10,25 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.loss_graph import CUSTOM_LOSS_IS_OFF, LOGPROBS
 from tuft_jupyter.core.types import AdamParams, Datum, ForwardBackward
-from tuft_jupyter.engine.losses import Loss, resolve
+from tuft_jupyter.engine.custom_loss import Program
+from tuft_jupyter.engine.losses import CUSTOM, Loss, resolve
 
 
-def check_request(request: ForwardBackward, *, vocab_size: int, max_length: int) -> None:
-    """UserError unless every datum can be run and the loss is known and rightly configured."""
+def check_request(
+    request: ForwardBackward, *, vocab_size: int, max_length: int, custom_loss: bool = False
+) -> None:
+    """UserError unless every datum can be run and the loss is known and rightly configured.
+
+    ``custom_loss``: whether losses that users wrote are computed here.
+    """
+    if request.loss_fn == CUSTOM and not custom_loss:
+        raise UserError(CUSTOM_LOSS_IS_OFF)
     loss, _ = resolve(request.loss_fn, request.loss_config)
     if not request.data:
         raise UserError("data: the batch is empty; send at least one datum")
@@ -41,14 +51,19 @@ def _check_datum(where: str, datum: Datum, loss: Loss, vocab_size: int, max_leng
         raise UserError(f'{where}: loss_fn "{loss.name}" needs target_tokens; add one target per token')
     if targets.dtype.kind not in "iu":
         raise UserError(f"{where}: target_tokens must be integers (int64), not {targets.dtype}")
-    shapes = "[N] or [N, K]" if loss.many_targets else "[N]"
-    if targets.ndim not in ((1, 2) if loss.many_targets else (1,)) or 0 in targets.shape:
+    shapes, ranks = ("[N] or [N, K]", (1, 2)) if loss.many_targets else ("[N]", (1,))
+    if loss.program is not None and loss.program.logprobs_rank == 2:
+        shapes, ranks = "[N, K]", (2,)
+    if targets.ndim not in ranks or 0 in targets.shape:
         raise UserError(
             f'{where}: target_tokens has shape {list(targets.shape)}; "{loss.name}" takes {shapes}, '
             "N the number of tokens"
         )
     _check_length(f"{where}: target_tokens", targets, length)
     _check_ids(f"{where}: target_tokens", targets, vocab_size)
+    if loss.program is not None:
+        _check_program(where, datum, loss.program, targets)
+        return
     for name in loss.inputs:
         value = datum.inputs.get(name)
         if value is None:
@@ -61,6 +76,28 @@ def _check_datum(where: str, datum: Datum, loss: Loss, vocab_size: int, max_leng
         raise UserError(
             f'{where}: weights: loss_fn "{loss.name}" has no weights; multiply the advantages by them instead'
         )
+
+
+def _check_program(where: str, datum: Datum, program: Program, targets: NDArray[Any]) -> None:
+    """The inputs that a user's own loss takes, and what it would make of them."""
+    shapes = {LOGPROBS: (targets.shape, torch.float32)}
+    for name, rank in program.ranks.items():
+        value = datum.inputs.get(name)
+        if value is None:
+            raise UserError(f"{where}: the loss takes {name}; add it, or leave it out of the loss")
+        if value.dtype.kind not in "fiu":
+            raise UserError(f"{where}: {name} must be numbers (float32), not {value.dtype}")
+        if value.size != 1 if rank == 0 else value.ndim != rank:
+            shape = ("one number", "[N]", "[N, K]")[rank]
+            raise UserError(f"{where}: {name} has shape {list(value.shape)}; the loss takes {shape}")
+        if rank:
+            _check_length(f"{where}: {name}", value, len(targets))
+        _check_finite(f"{where}: {name}", value)
+        shapes[name] = (() if rank == 0 else value.shape, torch.from_numpy(value[:0]).dtype)
+    try:
+        program.check(shapes)
+    except UserError as error:
+        raise UserError(f"{where}: {error.message}") from None
 
 
 def _check_ids(where: str, ids: NDArray[Any], vocab_size: int) -> None:
@@ -87,6 +124,10 @@ def _check_numbers(where: str, values: NDArray[Any], targets: NDArray[Any]) -> N
         raise UserError(
             f"{where} has shape {list(values.shape)}, target_tokens {list(targets.shape)}; make them equal"
         )
+    _check_finite(where, values)
+
+
+def _check_finite(where: str, values: NDArray[Any]) -> None:
     if not np.isfinite(values).all():
         at = int(np.flatnonzero(~np.isfinite(values.reshape(-1)))[0])
         raise UserError(

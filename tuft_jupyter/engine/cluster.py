@@ -348,6 +348,7 @@ class Engines:
             "max_rank": settings.rank_limit(card.name),
             "max_length": card.max_context_length,
             "micro_batch_tokens": settings.micro_batch_tokens,
+            "custom_loss": settings.custom_loss_server_side,
         }
         trusted = settings.trusts_code(card.name)
         return self._keep(ClusterTrainingEngine(card, self._runtime, threads, options, trusted=trusted))

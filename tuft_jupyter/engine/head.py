@@ -33,8 +33,9 @@ _SMALLEST_CHUNK = 64  # positions: below that the matmul is slow
 class Span:
     """Positions [``cu[0]``, ``cu[-1]``) of the row: the datums of one request, ``cu`` between them.
 
-    ``targets`` int64 [n] or [n, K]; ``inputs`` fp32 of the same shape; ``counts`` (host, [n]) is False where
-    the loss is 0 whatever the model says.
+    ``targets`` int64 [n] or [n, K]; ``inputs`` fp32 of the same shape (of a loss with a ``program``: on the host, as
+    they were given, and of the one datum of this span); ``counts`` (host, [n]) is False where the loss is 0 whatever
+    the model says.
     """
 
     cu: tuple[int, ...]
@@ -166,7 +167,9 @@ class _Pass:
             result.logprobs[at] = _gather(self._logprobs(start, end), span.targets[at])
         for start, end in pairwise(edge - span.start for edge in span.cu):
             at = slice(start, end)
-            inputs = {name: value[at] for name, value in span.inputs.items()}
+            inputs = span.inputs
+            if span.loss.program is None:
+                inputs = {name: value[at] for name, value in inputs.items()}
             result.losses[at], result.slopes[at] = span.loss.formula(result.logprobs[at], inputs, span.config)
 
     def _logprobs(self, start: int, end: int) -> Tensor:

@@ -34,7 +34,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.errors import DatumError, UserError
+from tuft_jupyter.engine.custom_loss import Program, program
+
+CUSTOM = "custom"
+"""The name of every loss that a user wrote; ``loss_fn_config["loss_id"]`` says which."""
 
 Inputs = Mapping[str, Tensor]
 Config = Mapping[str, float]
@@ -50,6 +54,8 @@ class Loss:
     unless ``whole_sequences``: then on exactly one datum. ``required`` and ``optional`` name its inputs
     beside ``target_tokens``; ``config`` holds the accepted keys with their defaults. ``weight`` is the input
     whose non-zero positions the loss is about; where ``sparse``, all others have loss 0 and slope 0.
+    ``program`` is the graph of a loss that a user wrote: its inputs are as they came, [T], [T, K] or one number, and
+    it may say further numbers of each datum.
     """
 
     name: str
@@ -61,6 +67,7 @@ class Loss:
     sparse: bool = True
     many_targets: bool = False
     whole_sequences: bool = False
+    program: Program | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -160,11 +167,31 @@ _NOT_HERE = {
         "its formula is not public",
         'Use loss_fn="importance_sampling" (or "ppo" for off-policy data).',
     ),
-    "custom": (
-        "losses are not run as code on the server",
-        "forward_backward_custom() computes the loss on your side and works.",
-    ),
 }
+
+
+def written(own: Program, datum: int = 0) -> Loss:
+    """The loss that a user's graph computes; what goes wrong in it is datum ``datum``'s fault."""
+
+    def formula(p: Tensor, inputs: Inputs, config: Config) -> tuple[Tensor, Tensor]:
+        try:
+            loss, slope = own.evaluate(p, inputs)
+        except UserError as error:
+            raise DatumError(datum, error.message) from None
+        losses = torch.zeros_like(p)
+        losses.view(-1)[0] = loss  # of the whole datum: positions have no share in it
+        return losses, slope.to(p.device)
+
+    return Loss(
+        CUSTOM,
+        formula,
+        weight="target_tokens",
+        required=tuple(own.ranks),
+        sparse=False,
+        many_targets=own.logprobs_rank == 2,
+        whole_sequences=True,
+        program=own,
+    )
 
 
 def resolve(name: str, config: Mapping[str, float | str]) -> tuple[Loss, Config]:
@@ -172,6 +199,8 @@ def resolve(name: str, config: Mapping[str, float | str]) -> tuple[Loss, Config]
 
     UserError names the key or the losses that exist.
     """
+    if name == CUSTOM:
+        return written(program(config.get("loss_id"))), {}
     loss = REGISTRY.get(name)
     if loss is None:
         reason, advice = _NOT_HERE.get(name, ("it is not known", ""))

@@ -7,7 +7,7 @@ Gradients go to the adapters' accumulators; the caller undoes them if :meth:`Pas
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -18,7 +18,8 @@ from tuft_jupyter.core.errors import DatumError
 from tuft_jupyter.core.types import Datum, FloatArray, ForwardBackward, ForwardBackwardResult
 from tuft_jupyter.engine import head, memory, packing
 from tuft_jupyter.engine.base import BaseModel
-from tuft_jupyter.engine.losses import Config, Loss, resolve
+from tuft_jupyter.engine.custom_loss import as_given
+from tuft_jupyter.engine.losses import Config, Loss, resolve, written
 
 Item = tuple[str, ForwardBackward]
 
@@ -49,6 +50,7 @@ class Pass:
         self.logprobs: list[list[FloatArray]] = [[np.empty(0, np.float32)] * len(r.data) for _, r in batch]
         self.sums: list[list[float]] = [[0.0] * len(r.data) for _, r in batch]
         self.weights = [0.0] * len(batch)
+        self.metrics: list[list[Mapping[str, float]]] = [[] for _ in batch]
 
     def run(self) -> list[ForwardBackwardResult]:
         for backward in (False, True):
@@ -70,12 +72,10 @@ class Pass:
         runs = [self.batch[row.item][0] for row in rows]
         packed = packing.causal(lengths, runs, base.device)
         groups, spans, start = [], [], 0
-        for (item, _), group in groupby(
-            rows, key=lambda row: (row.item, row.datum.inputs["target_tokens"].shape[1:])
-        ):
+        for _, group in groupby(rows, key=self._together):
             members = list(group)
             groups.append(members)
-            spans.append(self._span(item, [row.datum for row in members], start))
+            spans.append(self._span(members, start))
             start = spans[-1].end
         ids = torch.from_numpy(np.concatenate([row.datum.tokens for row in rows]).astype(np.int64))
         hidden, pull = base.run(
@@ -91,33 +91,31 @@ class Pass:
         for members, span, result in zip(groups, spans, results, strict=True):
             self._collect(members, span, result)
 
-    def _span(self, item: int, datums: list[Datum], start: int) -> head.Span:
+    def _together(self, row: _Row) -> tuple[object, ...]:
+        """Rows that are equal in this make one span; each datum of a user's own loss is a span of its own."""
+        own = self.losses[row.item][0].program is not None
+        return row.item, row.datum.inputs["target_tokens"].shape[1:], row.index if own else None
+
+    def _span(self, rows: list[_Row], start: int) -> head.Span:
+        item, datums = rows[0].item, [row.datum for row in rows]
         loss, config = self.losses[item]
-        lengths = [len(datum.tokens) for datum in datums]
         targets = np.concatenate([datum.inputs["target_tokens"] for datum in datums]).astype(np.int64)
-        inputs = {}
-        for name in loss.inputs:
-            given = [datum.inputs.get(name) for datum in datums]
-            if name in config and all(value is None for value in given):
-                continue
-            default = loss.default(name, config)
-            inputs[name] = np.concatenate(
-                [
-                    np.full(datum.inputs["target_tokens"].shape, default, np.float32)
-                    if value is None
-                    else value
-                    for datum, value in zip(datums, given, strict=True)
-                ]
-            ).astype(np.float32)
-        weight = inputs[loss.weight]
-        present = weight != 0
-        self.weights[item] += loss.weight_sum(weight)
-        counts = present.reshape(len(targets), -1).any(1) if loss.sparse else np.ones(len(targets), np.bool_)
-        device = self.base.device
+        counts = np.ones(len(targets), np.bool_)
+        inputs: dict[str, torch.Tensor]
+        if loss.program is None:
+            values = _values(loss, config, datums)
+            if loss.sparse:
+                counts = (values[loss.weight] != 0).reshape(len(targets), -1).any(1)
+            self.weights[item] += loss.weight_sum(values[loss.weight])
+            inputs = {name: torch.from_numpy(value).to(self.base.device) for name, value in values.items()}
+        else:
+            inputs = as_given(loss.program.ranks, datums[0])
+            loss = written(loss.program, rows[0].index)
+            self.weights[item] += targets.size
         return head.Span(
-            cu=tuple(start + edge for edge in packing.boundaries(lengths)),
-            targets=torch.from_numpy(targets).to(device),
-            inputs={name: torch.from_numpy(value).to(device) for name, value in inputs.items()},
+            cu=tuple(start + edge for edge in packing.boundaries([len(datum.tokens) for datum in datums])),
+            targets=torch.from_numpy(targets).to(self.base.device),
+            inputs=inputs,
             counts=counts,
             loss=loss,
             config=config,
@@ -130,6 +128,8 @@ class Pass:
             self.logprobs[row.item][row.index] = logprobs[at]
             with np.errstate(invalid="ignore"):  # a loss that is not finite is refused in _result
                 self.sums[row.item][row.index] = float(losses[at].sum(dtype=np.float64))
+        if span.loss.program is not None:
+            self.metrics[members[0].item].append(span.loss.program.metrics(result.logprobs, span.inputs))
 
     def _result(self, item: int) -> ForwardBackwardResult:
         for i, value in enumerate(self.sums[item]):
@@ -140,6 +140,31 @@ class Pass:
                     "adapter has diverged: load a checkpoint and use a lower learning rate",
                 )
         loss_sum = math.fsum(self.sums[item])
-        return ForwardBackwardResult(
-            self.logprobs[item], loss_sum, self.weights[item], {"loss:sum": loss_sum}
-        )
+        metrics = {"loss:sum": loss_sum, **_combined(self.metrics[item])}
+        return ForwardBackwardResult(self.logprobs[item], loss_sum, self.weights[item], metrics)
+
+
+def _values(loss: Loss, config: Config, datums: Sequence[Datum]) -> dict[str, FloatArray]:
+    """The loss's inputs position by position, one datum after the other; what is missing by its default."""
+    values = {}
+    for name in loss.inputs:
+        given = [datum.inputs.get(name) for datum in datums]
+        if name in config and all(value is None for value in given):
+            continue
+        default = loss.default(name, config)
+        values[name] = np.concatenate(
+            [
+                np.full(datum.inputs["target_tokens"].shape, default, np.float32) if value is None else value
+                for datum, value in zip(datums, given, strict=True)
+            ]
+        ).astype(np.float32)
+    return values
+
+
+def _combined(of_datums: list[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics ``name:sum`` and ``name:mean`` of several datums as one."""
+    combined = {}
+    for name in of_datums[0] if of_datums else ():
+        total = math.fsum(metrics[name] for metrics in of_datums)
+        combined[name] = total / len(of_datums) if name.endswith(":mean") else total
+    return combined

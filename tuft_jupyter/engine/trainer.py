@@ -58,7 +58,8 @@ class PeftTrainer:
 
     ``name`` is what users call the model (written into checkpoints), by default its path.
     ``micro_batch_tokens`` bounds the tokens in one pass, and with it memory. ``max_length`` bounds a datum,
-    by default and at most the model's own limit. UserError if the model cannot be served.
+    by default and at most the model's own limit. ``custom_loss``: whether losses that users wrote are computed.
+    UserError if the model cannot be served.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class PeftTrainer:
         micro_batch_tokens: int | None = None,
         max_rank: int = 64,
         max_length: int | None = None,
+        custom_loss: bool = False,
     ) -> None:
         self.base = load_base(model_path, name=name, dtype=dtype, device=device)
         self.bank = AdapterBank(self.base)
         self.max_rank = max_rank
         self.max_length = min(max_length or self.base.max_length, self.base.max_length)
+        self.custom_loss = custom_loss
         self.micro_batch_tokens = micro_batch_tokens or _MICRO_BATCH_TOKENS[self.base.device.type]
         self._runs: dict[str, _Run] = {}
 
@@ -135,7 +138,12 @@ class PeftTrainer:
 
     def check(self, request: ForwardBackward) -> None:
         """UserError naming the datum, the field and the limit if any part of the request cannot be run."""
-        check_request(request, vocab_size=self.base.vocab_size, max_length=self.max_length)
+        check_request(
+            request,
+            vocab_size=self.base.vocab_size,
+            max_length=self.max_length,
+            custom_loss=self.custom_loss,
+        )
 
     def optim_step(self, batch: Sequence[tuple[str, AdamParams]]) -> list[Mapping[str, float] | TuftError]:
         """AdamW on each run's accumulated gradient, then clear it.

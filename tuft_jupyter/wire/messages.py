@@ -226,6 +226,30 @@ class SampleSize(Message):
     prompt: SamplePrompt
 
 
+class LossInput(Message):
+    name: str
+    rank: int
+
+
+class LossNode(Message):
+    op: str
+    name: str
+    target: str
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+
+
+class LossNodes(Message):
+    nodes: list[LossNode]
+    format: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+
+
+class CreateCustomLoss(Message):
+    session_id: str
+    inputs: list[LossInput]
+    graph: LossNodes
+
+
 class RetrieveFuture(Message):
     request_id: str
     allow_metadata_only: bool = False

@@ -114,6 +114,13 @@ ROUTES: tuple[Route, ...] = (
         "Loss and gradients of a batch, added to the run's accumulator.",
         max_body=BULK,
     ),
+    Route(
+        "POST",
+        "/create_custom_loss",
+        "create_custom_loss",
+        "Have a loss of one's own computed here, where the operator allows it (`custom_loss_server_side`).",
+        m.CreateCustomLoss,
+    ),
     Route("POST", "/optim_step", "optim_step", "One AdamW step with the accumulated gradient.", m.OptimStep),
     Route("POST", "/save_weights", "save_weights", "Save a run with its optimizer.", m.SaveWeights),
     Route(
@@ -314,6 +321,3 @@ OPENAI_ROUTES: tuple[Route, ...] = (
     ),
 )
 """OpenAI-compatible inference, below ``<base url>/tuft/oai/api/v1`` (``/oai/api/v1`` in a daemon)."""
-
-NOT_OFFERED: tuple[tuple[str, str], ...] = (("POST", "/create_custom_loss"),)
-"""Parts of the protocol that newer SDKs may call and this version does not offer: answered 404 by name."""

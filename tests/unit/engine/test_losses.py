@@ -105,7 +105,7 @@ def test_gspo_with_an_empty_mask_has_ratio_one() -> None:
     torch.testing.assert_close(values, -inputs["advantages"])
 
 
-@pytest.mark.parametrize("name", ["stable_reinforce", "custom", "mse"])
+@pytest.mark.parametrize("name", ["stable_reinforce", "mse"])
 def test_a_loss_that_is_not_here_is_refused_with_those_that_are(name: str) -> None:
     with pytest.raises(UserError) as refusal:
         resolve(name, {})

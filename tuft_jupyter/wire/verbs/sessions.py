@@ -46,7 +46,7 @@ class SessionVerbs(Verbs):
                 "proto_write_fwdbwd": True,
                 "fwd_via_fwdbwd": True,
                 "create_model_via_load_weights": True,
-                "custom_loss_server_side": False,  # a loss of one's own is computed where it was written
+                "custom_loss_server_side": self.service.limits.custom_loss,
             }
         )
 

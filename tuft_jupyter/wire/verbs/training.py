@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.errors import NotOffered, UserError
+from tuft_jupyter.core.loss_graph import CUSTOM_LOSS_IS_OFF, Node, checked
 from tuft_jupyter.core.types import CheckpointKind, OpKind
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.peek import peek_forward_backward
@@ -66,6 +67,18 @@ class TrainingVerbs(Verbs):
             backward=kind is OpKind.FORWARD_BACKWARD and not peek.forward_only,
         )
         return _promise(request_id, peek.run)
+
+    async def create_custom_loss(self, call: Call) -> Reply:
+        asked = m.decode(m.CreateCustomLoss, call.body)
+        session = self.service.sessions.live(call.principal, asked.session_id)
+        if not self.service.limits.custom_loss:
+            raise NotOffered(CUSTOM_LOSS_IS_OFF)
+        graph = checked(
+            [(one.name, one.rank) for one in asked.inputs],
+            [Node(one.op, one.name, one.target, one.args, one.kwargs) for one in asked.graph.nodes],
+        )
+        answer = msgspec.json.encode({"loss_id": graph.id, "type": "create_custom_loss"})
+        return _promise(self.service.answered(call.principal, session.id, answer), None)
 
     async def optim_step(self, call: Call) -> Reply:
         asked = m.decode(m.OptimStep, call.body)

@@ -1,0 +1,467 @@
+"""Losses that users wrote: traced by the stock SDK, run as checked graphs, refused where they would do more."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tinker
+import torch
+import torch.nn.functional as F
+from tinker.lib.public_interfaces.custom_loss import encode_graph, run_loss_handle, trace_loss
+
+from tests.support.datums import ask, make_datum
+from tuft_jupyter.core import loss_graph
+from tuft_jupyter.core.errors import DatumError, UserError
+from tuft_jupyter.core.loss_graph import LossGraph, Node, checked, from_id
+from tuft_jupyter.core.types import AdamParams, Datum, ForwardBackward, ForwardBackwardResult, LoraSpec
+from tuft_jupyter.engine.custom_loss import _TABLE, Program, allowance
+from tuft_jupyter.engine.trainer import PeftTrainer
+
+SPEC = LoraSpec(rank=4, alpha=8, seed=1, train_unembed=False)
+Fn = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def taking(qwen3: Path) -> PeftTrainer:
+    """A trainer that computes such losses, for requests that never get as far."""
+    return PeftTrainer(qwen3, custom_loss=True, max_length=2048)
+
+
+# ---- losses as people write them
+
+
+def neg_ll(logprobs: Any, weights: Any) -> Any:
+    loss = -(logprobs * weights).sum()
+    return loss, {"custom/nll:sum": loss, "custom/lowest:mean": logprobs.min()}
+
+
+def clipped(logprobs: Any, old: Any, advantages: Any, eps: Any) -> Any:
+    ratio = torch.exp(logprobs - old)
+    held = torch.clamp(ratio, min=0.8, max=1.2) * advantages
+    loss = -torch.where(advantages != 0, torch.minimum(ratio * advantages, held), 0.0).sum()
+    kl = (torch.expm1(old - logprobs) - (old - logprobs)).mean()
+    return loss + eps * kl, {
+        "custom/kl:mean": kl,
+        "custom/clipped:sum": ((ratio - 1).abs() > 0.2).float().sum(),
+    }
+
+
+def of_every_kind(logprobs: Any, old: Any) -> Any:
+    n = logprobs.shape[0]
+    place = torch.arange(n) / math.sqrt(n)
+    margin = F.softplus(-logprobs) + F.logsigmoid(old) + F.huber_loss(logprobs, old, reduction="none")
+    parts = torch.stack([logprobs[1:].mean(), torch.logsumexp(logprobs, dim=0), logprobs.max(dim=0).values])
+    return (margin * place)[..., None].squeeze(-1).sum() + parts.sum() + (2**logprobs)[-1], {}
+
+
+def pairs(logprobs: Any) -> Any:
+    """A whole-datum loss: every position against every other."""
+    return F.softplus(logprobs[:, None] - logprobs[None, :]).mean(), {}
+
+
+def soft(logprobs: Any, weights: Any) -> Any:
+    return (logprobs.exp() * weights).sum(-1).pow(2).sum(), {"custom/rows:mean": weights.sum()}
+
+
+LOSSES: list[tuple[Fn, dict[str, int]]] = [
+    (neg_ll, {"logprobs": 1, "weights": 1}),
+    (clipped, {"logprobs": 1, "old": 1, "advantages": 1, "eps": 0}),
+    (of_every_kind, {"logprobs": 1, "old": 1}),
+    (pairs, {"logprobs": 1}),
+    (soft, {"logprobs": 2, "weights": 2}),
+]
+IDS = [fn.__name__ for fn, _ in LOSSES]
+
+
+def handle_of(fn: Fn, ranks: dict[str, int]) -> Any:
+    return trace_loss(fn, ranks, "session")
+
+
+def graph_of(fn: Fn, ranks: dict[str, int]) -> LossGraph:
+    """As it comes over the wire."""
+    handle = handle_of(fn, ranks)
+    nodes = json.loads(encode_graph(handle).model_dump_json())["nodes"]
+    return checked(
+        [(one.name, one.rank) for one in handle.inputs],
+        [Node(n["op"], n["name"], n["target"], n["args"], n["kwargs"]) for n in nodes],
+    )
+
+
+def datums(ranks: dict[str, int], lengths: tuple[int, ...] = (9, 17, 5)) -> list[Datum]:
+    rng, made = np.random.default_rng(4), []
+    for seed, n in enumerate(lengths):
+        shapes: dict[int, tuple[int, ...]] = {0: (1,), 1: (n,), 2: (n, 3)}
+        more: dict[str, Any] = {
+            name: -3 + rng.normal(size=shapes[rank]).astype(np.float32) for name, rank in ranks.items()
+        }
+        more.pop("logprobs")
+        if ranks["logprobs"] == 2:
+            more["target_tokens"] = rng.integers(0, 320, (n, 3))
+        made.append(make_datum(n, seed=seed, **more))
+    return made
+
+
+def custom(graph: LossGraph, data: list[Datum]) -> ForwardBackward:
+    return ForwardBackward(tuple(data), "custom", {"loss_id": graph.id})
+
+
+def client_side(
+    fn: Fn, ranks: dict[str, int], data: list[Datum], logprobs: Any
+) -> tuple[float, Any, list[Any]]:
+    """(loss, metrics, slopes) as the SDK computes them in the kernel."""
+    given = []
+    for datum in data:
+        inputs = {
+            name: tinker.TensorData.from_torch(
+                torch.from_numpy(value if ranks.get(name) != 0 else value.reshape(()))
+            )
+            for name, value in datum.inputs.items()
+        }
+        given.append(
+            tinker.Datum(
+                model_input=tinker.ModelInput.from_ints(datum.tokens.tolist()), loss_fn_inputs=inputs
+            )
+        )
+    leaves = [torch.from_numpy(one.copy()).requires_grad_() for one in logprobs]
+    loss, metrics = run_loss_handle(handle_of(fn, ranks), given, leaves)
+    loss.backward()
+    return float(loss.detach()), metrics, [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize(("fn", "ranks"), LOSSES, ids=IDS)
+@pytest.mark.parametrize("budget", [16, 1024])
+def test_gradients_loss_and_metrics_are_those_of_the_loss_on_the_clients_side(
+    qwen3: Path, fn: Fn, ranks: dict[str, int], budget: int
+) -> None:
+    """H9, S1-34: fp32, packed with others or alone, against the SDK's own run and its linearised second pass."""
+    trainer = PeftTrainer(qwen3, custom_loss=True, micro_batch_tokens=budget)
+    trainer.create("here", SPEC)
+    trainer.create("there", SPEC)
+    data, graph = datums(ranks), graph_of(fn, ranks)
+    asked = custom(graph, data)
+    trainer.check(asked)
+    result = trainer.forward_backward([("here", asked), ("there", ask([make_datum(6)]))])[0]
+    trainer.optim_step([("there", AdamParams(learning_rate=0.0))])
+    assert isinstance(result, ForwardBackwardResult), result
+    loss, metrics, slopes = client_side(fn, ranks, data, result.logprobs)
+    assert result.loss_sum == pytest.approx(loss, rel=1e-5)
+    assert {name: value for name, value in result.metrics.items() if name != "loss:sum"} == pytest.approx(
+        metrics, rel=1e-4, abs=1e-6
+    )
+    plain = {"target_tokens"}
+    linear = [
+        Datum(d.tokens, {**{k: v for k, v in d.inputs.items() if k in plain}, "weights": -slope.numpy()})
+        for d, slope in zip(data, slopes, strict=True)
+    ]
+    trainer.forward_backward([("there", ask(linear))])
+    ours, theirs = (trainer.bank[run].grads for run in ("here", "there"))
+    assert ours is not None
+    assert theirs is not None
+    assert float(theirs.norm()) > 0
+    assert float((ours - theirs).norm()) <= 2e-6 * float(theirs.norm())
+
+
+def test_an_id_is_the_whole_loss_and_survives_every_restart() -> None:
+    """F5: nothing is kept beside the request, so a replay computes the same."""
+    for fn, ranks in LOSSES:
+        graph = graph_of(fn, ranks)
+        assert from_id(graph.id).id == graph.id
+        assert len(graph.id) < 2000
+
+
+def test_the_switch_is_off_and_the_refusal_names_it(qwen3: Path) -> None:
+    """H9."""
+    trainer = PeftTrainer(qwen3)
+    ranks = {"logprobs": 1, "weights": 1}
+    with pytest.raises(UserError, match="custom_loss_server_side"):
+        trainer.check(custom(graph_of(neg_ll, ranks), datums(ranks)))
+
+
+def test_every_allowed_name_is_a_function_and_none_of_them_leaves_torch() -> None:
+    """H9: what could read a file, draw a number, write in place or run code is in no list."""
+    assert set(_TABLE) == set(loss_graph.FUNCTIONS)
+    assert all(callable(function) for function in _TABLE.values())
+    assert all(callable(getattr(torch.Tensor, name)) for name in loss_graph.METHODS)
+    for name in loss_graph.METHODS | {one.rpartition(".")[2] for one in loss_graph.FUNCTIONS}:
+        assert not (name.endswith("_") and name not in ("and_", "or_")), name
+    banned = {
+        "load",
+        "save",
+        "from_file",
+        "eval",
+        "exec",
+        "compile",
+        "import_module",
+        "item",
+        "numpy",
+        "tolist",
+    }
+    banned |= {
+        "rand",
+        "randn",
+        "bernoulli",
+        "dropout",
+        "masked_select",
+        "nonzero",
+        "unique",
+        "as_strided",
+        "set_",
+    }
+    banned |= {
+        "apply_",
+        "map_",
+        "register_hook",
+        "backward",
+        "requires_grad_",
+        "cuda",
+        "share_memory_",
+        "matmul",
+    }
+    named = {one.rpartition(".")[2] for one in loss_graph.FUNCTIONS}
+    assert not banned & (loss_graph.METHODS | named)
+
+
+# ---- hostile graphs
+
+
+def node(op: str, target: str, *args: Any, name: str = "x", **kwargs: Any) -> dict[str, Any]:
+    return {"op": op, "name": name, "target": target, "args": list(args), "kwargs": kwargs}
+
+
+P = {"ref": "logprobs"}
+
+
+def around(*middle: dict[str, Any], loss: str = "") -> LossGraph:
+    """A graph of these nodes, which ends in the sum of log-probabilities, or in node ``loss``."""
+    last = node("call_method", "sum", P, name="total")
+    out = node("output", "output", {"tuple": [{"ref": loss or "total"}, {"dict": {}}]}, name="output")
+    nodes = [node("placeholder", "logprobs", name="logprobs"), *middle, last, out]
+    return checked([("logprobs", 1)], [Node(**one) for one in nodes])
+
+
+def test_the_frame_of_the_hostile_graphs_is_a_good_one(taking: PeftTrainer) -> None:
+    taking.check(custom(around(), [make_datum(6)]))
+
+
+REFUSED_BY_NAME: list[tuple[list[dict[str, Any]], str]] = [
+    ([node("call_function", "os.system", "id")], "'os.system' may not be called"),
+    ([node("call_function", "builtins.eval", "1")], "'builtins.eval' may not be called"),
+    ([node("call_function", "torch.load", "/etc/passwd")], "'torch.load' may not be called"),
+    ([node("call_function", "torch.ops.aten.sum", P)], "may not be called"),
+    ([node("call_function", "torch.Tensor.__class__", P)], "may not be called"),
+    ([node("call_function", "torch.rand_like", P)], "'torch.rand_like' may not be called"),
+    ([node("call_method", "__reduce__", P)], "'__reduce__' may not be called"),
+    ([node("call_method", "tofile", P)], "'tofile' may not be called"),
+    ([node("call_method", "add_", P, 1)], "'add_' may not be called"),
+    ([node("call_method", "apply_", P, 1)], "'apply_' may not be called"),
+    ([node("call_module", "linear", P)], "'call_module'"),
+    ([node("get_attr", "weight")], "'get_attr'"),
+    ([node("call_function", "getattr", P, "__class__")], "attributes a loss may read"),
+    ([node("call_function", "getattr", P, "grad_fn")], "attributes a loss may read"),
+    ([node("call_function", "getattr", P, {"ref": "logprobs"})], "attributes a loss may read"),
+    ([node("call_function", "torch.exp", P, out={"ref": "logprobs"})], "argument 'out'"),
+    ([node("call_function", "torch.nn.functional.relu", P, inplace=True)], "argument 'inplace'"),
+    ([node("call_function", "torch.true_divide", P, 2, rounding_mode="floor")], "argument 'rounding_mode'"),
+    ([node("call_method", "to", P, "cuda:0")], "string 'cuda:0'"),
+    ([node("call_function", "torch.exp", {"ref": "later"})], "'later', which is no earlier node"),
+    ([node("call_function", "torch.exp", {"object": "x"})], "kind 'object'"),
+    ([node("call_function", "torch.exp", {"dtype": "complex64"})], "kind 'dtype'"),
+    ([node("call_function", "torch.exp", {"dtype": ["float32"]})], "kind 'dtype'"),
+    ([node("call_function", "torch.exp", {"float": {}})], "kind 'float'"),
+    ([node("call_function", "torch.exp", {"ref": []})], "no earlier node"),
+    ([node("call_function", "torch.exp", 2**60)], "beyond 2"),
+    ([node("call_function", "torch.exp", P, name="logprobs")], "taken"),
+    ([node("call_function", "torch.exp", P, name="a.b")], "not a word"),
+    ([node("call_function", "torch.stack", [[[[[[P]]]]]])], "nested deeper"),
+    ([node("placeholder", "more", name="more")], "placeholder for each"),
+    ([node("output", "output", {"tuple": [P, {"dict": {}}]}, name="o1")], "its one output"),
+    ([node("call_method", "exp", P, name=f"n{i}") for i in range(300)], "1 to 256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "words"), REFUSED_BY_NAME, ids=[w for _, w in REFUSED_BY_NAME])
+def test_a_graph_that_would_do_more_than_arithmetic_is_refused_with_its_node(
+    nodes: list[dict[str, Any]], words: str
+) -> None:
+    """H9."""
+    with pytest.raises(UserError) as refusal:
+        around(*nodes)
+    assert words in refusal.value.message
+    assert "graph.nodes" in refusal.value.message
+
+
+COSTLY: list[tuple[list[dict[str, Any]], str]] = [
+    ([node("call_function", "torch.zeros", 10**14)], "grow beyond"),
+    ([node("call_function", "torch.arange", 0, 10**12)], "grow beyond"),
+    ([node("call_method", "expand", P, 10**9, 6)], "grow beyond"),
+    ([node("call_function", "torch.full", [10**5, 10**5], 1.0)], "grow beyond"),
+    ([node("call_function", "operator.pow", 9, 999999999)], "too large|out of range"),
+    ([node("call_function", "operator.mul", 2**52, 2**52)], "beyond 2"),
+    ([node("call_function", "operator.mul", [1], 10**9)], "list is neither"),
+    ([node("call_function", "operator.mul", {"tuple": [1]}, 10**9)], "tuple is neither"),
+    ([node("call_function", "operator.getitem", [1], 0)], "only a tensor"),
+    ([node("call_function", "operator.gt", P, 0, name="m"),
+      node("call_function", "operator.getitem", P, {"ref": "m"})], "node x"),
+    ([node("call_function", "torch.where", P)], "node x"),
+    ([node("call_function", "getattr", P, "values")], "no use for"),
+    ([node("call_method", "exp", 3)], "something else"),
+    ([node("call_function", "torch.add", P, [1, 2, 3])], "node x"),
+    ([node("call_function", "math.exp", 1000)], "node x.*range"),
+    ([node("call_function", "operator.getitem", P, 99)], "node x"),
+    ([node("call_method", "reshape", P, 7, 7)], "node x"),
+    ([node("call_method", "unsqueeze", P, 0, name="a"), node("call_function", "torch.add", P, {"ref": "a"}, name="b")]
+     + [node("call_function", "torch.cat", [{"ref": "b" if not i else f"c{i - 1}"}] * 100, name=f"c{i}")
+        for i in range(8)], "grow beyond"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "words"), COSTLY, ids=range(len(COSTLY)))
+def test_a_graph_that_grows_is_refused_before_anything_is_allocated(
+    taking: PeftTrainer, nodes: list[dict[str, Any]], words: str
+) -> None:
+    """H9, H4: names the datum, the node and the limit."""
+    asked = custom(around(*nodes), [make_datum(6)])
+    before, began = psutil.Process().memory_info().rss, time.perf_counter()
+    with pytest.raises(UserError, match=words) as refusal:
+        taking.check(asked)
+    assert time.perf_counter() - began < 2.0
+    assert psutil.Process().memory_info().rss - before < 64 * 2**20
+    assert refusal.value.message.startswith("datum 0: custom loss, node ")
+
+
+def test_the_work_a_graph_may_ask_for_is_bounded_by_what_is_trained_on(taking: PeftTrainer) -> None:
+    """Deep but small passes; the same depth over every pair of positions does not."""
+    chain = [
+        node("call_method", "tanh", P if not i else {"ref": f"n{i - 1}"}, name=f"n{i}") for i in range(250)
+    ]
+    taking.check(custom(around(*chain), [make_datum(256)]))
+    column = {"tuple": [{"slice": [None, None, None]}, None]}
+    wide = [
+        node("call_function", "operator.getitem", P, column, name="a"),
+        node("call_function", "operator.sub", {"ref": "a"}, P, name="n0"),
+        *({**each, "args": [{"ref": f"n{i}"}], "name": f"n{i + 1}"} for i, each in enumerate(chain[:240])),
+    ]
+    with pytest.raises(UserError, match=f"grow beyond {allowance(256)} elements, the limit for 256"):
+        taking.check(custom(around(*wide), [make_datum(256)]))
+
+
+def test_what_goes_wrong_while_it_runs_fails_that_request_alone_and_names_its_datum(qwen3: Path) -> None:
+    """H9, F12: the run's gradient is as before, and the other run's step is what it is alone."""
+    trainer = PeftTrainer(qwen3, custom_loss=True)
+    trainer.create("here", SPEC)
+    trainer.create("other", SPEC)
+    trainer.create("alone", SPEC)
+    rooted = around(
+        node("call_function", "operator.mul", P, 0, name="a"), node("call_method", "sqrt", {"ref": "a"}, name="b"),
+        node("call_method", "sum", {"ref": "b"}, name="c"), loss="c",
+    )  # fmt: skip
+    index = around(
+        node("call_function", "operator.getitem", P, [40]), node("call_method", "sum", {"ref": "x"}, name="c"),
+        loss="c",
+    )  # fmt: skip
+    constant = around(node("call_function", "torch.ones", 3, name="a"),
+                      node("call_method", "sum", {"ref": "a"}, name="c"), loss="c")  # fmt: skip
+    good = ask([make_datum(6)])
+    trainer.forward_backward([("alone", good)])
+    for graph, words in ((rooted, "slope"), (index, "out of"), (constant, "does not depend on logprobs")):
+        asked = custom(graph, [make_datum(6), make_datum(8)])
+        try:
+            trainer.check(asked)
+        except UserError as error:
+            assert words in error.message  # noqa: PT017 - an index is refused here or there, by torch's version
+            continue
+        refused, beside = trainer.forward_backward([("here", asked), ("other", good)])
+        assert isinstance(refused, DatumError), refused
+        assert words in refused.message
+        assert refused.datum in (0, 1)
+        assert isinstance(beside, ForwardBackwardResult)
+        ours, alone, none = (trainer.bank[run].grads for run in ("other", "alone", "here"))
+        assert ours is not None
+        assert alone is not None
+        assert none is not None
+        assert torch.equal(ours, alone)
+        assert not none.any()
+        trainer._runs["other"].dirty = False
+        ours.zero_()
+
+
+WRONG_DATUMS: list[tuple[dict[str, Any], str]] = [
+    ({}, "the loss takes weights; add it"),
+    ({"weights": np.ones((9, 2), np.float32)}, r"weights has shape \[9, 2\]; the loss takes \[N\]"),
+    ({"weights": np.ones(7, np.float32)}, "weights has 7 rows for 9 tokens"),
+    ({"weights": np.full(9, np.nan, np.float32)}, "weights is not finite at element 0"),
+    (
+        {"weights": np.ones(9, np.float32), "target_tokens": np.ones((9, 2), np.int64)},
+        "target_tokens has shape",
+    ),
+]
+
+
+@pytest.mark.parametrize(("inputs", "words"), WRONG_DATUMS)
+def test_a_datum_that_does_not_fit_the_loss_is_named(
+    taking: PeftTrainer, inputs: dict[str, Any], words: str
+) -> None:
+    graph = graph_of(neg_ll, {"logprobs": 1, "weights": 1})
+    right = make_datum(5, weights=np.ones(5, np.float32))
+    with pytest.raises(UserError, match=f"^datum 1: .*{words}"):
+        taking.check(custom(graph, [right, make_datum(9, **inputs)]))
+
+
+def _id(plain: bytes) -> str:
+    return "graph1." + base64.urlsafe_b64encode(zlib.compress(plain, 9)).decode()
+
+
+GOOD = graph_of(*LOSSES[0])
+NO_IDS = [
+    "", "loss-17", "graph1.", "graph1.!!!", "graph1.AAAA", "graph2" + GOOD.id[6:], GOOD.id[:-8], _id(b"[]"),
+    _id(b"[" * 60_000), _id(bytes(2**27)), _id(b'[[["logprobs",1]],[[[],[],[],[],[]]]]'), _id(b"null"),
+    "graph1." + "A" * 10**6,
+    _id(json.dumps([[["logprobs", 1]], [["call_function", "x", "torch.load", ["/x"], {}]]]).encode()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_IDS, ids=range(len(NO_IDS)))
+def test_an_id_that_no_server_gave_is_refused_and_costs_nothing(taking: PeftTrainer, text: str) -> None:
+    """H9: an id is a stranger's input like any other; one that unpacks to 128 MiB is not unpacked."""
+    asked = replace(custom(GOOD, [make_datum(5)]), loss_config={"loss_id": text})
+    before, began = psutil.Process().memory_info().rss, time.perf_counter()
+    with pytest.raises(UserError):
+        taking.check(asked)
+    assert time.perf_counter() - began < 1.0
+    assert psutil.Process().memory_info().rss - before < 32 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ([], "inputs: 0"), ([("weights", 1)], "first must be logprobs"), ([("logprobs", 0)], "rank"),
+        ([("logprobs", 3)], "rank"), ([("logprobs", 1), ("logprobs", 1)], "once"), ([("Logprobs", 1)], "lowercase"),
+        ([("logprobs", 1)] + [(f"i{n}", 1) for n in range(16)], "inputs: 17"),
+    ],
+)  # fmt: skip
+def test_inputs_that_no_loss_can_take_are_refused(inputs: list[tuple[str, int]], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        checked(inputs, [Node("output", "output", "output")])
+
+
+def test_what_a_loss_returns_must_be_a_scalar_and_metrics_that_say_how_they_combine() -> None:
+    out = [{"tuple": [P, {"dict": {"loss:sum": P}}]}]
+    with pytest.raises(UserError, match=r"custom/<name>:sum"):
+        checked(
+            [("logprobs", 1)],
+            [Node("placeholder", "logprobs", "logprobs"), Node("output", "o", "output", out)],
+        )
+    program = Program(around(loss="logprobs"))
+    with pytest.raises(UserError, match=r"loss: must be a tensor of one number, not \[6\]"):
+        program.check({"logprobs": ((6,), torch.float32)})
