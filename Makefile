@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test unit check fault format hub-trial bench load continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
+.PHONY: help demo lab binder test unit check fault format hub-trial bench load continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ demo: $(STAMPS)/installed  ## fine-tune the demo model from a notebook on a real
 
 lab: $(STAMPS)/installed  ## open JupyterLab with the quickstart notebook
 	$(BIN)/jupyter lab examples/quickstart.ipynb
+
+binder:  ## build what a Binder builds, in a clean environment, and run its tour
+	$(PYTHON) scripts/binder.py
 
 test: $(STAMPS)/installed system  ## run every test: Python, TypeScript, real servers, a real browser
 	npm test -- --silent
