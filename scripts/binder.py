@@ -24,9 +24,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tuft-binder-") as scratch:
         clone, environment = Path(scratch, "clone"), Path(scratch, "environment")
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        wanted = (clone / "binder" / "runtime.txt").read_text().strip().replace("-", "")
-        interpreter = shutil.which(wanted) or sys.executable
-        step("environment", scratch, interpreter, "-m", "venv", str(environment))
+        step("environment", scratch, sys.executable, "-m", "venv", str(environment))
         path = f"{environment / 'bin'}{os.pathsep}{os.defpath}"
         env = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | {
             "PATH": path
