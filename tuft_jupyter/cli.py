@@ -20,6 +20,7 @@ from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.kernel import doctor
 from tuft_jupyter.kernel.errors import TuftConnectionError
 from tuft_jupyter.kernel.report import Table, status_table
+from tuft_jupyter.kernel.versions import difference
 
 VERBS = ("launch", "status", "runs", "export", "keys", "hub-service", "doctor", "config", "stop")
 NO_MODEL_CONFIG = "Model configuration file must be provided via --model-config"
@@ -143,16 +144,16 @@ def _hub_service(file: str | None) -> int:
 
 
 def _status(address: str | None) -> int:
-    from tuft_jupyter.kernel.client import Refused
+    from tuft_jupyter.kernel.connect import Connection
     from tuft_jupyter.kernel.discovery import discover
 
     found = discover(address, None, note=lambda text: print(f"tuft: {text}", file=sys.stderr))
     if found is None:
         print("tuft: no server is running; `tuft launch` starts one", file=sys.stderr)
         return 1
-    try:
-        status = found.client.status()
-    except Refused:
-        status = None
+    status = Connection(found.client, found.source).status()
     print(status_table(found.address, found.source, status, owned=False))
+    unlike = difference("the server runs", str((status or {}).get("version") or ""), "this command")
+    if unlike:
+        print(f"tuft: {unlike}", file=sys.stderr)
     return 0

@@ -345,7 +345,9 @@ def _minimal(model: str | None, home: Path) -> dict[str, Any]:
         path = Path(model).expanduser()
         if path.is_dir():
             entry["model_path"] = str(path.resolve())
-            entry["max_model_len"] = min(_max_positions(path) or 4096, 32768)
+        described = Path(__file__).with_name("demo") if model == DEMO_MODEL else path
+        if described.is_dir():
+            entry["max_model_len"] = min(_max_positions(described) or 4096, 32768)
         entry |= {"tensor_parallel_size": 1, "max_lora_rank": DEFAULT_RANK_LIMIT}
         document["supported_models"] = [entry]
     return document
@@ -378,7 +380,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"Config file not found: {path}") from None
+        raise ConfigError(
+            f"Config file not found: {path}; name one that exists, or leave it out to offer tuft/demo"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:

@@ -25,6 +25,8 @@ export interface IStatus {
   persistence: string;
   backend: { installed: boolean; detail: string };
   models: IModelStatus[];
+  /** What works, but is better known, in sentences; absent from older servers. */
+  notes?: string[];
 }
 
 /** A process that computes. `cpu` is percent of one core, `memory` bytes. */

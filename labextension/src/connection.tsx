@@ -3,7 +3,7 @@ import { TranslationBundle } from '@jupyterlab/translation';
 import * as React from 'react';
 import { IStatus } from './api';
 import { Code } from './parts';
-import { IFineTuning } from './tokens';
+import { IFineTuning, VERSION } from './tokens';
 
 type Level = 'ok' | 'busy' | 'bad' | 'off';
 
@@ -38,6 +38,25 @@ export function ConnectionHead(props: IConnectionProps): JSX.Element {
         )}
       </div>
       {status && <Facts status={status} trans={trans} />}
+      {connection === 'lost' && (
+        <div className="jp-Tuft-trouble">
+          <p>
+            {trans.__(
+              'Start it again where it ran; this page then connects by itself, and what was training goes on:'
+            )}
+          </p>
+          <Code lines={['jupyter lab']} trans={trans} />
+        </div>
+      )}
+      {connection === 'forbidden' && (
+        <div className="jp-Tuft-trouble">
+          <p>
+            {trans.__(
+              'Log in with an account that may, or ask the owner of the server to let yours read “tuft”.'
+            )}
+          </p>
+        </div>
+      )}
       {connection === 'unusable' && (
         <div className="jp-Tuft-trouble">
           <p>{source.problem}</p>
@@ -146,13 +165,32 @@ function Trouble(props: {
       </div>
     );
   }
-  return failed.length ? (
+  const notes = [...(status.notes ?? [])];
+  if (status.version !== VERSION) {
+    notes.push(
+      trans.__(
+        'This panel is of version %1, its server of %2: reload the page, or upgrade the older one.',
+        VERSION,
+        status.version
+      )
+    );
+  }
+  return failed.length || notes.length ? (
     <div className="jp-Tuft-trouble">
       {failed.map(model => (
         <p key={model.name}>
           <b>{model.name}</b>: {model.detail}
         </p>
       ))}
+      {failed.length > 0 && (
+        <Code lines={['%tuft init tuft/demo', 'tuft doctor']} trans={trans} />
+      )}
+      {notes.map(note => (
+        <p key={note}>{note}</p>
+      ))}
+      {status.version !== VERSION && (
+        <Code lines={['pip install --upgrade tuft-jupyter']} trans={trans} />
+      )}
     </div>
   ) : null;
 }

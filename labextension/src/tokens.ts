@@ -4,6 +4,9 @@ import { ISignal } from '@lumino/signaling';
 import { IGauges, ILogLine, IStatus, IWaiting } from './api';
 import { IState } from './model';
 
+/** The version of this extension; a test holds that it is the package's. */
+export const VERSION = '0.1.0';
+
 /**
  * How the page stands to the server:
  * `connecting` at first, `live` while records come in, `lost` between two attempts (a `retryAt` is set), `missing`

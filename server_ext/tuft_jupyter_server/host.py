@@ -33,6 +33,7 @@ from tuft_jupyter.core.samples import Samples
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import ModelCard, Principal
 from tuft_jupyter.home import ensure_key, ensure_secret, private_directory, private_file
+from tuft_jupyter.kernel.versions import sdk_note
 from tuft_jupyter.wire.api import Api
 from tuft_jupyter.wire.tickets import Tickets
 from tuft_jupyter_server.catalog import ServerCatalog
@@ -241,8 +242,14 @@ class Host:
             "durability": self.journal.durability.value,
             "backend": {"installed": not missing, "detail": backend},
             "models": states,
+            "notes": [note] if (note := sdk_note(self._sdk_of(principal.tenant))) else [],
             "ending": self.service.tenure.ending(principal.tenant, self.ledger.clock()),
         }
+
+    def _sdk_of(self, tenant: str) -> str:
+        """The SDK of a tenant's newest session, as it named itself."""
+        sessions = reversed(self.ledger.state.sessions.values())
+        return next((each.sdk_version for each in sessions if each.tenant == tenant), "")
 
     async def add_model(self, principal: Principal, model: str) -> ModelCard:
         if not principal.admin:

@@ -153,6 +153,7 @@ def test_the_metadata_names_the_extras_and_the_commands(wheel: Path) -> None:
 
 def test_front_and_back_have_one_version() -> None:
     assert json.loads((ROOT / "package.json").read_text())["version"] == __version__
+    assert f"VERSION = '{__version__}'" in (ROOT / "labextension" / "src" / "tokens.ts").read_text()
 
 
 def test_a_base_install_is_small_and_without_torch(installed: Installed) -> None:

@@ -25,6 +25,10 @@ class StubServer:
     def __init__(self, models: tuple[str, ...] = ("tuft/demo",), key: str = KEY) -> None:
         self.models = list(models)
         self.key = key
+        self.version = "9.9"
+        self.ready = True
+        self.waiting: str | None = None
+        self.backend: dict[str, Any] = {"installed": True, "detail": "torch is installed"}
         self.states: dict[str, dict[str, str]] = {}
         self.asked: list[tuple[str, str | None]] = []
         self.routes: dict[str, Callable[[dict[str, Any]], Answer]] = {
@@ -41,11 +45,11 @@ class StubServer:
     def status(self) -> dict[str, Any]:
         models = [{"name": n, "state": "ready", "detail": "", **self.states.get(n, {})} for n in self.models]
         return {
-            "version": "9.9",
-            "ready": True,
-            "waiting_for": None,
+            "version": self.version,
+            "ready": self.ready,
+            "waiting_for": self.waiting,
             "persistence": "in a file",
-            "backend": {"installed": True, "detail": "torch is installed"},
+            "backend": self.backend,
             "models": models,
             "tenant": "ada",
         }
@@ -63,6 +67,10 @@ class StubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nobody answers any more. Safe to call twice."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

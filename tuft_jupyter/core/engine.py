@@ -139,6 +139,9 @@ class EngineDied(Exception):
 class TrainingEngine(Protocol):
     """One base model's training worker, reached from the event loop."""
 
+    say: Callable[[str], None]
+    """Told, while it starts, what it is at; set by who starts it."""
+
     async def start(self) -> None:
         """Bring up a (new) worker with the model loaded; TuftError says why it cannot be."""
 
@@ -154,6 +157,8 @@ class TrainingEngine(Protocol):
 
 class SamplingEngine(Protocol):
     """One base model's sampling worker, reached from the event loop."""
+
+    say: Callable[[str], None]
 
     async def start(self) -> None: ...
 

@@ -53,6 +53,14 @@ class Watchdog:
         self._seconds_per_token: float | None = None
         self._ahead = 0.0
 
+    @property
+    def say(self) -> Callable[[str], None]:
+        return self.engine.say
+
+    @say.setter
+    def say(self, told: Callable[[str], None]) -> None:
+        self.engine.say = told
+
     async def start(self) -> None:
         try:
             async with asyncio.timeout(self.patience.start):

@@ -12,7 +12,7 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,12 +55,8 @@ CPU_MALLOC = {
 }
 
 SECRETS = (
-    "TUFT_API_KEY",
-    "TINKER_API_KEY",
-    "JUPYTER_TOKEN",
-    "JUPYTERHUB_API_TOKEN",
-    "JPY_API_TOKEN",
-    "HF_TOKEN",
+    *("TUFT_API_KEY", "TINKER_API_KEY", "JUPYTER_TOKEN"),
+    *("JUPYTERHUB_API_TOKEN", "JPY_API_TOKEN", "HF_TOKEN"),
 )
 """Variables of the notebook server that a worker has no use for."""
 
@@ -101,6 +97,7 @@ class _ClusterEngine:
         self.card = card
         self.threads = threads
         self.trusted = trusted
+        self.say: Callable[[str], None] = lambda _: None
         self._runtime = runtime
         self._options = ActorOptions(card, threads, options or {})
         self._actor: _Actor | None = None
@@ -119,6 +116,7 @@ class _ClusterEngine:
     async def start(self) -> None:
         """Bring up a (new) actor with the model loaded; TuftError says why it cannot be."""
         await self._end()
+        self.say("starting a worker" if self._runtime.running else "starting Ray, then a worker")
         session = await self._runtime.acquire(self)
         loop = asyncio.get_running_loop()
         handle = await self._runtime.thread.run(lambda: self._create(session))
@@ -204,6 +202,7 @@ class _ClusterEngine:
             with contextlib.suppress(psutil.Error):
                 self._process = psutil.Process(actor.pid)
                 actor.session.guard.watch(self._process)
+        self.say("reading the weights")
         loaded: Loaded = await self._answer(actor, actor.handle.load.remote())
         if loaded.category:
             raise failure(loaded.category, loaded.error)

@@ -83,6 +83,10 @@ class Runtime:
         self._session: Session | None = None
         self._users: set[object] = set()
 
+    @property
+    def running(self) -> bool:
+        return self._session is not None and not self._session.lost
+
     async def acquire(self, user: object) -> Session:
         """Ray, started if need be, for as long as ``user`` does not release it; ServerError says why it cannot be."""
         self._users.add(user)

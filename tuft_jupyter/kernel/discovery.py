@@ -12,9 +12,10 @@ another user on this machine.
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,6 +125,8 @@ def _explicit(address: str, source: str, key: str, remedy: str = "") -> Found:
         return Found(address, source, outcome, key)
     if "key" in outcome:
         remedy = "; pass api_key= or set TUFT_API_KEY to a key of that server"
+    elif not remedy:
+        remedy = "; start one there with `tuft launch`, or leave the address out: `%tuft init` finds one"
     raise TuftConnectionError(f"Cannot connect to TuFT at {address} (from {source}): {outcome}{remedy}.")
 
 
@@ -160,7 +163,7 @@ def daemon_processes() -> Iterator[tuple[psutil.Process, str]]:
         try:
             arguments = launch_arguments(process.cmdline())
             if arguments is not None:
-                yield process, _address(arguments, process.environ())
+                yield process, _address(arguments, process.environ(), _listening(process))
         except (psutil.Error, OSError):
             continue
 
@@ -182,18 +185,27 @@ def launch_arguments(command: list[str]) -> list[str] | None:
 
 
 def notebook_servers(env: Mapping[str, str]) -> Iterator[str]:
-    """TuFT below this user's running Jupyter servers, the one that started this kernel first."""
-    try:
-        from jupyter_server.serverapp import list_running_servers
-    except ImportError:
-        return
-    parent = env.get("JPY_PARENT_PID")
-    servers = sorted(list_running_servers(), key=lambda server: str(server.get("pid")) != parent)
-    for server in servers:
-        yield normal(f"{server['url'].rstrip('/')}/tuft")
+    """TuFT below this user's running Jupyter servers, the one that started this kernel first.
+
+    Each says where it is in a file of Jupyter's runtime directory. The file is read here: jupyter_server's own reader
+    takes seconds to import.
+    """
+    from jupyter_core.paths import jupyter_runtime_dir
+
+    servers = []
+    for file in Path(jupyter_runtime_dir()).glob("jpserver-*.json"):
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            if psutil.pid_exists(told["pid"]):
+                servers.append((str(told["pid"]), str(told["url"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    for _, url in sorted(servers, key=lambda server: server[0] != env.get("JPY_PARENT_PID")):
+        yield normal(f"{url.rstrip('/')}/tuft")
 
 
-def _address(arguments: list[str], env: Mapping[str, str]) -> str:
+def _address(arguments: list[str], env: Mapping[str, str], listening: Collection[int] = ()) -> str:
+    """Where a daemon with these arguments serves. ``listening`` are the ports it is seen to listen on."""
     options = {"--host": env.get("TUFT_HOST"), "--port": env.get("TUFT_PORT")}
     for n, part in enumerate(arguments):
         name, equals, value = part.partition("=")
@@ -203,7 +215,16 @@ def _address(arguments: list[str], env: Mapping[str, str]) -> str:
     host = options["--host"]
     if host in (None, "", "0.0.0.0", "::"):
         host = "127.0.0.1"
-    return f"http://{host}:{options['--port'] or DEFAULT_PORT}"
+    port = options["--port"] or str(DEFAULT_PORT)
+    if listening and port not in map(str, listening):  # its file says another, or it took any that was free
+        answering = (p for p in sorted(listening) if Client(f"http://{host}:{p}").alive())
+        port = str(next(answering, port))
+    return f"http://{host}:{port}"
+
+
+def _listening(process: psutil.Process) -> list[int]:
+    connections = process.net_connections(kind="tcp")
+    return [c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN]
 
 
 def _is_own(process: psutil.Process) -> bool:

@@ -28,6 +28,7 @@ from tuft_jupyter.config import (
     load_settings,
     sampler_choice,
 )
+from tuft_jupyter.kernel.versions import SDK_REQUIREMENT, difference, sdk_note
 
 KERNEL_PACKAGES = ("tuft-jupyter", "tinker", "transformers", "huggingface-hub", "ipykernel")
 BACKEND_PACKAGES = ("torch", "transformers", "peft", "ray", "safetensors")
@@ -115,7 +116,14 @@ def ask(interpreter: str) -> str:
     lacking = [name for name in KERNEL_PACKAGES[:2] if versions[name] is None]
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     text = f"{interpreter} (Python {python}): {found or 'none of our packages'}"
-    return f"! {text}; lacks {', '.join(lacking)}" if lacking else text
+    if lacking:
+        return f'! {text}; lacks {", ".join(lacking)}: {interpreter} -m pip install tuft-jupyter "{SDK_REQUIREMENT}"'
+    unlike = [
+        sdk_note(versions["tinker"]),
+        difference("it has", versions["tuft-jupyter"], "this interpreter"),
+    ]
+    notes = "; ".join(filter(None, unlike))
+    return f"! {text}; {notes}" if notes else text
 
 
 def shown_config(model: str | None, env: Mapping[str, str] = os.environ) -> str:

@@ -57,7 +57,10 @@ class Source:
 def existing_config(config: str | os.PathLike[str]) -> Path:
     path = Path(config).expanduser()
     if not path.is_file():
-        raise TuftConnectionError(f"Config file not found: {path}")
+        raise TuftConnectionError(
+            f"Config file not found: {path}; name one that exists, or leave it out and name a model: "
+            "`%tuft init tuft/demo`"
+        )
     return path
 
 
@@ -85,6 +88,11 @@ def choose_config(
         return Source(default, "the default file")
     if not model:
         raise TuftConnectionError(GUIDANCE.format(default=default))
+    if model.startswith(("/", "~", "./", "../")) and not Path(model).expanduser().is_dir():
+        raise TuftConnectionError(
+            f"There is no directory {model} (from {words}); give the directory of a model, a hub id or 'tuft/demo': "
+            "`%tuft init tuft/demo`"
+        )
     path = home / "configs" / "generated.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     homes.write_private(path, yaml.safe_dump(generated_config(model, env), sort_keys=False))

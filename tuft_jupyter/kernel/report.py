@@ -161,6 +161,7 @@ def status_table(address: str, source: str, status: Mapping[str, Any] | None, ow
         ("models", "\n".join(_model_line(model) for model in status.get("models") or [])),
         ("backend", _backend_line(backend)),
         ("persistence", _words(status.get("persistence"))),
+        ("note", "\n".join(status.get("notes") or [])),
     ]
     return Table("TuFT: connected", rows)
 

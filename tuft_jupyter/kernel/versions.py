@@ -34,19 +34,31 @@ def sdk_refusal(version: str | None) -> str:
     return ""
 
 
+def sdk_note(version: str | None) -> str:
+    """What is better known of an SDK version: too old to work, or newer than was tried; empty if it is neither."""
+    if version and _parts(version) > NEWEST:
+        return (
+            f"tinker {version} is newer than any that this version was tried with; "
+            f'if something fails: %pip install "{SDK_REQUIREMENT}"'
+        )
+    return sdk_refusal(version) if version else ""
+
+
 def notes(version: str | None, server: str) -> list[str]:
     """What works, but is better known: an untried SDK, another tuft-jupyter in the server's environment."""
-    said = []
-    if version is not None and _parts(version) < OLDEST:
-        said.append(sdk_refusal(version))
-    if version is not None and _parts(version) > NEWEST:
-        said.append(f"tinker {version} is newer than any this version was tried with ({SDK_REQUIREMENT})")
-    if server and _parts(server) != _parts(__version__):
-        said.append(
-            f"the server runs tuft-jupyter {server}, this kernel {__version__}: "
-            "pip install --upgrade tuft-jupyter in the environment of the older one"
-        )
-    return said
+    return [
+        text for text in (sdk_note(version), difference("the server runs", server, "this kernel")) if text
+    ]
+
+
+def difference(there: str, version: str | None, here: str) -> str:
+    """That two environments have different tuft-jupyters, with the command that mends it; empty if they do not."""
+    if not version or _parts(version) == _parts(__version__):
+        return ""
+    return (
+        f"{there} tuft-jupyter {version}, {here} {__version__}: "
+        "pip install --upgrade tuft-jupyter in the environment of the older one"
+    )
 
 
 def _parts(version: str) -> tuple[int, ...]:
