@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from tuft_jupyter import models
+from tuft_jupyter import models, tracing
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.access import KeyRing
@@ -39,6 +39,7 @@ from tuft_jupyter.wire.tickets import Tickets
 from tuft_jupyter_server.catalog import ServerCatalog
 from tuft_jupyter_server.gauges import Gauges
 from tuft_jupyter_server.metrics import CONTENT_TYPE, Metrics
+from tuft_jupyter_server.traces import Traces
 from tuft_jupyter_server.wording import words_of
 
 log = logging.getLogger("tuft_jupyter")
@@ -127,7 +128,11 @@ class Host:
         self.keys.token = self.tickets.credential
         given = {key: Principal(tenant) for key, tenant in settings.authorized_users.items()}
         self.keybook = KeyBook(self.ledger, self.keys, (self.key, self.owner), given)
+        traced = tracing.begin("server")
+        self.traces = None if traced is None else Traces(traced, self.ledger)
         self.engines = engines or ClusterEngines(settings)
+        if self.traces is not None:
+            self.engines = self.traces.around(self.engines)
         self.service = Service(
             self.ledger,
             ServerCatalog(settings, self.ledger),
@@ -144,7 +149,7 @@ class Host:
             quotas=_quotas(settings, lambda tenant: self.groups.get(tenant, ())),
             samples=Samples(settings.keep_samples),
         )
-        self.api = Api(self.service, self)
+        self.api = Api(self.service, self, watch=None if self.traces is None else self.traces.request)
         self.gauges = Gauges(self.engines.workers)
         self._metrics = Metrics(self)
         self.problem = ""
@@ -203,6 +208,8 @@ class Host:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.service.stop()
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.tracing.close)
 
     async def _expire_keys(self) -> None:
         while True:

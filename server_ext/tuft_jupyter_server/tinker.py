@@ -176,6 +176,7 @@ class TinkerHandler(Answering):
                 self._root(),
                 self.credential,
                 None if self._spool is None else self._spool.file,
+                headers.get("traceparent", ""),
             )
         except TuftError as error:
             self.send(error_reply(error, self.dialect))

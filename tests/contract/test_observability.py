@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import re
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -58,6 +59,55 @@ def test_metrics_count_what_was_done_for_whom_and_how_it_ended(tmp_path: Path) -
         assert seen["tuft_engine_busy_seconds_total", ("bob",)] > 0
         assert seen["process_resident_memory_bytes", ()] > 1e6
         assert ("tuft_loop_lag_seconds_count", ()) in seen
+
+    on_server(tmp_path, body)
+
+
+UNITS = ("_seconds", "_bytes")
+COUNTED = (
+    "_ops",
+    "_adapters",
+    "_runs",
+    "_subscribers",
+    "_flight",
+    "_ready",
+    "_requests",
+    "_events",
+    "_tokens",
+)
+"""Ends of the names of numbers without a unit: things that are counted, and yes or no."""
+PAGE = Path(__file__).parents[2] / "docs" / "observability.md"
+
+
+def test_metrics_are_named_as_prometheus_wants_and_documented(tmp_path: Path) -> None:
+    """S1-69: base units at the end, counters in `_total`, a help text for each, no other labels than the page names."""
+
+    async def body(server: Server) -> None:
+        run = await server.new_run(BOB_KEY)
+        promise = await server.post("/optim_step", step(run, 1), BOB_KEY)
+        await server.post("/retrieve_future", {"request_id": promise["request_id"]}, BOB_KEY)
+        await server.post("/telemetry", {"events": [{"event": "SESSION_START", "severity": "INFO"}]}, BOB_KEY)
+        text = (await server.ask("GET", "/tuft/metrics")).body.decode()
+        families = [  # the rest is of the library itself
+            family
+            for family in text_string_to_metric_families(text)
+            if not family.name.startswith("process_") and not family.name.endswith("_created")
+        ]
+        page = dict(re.findall(r"^\| `(tuft_\w+)` \| (\w+ \| .*?) \|", PAGE.read_text(), re.MULTILINE))
+        shown = {}
+        for family in families:
+            name = family.name + ("_total" if family.type == "counter" else "")
+            assert re.fullmatch(r"tuft(_[a-z]+)+", family.name), family.name
+            assert family.name.endswith(UNITS + COUNTED), family.name
+            assert family.documentation, family.name
+            labels = {
+                key for sample in family.samples for key in sample.labels if key not in ("le", "tenant")
+            }
+            kind, _, told = page[name].partition(" | ")
+            assert kind == family.type, name
+            assert labels <= set(re.findall(r"\w+", told)), name
+            shown[name] = family
+        assert shown.keys() == page.keys()
 
     on_server(tmp_path, body)
 

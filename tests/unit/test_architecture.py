@@ -47,7 +47,8 @@ ROOMS_WITH_A_WIDER_VIEW = {
     "tuft_jupyter.engine.worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.sampling_worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.text_worker": {"tuft_jupyter.wire"},
-    "tuft_jupyter.engine.cluster": {"tuft_jupyter.config"},
+    "tuft_jupyter.engine.cluster": {"tuft_jupyter.config", "tuft_jupyter.tracing"},
+    "tuft_jupyter.engine.actors": {"tuft_jupyter.tracing"},
     "tuft_jupyter.engine.ray_place": {"tuft_jupyter.home"},
     "tuft_jupyter.engine.ray_local": {"tuft_jupyter.home"},
 }

@@ -11,10 +11,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuft_jupyter import tracing
 from tuft_jupyter.core.engine import EngineDied, Outcome, Sampler, Task, Trainer
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import ModelCard
@@ -70,6 +72,7 @@ class EngineActor:
         self.options = options
         self.device = "cpu"
         logging.basicConfig(level=logging.INFO)
+        self._tracing = tracing.begin(type(self).__name__)
 
     def pid(self) -> int:
         return os.getpid()
@@ -87,6 +90,13 @@ class EngineActor:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             return Loaded(category="server", error=text)
         return Loaded(self.device, time.perf_counter() - began)
+
+    def span(self, name: str, trace: str) -> AbstractContextManager[Any]:
+        """What is done for a caller, in its trace, where there are any."""
+        if self._tracing is None:
+            return nullcontext()
+        said = {"tuft.base_model": self.options.card.name, "tuft.device": self.device}
+        return self._tracing.span(name, trace, kind="server", said=said)
 
     def setup_device(self) -> None:
         """CUDA if Ray gave us some of it, else the CPU with as many threads as were planned."""
@@ -149,10 +159,11 @@ class TrainingActor(EngineActor):
 
         return PeftTrainer(self.options.card.path, **self.model_options())
 
-    def step(self, tasks: Sequence[Task]) -> tuple[list[Outcome], int]:
+    def step(self, tasks: Sequence[Task], trace: str = "") -> tuple[list[Outcome], int]:
         """(the outcomes, GPU bytes held). The process ends if its trainer can never work again."""
         try:
-            return self.worker.step(tasks), self.gpu_bytes()
+            with self.span("train", trace):
+                return self.worker.step(tasks), self.gpu_bytes()
         except EngineDied:
             os._exit(1)
 
@@ -179,20 +190,22 @@ class SamplingActor(EngineActor):
         return TorchSampler(self.options.card.path, **self.model_options())
 
     async def sample(
-        self, request_id: str, adapter: str | None, body: bytes, tenant: str
+        self, request_id: str, adapter: str | None, body: bytes, tenant: str, trace: str = ""
     ) -> tuple[Outcome, int]:
         """(the outcome, GPU bytes held)."""
-        return await self.worker.sample(request_id, adapter, body, salt=tenant), self.gpu_bytes()
+        with self.span("sample", trace):
+            return await self.worker.sample(request_id, adapter, body, salt=tenant), self.gpu_bytes()
 
     async def cancel(self, request_id: str) -> None:
         self.worker.cancel(request_id)
         self.text.cancel(request_id)
 
     async def complete(
-        self, request_id: str, adapter: str | None, body: bytes, chat: bool, tenant: str
+        self, request_id: str, adapter: str | None, body: bytes, chat: bool, tenant: str, trace: str = ""
     ) -> Part:
         """The first part of the answer to a request in OpenAI's form."""
-        return await self.text.begin(request_id, adapter, body, chat=chat, salt=tenant)
+        with self.span("sample", trace):
+            return await self.text.begin(request_id, adapter, body, chat=chat, salt=tenant)
 
     async def more(self, request_id: str) -> Part:
         """The next part of such an answer."""

@@ -33,6 +33,7 @@ from tuft_jupyter.engine.actors import (
 )
 from tuft_jupyter.engine.pretrained import TRUST
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
+from tuft_jupyter.tracing import carried
 
 if TYPE_CHECKING:
     from tuft_jupyter.engine.text_worker import Part
@@ -268,7 +269,9 @@ class ClusterTrainingEngine(_ClusterEngine):
         """Run one batch; one outcome per task, in order. EngineDied if the worker went away."""
         actor = self._ready()
         outcomes: list[Outcome]
-        outcomes, actor.gpu_bytes = await self._answer(actor, actor.handle.step.remote(list(tasks)))
+        outcomes, actor.gpu_bytes = await self._answer(
+            actor, actor.handle.step.remote(list(tasks), carried.get())
+        )
         return outcomes
 
 
@@ -302,7 +305,7 @@ class ClusterSamplingEngine(_ClusterEngine):
         actor = self._ready()
         outcome: Outcome
         outcome, actor.gpu_bytes = await self._answer(
-            actor, actor.handle.sample.remote(request_id, adapter, body, tenant)
+            actor, actor.handle.sample.remote(request_id, adapter, body, tenant, carried.get())
         )
         return outcome
 
@@ -313,7 +316,7 @@ class ClusterSamplingEngine(_ClusterEngine):
         actor = self._ready()
         ended = False
         try:
-            call = actor.handle.complete.remote(request_id, adapter, body, chat, tenant)
+            call = actor.handle.complete.remote(request_id, adapter, body, chat, tenant, carried.get())
             while not ended:
                 part: Part = await self._answer(actor, call)
                 ended = part.ended

@@ -8,6 +8,7 @@ nothing of Tornado, and never looks inside tensors.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.service import Service
@@ -28,6 +29,9 @@ from tuft_jupyter.wire.verbs.watching import WatchingVerbs
 HOLD_SECONDS = 20.0
 """How long a poll is held: the SDK gives up at 45 or 90 s and never sleeps between polls."""
 
+Watch = Callable[[Route, str], AbstractContextManager[Callable[[int], None]]]
+"""What is put around each request: told the route and the caller's ``traceparent``, and then the status."""
+
 
 class Api(
     SessionVerbs,
@@ -42,13 +46,28 @@ class Api(
     WatchingVerbs,
     OpenAIVerbs,
 ):
-    def __init__(self, service: Service, host: Host, hold_seconds: float = HOLD_SECONDS) -> None:
+    def __init__(
+        self,
+        service: Service,
+        host: Host,
+        hold_seconds: float = HOLD_SECONDS,
+        watch: Watch | None = None,
+    ) -> None:
         self.service = service
         self.host = host
         self.hold_seconds = hold_seconds
+        self._watch = watch
 
     async def answer(self, route: Route, call: Call) -> Reply:
         """Answer one request; a refusal comes back as a reply, never as an exception."""
+        if self._watch is None:
+            return await self._answer(route, call)
+        with self._watch(route, call.trace) as answered:
+            answer = await self._answer(route, call)
+            answered(answer.status)
+            return answer
+
+    async def _answer(self, route: Route, call: Call) -> Reply:
         verb: Callable[[Call], Awaitable[Reply]] = getattr(self, route.verb)
         try:
             answer = await verb(call)

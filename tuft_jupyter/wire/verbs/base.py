@@ -38,7 +38,8 @@ class Call:
     """One request: who asks, the route's path parts and query, the body (decompressed), what may be answered.
 
     ``root`` is the API's address as the caller reached it, without a slash at the end; ``credential`` the digest of
-    the caller's key, empty where a token stood for it; ``upload`` the body where it is kept in a file.
+    the caller's key, empty where a token stood for it; ``upload`` the body where it is kept in a file; ``trace`` the
+    caller's ``traceparent``.
     """
 
     principal: Principal
@@ -50,6 +51,7 @@ class Call:
     root: str = ""
     credential: str = field(default="", repr=False)
     upload: BinaryIO | None = None
+    trace: str = ""
 
     def accepts(self, media: str) -> bool:
         """Whether the caller reads this media type (RFC 9110, section 12.5.1; weights are not looked at)."""
