@@ -28,6 +28,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SECRETS = (
+    "TUFT_API_KEY",
+    "TINKER_API_KEY",
+    "JUPYTER_TOKEN",
+    "JUPYTERHUB_API_TOKEN",
+    "JPY_API_TOKEN",
+    "HF_TOKEN",
+)
+"""Variables of the notebook server that a worker has no use for."""
+
 LAST_WORDS_SECONDS = 1.0
 """Time for the answers of a broken sampler to leave the process before it ends."""
 

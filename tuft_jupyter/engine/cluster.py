@@ -24,6 +24,7 @@ from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.errors import ServerError, failure
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actors import (
+    SECRETS,
     ActorOptions,
     EngineActor,
     Loaded,
@@ -54,12 +55,6 @@ CPU_MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
-
-SECRETS = (
-    *("TUFT_API_KEY", "TINKER_API_KEY", "JUPYTER_TOKEN"),
-    *("JUPYTERHUB_API_TOKEN", "JPY_API_TOKEN", "HF_TOKEN"),
-)
-"""Variables of the notebook server that a worker has no use for."""
 
 
 def cpus() -> int:
