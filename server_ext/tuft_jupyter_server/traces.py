@@ -12,7 +12,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tuft_jupyter.core.engine import Outcome, SamplingEngine, Task, TrainingEngine
 from tuft_jupyter.core.ledger import Ledger
@@ -145,28 +145,38 @@ class TracedEngines:
         return found
 
 
-class _Training:
-    def __init__(self, engine: TrainingEngine, model: str, traces: Traces) -> None:
-        self._engine, self._model, self._traces = engine, model, traces
+Engine = TypeVar("Engine", TrainingEngine, SamplingEngine)
+
+
+class _Traced(Generic[Engine]):
+    """An engine's life, which is not traced."""
+
+    def __init__(self, engine: Engine, model: str, traces: Traces) -> None:
+        self._engine: Engine = engine
+        self._model, self._traces = model, traces
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        return self._engine.say
+
+    @say.setter
+    def say(self, told: Callable[[str], None]) -> None:
+        self._engine.say = told
 
     async def start(self) -> None:
         await self._engine.start()
-
-    async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
-        with self._traces.batch(self._model, tasks):
-            return await self._engine.step(tasks)
 
     async def stop(self) -> None:
         await self._engine.stop()
 
 
-class _Sampling:
-    def __init__(self, engine: SamplingEngine, model: str, traces: Traces) -> None:
-        self._engine, self._model, self._traces = engine, model, traces
+class _Training(_Traced[TrainingEngine]):
+    async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
+        with self._traces.batch(self._model, tasks):
+            return await self._engine.step(tasks)
 
-    async def start(self) -> None:
-        await self._engine.start()
 
+class _Sampling(_Traced[SamplingEngine]):
     async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         span = self._traces.sampling(self._model, request_id)
         with _ended(span), _told(span):
@@ -192,6 +202,3 @@ class _Sampling:
 
     async def cancel(self, request_id: str) -> None:
         await self._engine.cancel(request_id)
-
-    async def stop(self) -> None:
-        await self._engine.stop()
