@@ -14,7 +14,7 @@ from tests.support.live import ROOT, key_of
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_old_and_new_sdks_get_the_same_numbers(alice: Server) -> None:
-    """S1-02: 40 steps, sampling, saving, resuming and the REST client on 0.16.1, 0.25.0 and the newest release."""
+    """L10, S1-02: 40 steps, sampling, saving, resuming and the REST client on 0.16.1, 0.25.0 and the newest release."""
     wanted = [*dict.fromkeys((sdk_matrix.VERSIONS[0], "0.25.0", sdk_matrix.newest()))]
     address, key = f"{alice.url}tuft", key_of(alice.work)
     reports = [sdk_matrix.run(version, address, key, alice.work) for version in wanted]

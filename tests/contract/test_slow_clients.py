@@ -59,12 +59,12 @@ def test_who_sends_a_byte_now_and_then_is_cut_off_and_disturbs_nobody(
 
 
 def test_connections_that_break_at_any_point_leave_no_descriptor(tmp_path: Path) -> None:
-    """L3: three hundred that end in the head, in the body, or before the answer."""
+    """L3: a thousand that end in the head, in the body, or before the answer."""
 
     async def body(server: Server) -> None:
         await server.post("/create_session", {})
         before = descriptors()
-        for i in range(300):
+        for i in range(1000):
             _, writer = await asyncio.open_connection("127.0.0.1", server.port)
             whole = head(server, "/create_session", 2) + b"{}"
             writer.write(whole[: len(whole) * (i % 10 + 1) // 10])

@@ -71,10 +71,13 @@ class Client:
         self.seq = 0
 
     async def post(self, verb: str, body: Any, media: str = JSON) -> tuple[int, bytes]:
+        return await self.send("POST", verb, body, media)
+
+    async def send(self, method: str, verb: str, body: Any, media: str = JSON) -> tuple[int, bytes]:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         reader, writer = await asyncio.open_connection(self.host, self.port)
         lines = [
-            f"POST {self.root}/{verb} HTTP/1.1", "Host: x", "Connection: close", f"X-API-Key: {self.key}",
+            f"{method} {self.root}/{verb} HTTP/1.1", "Host: x", "Connection: close", f"X-API-Key: {self.key}",
             f"Content-Type: {media}", f"Content-Length: {len(raw)}",
         ]  # fmt: skip
         try:

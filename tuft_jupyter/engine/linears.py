@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ from tuft_jupyter.engine.packing import Segment, boundaries
 class _Member:
     """One layer's B [O', r]: it reads ``hidden`` columns of [N, R] and writes ``columns`` of [N, O]."""
 
-    slot: Slot
+    b: Tensor
+    grad_b: Tensor | None
     hidden: slice
     columns: slice
 
@@ -45,25 +46,25 @@ class _Stack:
         """``y += scale * (x A^T) B^T`` in place; returns ``x A^T`` [N, R]."""
         h_NR = torch.mm(x_NI, self.a.t())
         for member in self.members:
-            y_NO[:, member.columns].addmm_(h_NR[:, member.hidden], member.slot.b.t(), alpha=self.scale)
+            y_NO[:, member.columns].addmm_(h_NR[:, member.hidden], member.b.t(), alpha=self.scale)
         return h_NR
 
     def pull(self, dy_NO: Tensor, x_NI: Tensor, h_NR: Tensor, dx_NI: Tensor | None) -> None:
         """Gradients of A and B into their accumulators, the rest added to ``dx_NI`` if that is wanted."""
-        dh = [torch.mm(dy_NO[:, member.columns], member.slot.b) for member in self.members]
+        dh = [torch.mm(dy_NO[:, member.columns], member.b) for member in self.members]
         dh_NR = dh[0] if len(dh) == 1 else torch.cat(dh, 1)
         if self.grad_a is not None:
             for member in self.members:
-                assert member.slot.grad_b is not None
-                _accumulate(
-                    member.slot.grad_b, dy_NO[:, member.columns].t(), h_NR[:, member.hidden], self.scale
-                )
+                assert member.grad_b is not None
+                _accumulate(member.grad_b, dy_NO[:, member.columns].t(), h_NR[:, member.hidden], self.scale)
             _accumulate(self.grad_a, dh_NR.t(), x_NI, self.scale)
         if dx_NI is not None:
             dx_NI.addmm_(dh_NR, self.a, alpha=self.scale)
 
 
 StackedPart = tuple[int, int, _Stack]
+_Stacked = tuple[tuple[ref[Slot], ...], list[_Stack]]
+"""What was stacked, and how. It holds no slot: an adapter that is removed takes its stacks along."""
 
 
 class Linears:
@@ -75,7 +76,7 @@ class Linears:
         self._columns = [
             slice(a, b) for a, b in pairwise(boundaries([module.out_features for module in modules]))
         ]
-        self._stacks: WeakKeyDictionary[Slot, list[_Stack]] = WeakKeyDictionary()
+        self._stacks: WeakKeyDictionary[Slot, _Stacked] = WeakKeyDictionary()
         self._weight, self._bias = modules[0].weight.detach(), modules[0].bias
         if len(modules) > 1:
             self._weight = torch.cat([module.weight.detach() for module in modules])
@@ -129,17 +130,16 @@ class Linears:
         return dx_NI
 
     def _stacked(self, slots: list[tuple[Slot, slice]]) -> list[_Stack]:
-        known = self._stacks.get(slots[0][0])
-        if known is None or [member.slot for stack in known for member in stack.members] != [
-            slot for slot, _ in slots
-        ]:
+        of, known = self._stacks.get(slots[0][0], ((), []))
+        if [slot() for slot in of] != [slot for slot, _ in slots]:
             groups: list[list[tuple[Slot, slice]]] = []
             for slot, columns in slots:
                 if groups and _neighbours(groups[-1][-1][0], slot):
                     groups[-1].append((slot, columns))
                 else:
                     groups.append([(slot, columns)])
-            known = self._stacks[slots[0][0]] = [_stack(group) for group in groups]
+            known = [_stack(group) for group in groups]
+            self._stacks[slots[0][0]] = tuple(ref(slot) for slot, _ in slots), known
         return known
 
 
@@ -172,7 +172,7 @@ def _stack(group: list[tuple[Slot, slice]]) -> _Stack:
         None if first.grad_a is None else whole(first.grad_a),
         first.scale,
         tuple(
-            _Member(slot, slice(a, b), columns)
+            _Member(slot.b, slot.grad_b, slice(a, b), columns)
             for (slot, columns), (a, b) in zip(group, pairwise(edges), strict=True)
         ),
     )

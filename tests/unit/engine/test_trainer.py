@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -277,6 +278,20 @@ def test_tenants_interleaved_at_random_equal_each_alone_bit_by_bit(qwen3: Path) 
         for call in calls(alone, run):
             call()
         assert torch.equal(weights(mixed, run), weights(alone, run)), run
+
+
+def test_a_run_that_is_removed_leaves_no_tensor_behind(qwen3: Path) -> None:
+    """L7: neither weights, gradients nor moments, in whatever layers they took part; at once, on a GPU it counts."""
+    trainer = PeftTrainer(qwen3)
+    held = []
+    for run in ("first", "second"):
+        warmed(trainer, run, SPEC)
+        live = trainer._runs[run]
+        held += [weakref.ref(live.adapter.weights), weakref.ref(live.grads)]
+        held += [weakref.ref(vector) for vector in live.adam.moments]
+        del live
+    trainer.remove("first")
+    assert [vector() is None for vector in held] == [True] * 4 + [False] * 4
 
 
 def test_weight_decay_of_one_run_leaves_the_others_untouched(qwen3: Path) -> None:
