@@ -174,8 +174,8 @@ class Settings:
     that they bring, ``keep_samples`` keeps the newest samples of each step in memory for whoever asked for them,
     ``custom_loss_server_side`` computes losses that users wrote beside the model, ``hub_cache_seconds`` is how long
     what JupyterHub says of a token is believed. None means:
-    ``micro_batch_tokens`` by device, ``ray_address`` a
-    local Ray of our own, ``trainer_threads`` by CPUs. ``sampler_type`` is ``torch``,
+    ``micro_batch_tokens`` by device, ``kv_tokens`` (what the torch sampler remembers) by free memory, ``ray_address``
+    a local Ray of our own, ``trainer_threads`` by CPUs. ``sampler_type`` is ``torch``,
     ``vllm`` or ``auto`` (:func:`sampler_choice`).
     """
 
@@ -202,6 +202,7 @@ class Settings:
     tenants: tuple[TenantSettings, ...] = ()
     hub_cache_seconds: float = 30.0
     micro_batch_tokens: int | None = None
+    kv_tokens: int | None = None
     ray_address: str | None = None
     trainer_threads: int | None = None
     trust_remote_code: bool = False
@@ -225,6 +226,7 @@ class Settings:
             at_least(name, getattr(self, name), 1)
         for name in (*_QUOTAS, "max_loras"):
             at_least(name, getattr(self, name), 0)
+        at_least("kv_tokens", self.kv_tokens, 512)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be 0 (any free one) to 65535, not {self.port}")
         if self.log_level.lower() not in LOG_LEVELS:

@@ -194,6 +194,7 @@ class SamplingActor(EngineActor):
             from tuft_jupyter.engine.vllm_sampler import VllmSampler
 
             options = {**self.model_options(), **asdict(self.options.vllm), "on_death": self._end}
+            options.pop("kv_tokens", None)  # vLLM bounds its memory by gpu_memory_utilization
             return VllmSampler(self.options.card.path, **options)
         from tuft_jupyter.engine.torch_sampler import TorchSampler
 

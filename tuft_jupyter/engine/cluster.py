@@ -351,7 +351,7 @@ class Engines:
         return self._keep(ClusterTrainingEngine(card, self._runtime, threads, options, trusted=trusted))
 
     def sampling(self, card: ModelCard) -> ClusterSamplingEngine:
-        options = {"max_context": card.max_context_length}
+        options = {"max_context": card.max_context_length, "kv_tokens": self.settings.kv_tokens}
         trusted = self.settings.trusts_code(card.name)
         model = self.settings.model(card.name)
         vllm = VllmOptions(

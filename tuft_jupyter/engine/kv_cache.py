@@ -1,20 +1,23 @@
 """Keys and values of the sequences that are being sampled, and attention over them.
 
-Each live sequence has a slot; the live slots are always 0..n-1 (the last one moves into a hole), so attention
-reads the cache in place and never gathers it. Storage follows what is needed, in doublings, per layer at the
-first use of that layer; it is given back when the last sequence is gone.
+A prompt that is being run lies in a :class:`Strip` of its own length. A sequence that is decoded has a
+:class:`Place` in a rack: slots of one size, the live ones always 0..n-1 (the last one moves into a hole), so that
+attention reads a rack in place and never gathers it. A sequence that outgrows its rack moves to the next size.
+Within a rack lengths differ little, so one matmul over all of its slots wastes little.
 
-A packed row's order is by adapter, the cache's order is by arrival: decoding carries the queries (a few kB)
-from one to the other, not the cache. Knows nothing of adapters, requests or tokens.
+``budget`` bounds the positions held, all together; who asks for more is told no and has to wait. Knows nothing of
+adapters, requests or tokens.
 
-Shapes: N tokens of the row, H query heads, G key/value heads, D head dimension, C slots, S positions, B slots
-of one block, R query heads per key/value head.
+Shapes: N tokens of the row, H query heads, G key/value heads, D head dimension, P positions of a strip, C slots of
+a rack, S positions of each, R query heads per key/value head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,71 +25,190 @@ from torch import Tensor
 
 from tuft_jupyter.engine.attention import CausalAttention
 
-_FIRST_POSITIONS = 128
-_KEEP_BYTES = 64 << 20  # storage up to this size is not worth giving back
-_CALL_COST = 256  # positions: about what one more attention call costs, in positions attended to in vain
+SMALLEST = 128  # positions of a slot
+MINIMUM = 512  # of a budget: the smallest slots and a short prompt
+_KEEP_BYTES = 64 << 20  # an empty rack up to this size is not worth giving back
+
+Layers = dict[int, tuple[Tensor, Tensor]]
+
+
+def slot_size(length: int) -> int:
+    """Positions of the smallest slot that takes ``length``: 128, 192, 256, 384, 512 and so on."""
+    size = SMALLEST
+    while size < length:
+        size *= 2
+    smaller = size * 3 // 4
+    return smaller if length <= smaller and size > SMALLEST else size
+
+
+@dataclass(slots=True, eq=False)
+class Strip:
+    """Keys and values [G, P, D] of a prompt, the first ``done`` positions filled."""
+
+    positions: int
+    done: int = 0
+    layers: Layers = field(default_factory=dict)
+
+    def layer(self, layer: int, k_1GND: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self.layers:
+            shape = (k_1GND.shape[1], self.positions, k_1GND.shape[3])
+            self.layers[layer] = (k_1GND.new_empty(shape), k_1GND.new_empty(shape))
+        return self.layers[layer]
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where a live sequence is; ``length`` positions of it are filled."""
+
+    rack: Rack
+    slot: int
+    length: int
+
+    @property
+    def full(self) -> bool:
+        return self.length >= self.rack.size
+
+
+@dataclass(slots=True, eq=False)
+class Rack:
+    """Slots of ``size`` positions; ``places[slot]`` is who is there."""
+
+    size: int
+    places: list[Place] = field(default_factory=list)
+    layers: Layers = field(default_factory=dict)  # [C, G, S, D]
+
+    @property
+    def slots(self) -> int:
+        """For how many sequences there is storage."""
+        return next((len(k) for k, _ in self.layers.values()), 0)
+
+    def resize(self, slots: int) -> None:
+        for layer, (k_CGSD, v_CGSD) in self.layers.items():
+            self.layers[layer] = (_resized(k_CGSD, slots), _resized(v_CGSD, slots))
+
+
+def _resized(old_CGSD: Tensor, slots: int) -> Tensor:
+    # Zeros, not empty memory: what lies beyond a length is masked, and a NaN would pass through the mask.
+    new_CGSD = old_CGSD.new_zeros(slots, *old_CGSD.shape[1:])
+    kept = min(slots, len(old_CGSD))
+    new_CGSD[:kept] = old_CGSD[:kept]
+    return new_CGSD
 
 
 class KVCache:
-    """Storage in slots. ``lengths[slot]`` is how many positions of a live slot are filled."""
+    """``budget`` positions at most, None for no bound. What is taken is given back by whoever took it."""
 
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._positions = _FIRST_POSITIONS
+    def __init__(self, budget: int | None = None) -> None:
+        if budget is not None and budget < MINIMUM:
+            raise ValueError(f"a KV cache holds at least {MINIMUM} tokens, got {budget}")
+        self.budget = budget
+        self.taken = 0
+        self.racks: dict[int, Rack] = {}
 
-    def add(self, length: int) -> int:
-        """A new slot for a sequence whose first ``length`` positions are about to be filled."""
-        self.lengths.append(length)
-        return len(self.lengths) - 1
+    @property
+    def longest(self) -> int:
+        """Positions that one sequence may come to.
 
-    def drop(self, slot: int) -> int:
-        """Free a slot. The sequence of the last slot, whose number is returned, now lives in ``slot``."""
-        last = len(self.lengths) - 1
-        length = self.lengths.pop()
-        if slot != last:
-            self.lengths[slot] = length
-            for k_CGSD, v_CGSD in self._layers.values():
-                k_CGSD[slot, :, :length] = k_CGSD[last, :, :length]
-                v_CGSD[slot, :, :length] = v_CGSD[last, :, :length]
-        if not self.lengths and self.bytes > _KEEP_BYTES:
-            self._layers.clear()
-            self._positions = _FIRST_POSITIONS
-        return last
+        While it is carried from its strip, or from its slot, to the next larger one, both are held.
+        """
+        return sys.maxsize if self.budget is None else self.budget * 2 // 5
+
+    def take(self, positions: int) -> bool:
+        """Set positions aside; False, and nothing taken, if there are not that many."""
+        if self.budget is not None and self.taken + positions > self.budget:
+            return False
+        self.taken += positions
+        return True
+
+    def give(self, positions: int) -> None:
+        self.taken -= positions
 
     @property
     def bytes(self) -> int:
-        """Storage held."""
-        return sum(k.nbytes + v.nbytes for k, v in self._layers.values())
+        """Storage of the racks."""
+        return sum(k.nbytes + v.nbytes for rack in self.racks.values() for k, v in rack.layers.values())
 
-    def layer(self, layer: int, k_1GND: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [C, G, S, D] of a layer, large enough for every live slot and one more position."""
-        held = self._layers.get(layer)
-        needed = max(self.lengths) + 1
-        if held is not None and held[0].shape[0] >= len(self.lengths) and held[0].shape[2] >= needed:
-            return held
-        while self._positions < needed:
-            self._positions *= 2
-        slots = 1 << (len(self.lengths) - 1).bit_length()
-        shape = (slots, k_1GND.shape[1], self._positions, k_1GND.shape[3])
-        # Zeros, not empty memory: what lies beyond a length is masked, and a NaN would pass through the mask.
-        grown = (k_1GND.new_zeros(shape), k_1GND.new_zeros(shape))
-        if held is not None:
-            slots, positions = min(slots, held[0].shape[0]), held[0].shape[2]
-            for new, old in zip(grown, held, strict=True):
-                new[:slots, :, :positions] = old[:slots]
-        self._layers[layer] = grown
-        return grown
+    def begin(self, strip: Strip) -> Place:
+        """A place for one more sequence that begins with a strip; ``slot_size(done + 1)`` must have been taken."""
+        return self._put(slot_size(strip.done + 1), strip.done, strip.layers)
+
+    def move(self, place: Place, size: int) -> None:
+        """Carry a sequence to a slot of another size, for which ``size`` must have been taken."""
+        old, slot = place.rack, place.slot
+        moved = self._put(size, place.length, {at: (k[slot], v[slot]) for at, (k, v) in old.layers.items()})
+        self.drop(place)
+        place.rack, place.slot = moved.rack, moved.slot
+        moved.rack.places[moved.slot] = place
+
+    def drop(self, place: Place) -> None:
+        """Free a place and give back what was taken for it."""
+        rack, last = place.rack, place.rack.places.pop()
+        if last is not place:
+            for k_CGSD, v_CGSD in rack.layers.values():
+                k_CGSD[place.slot, :, : last.length] = k_CGSD[last.slot, :, : last.length]
+                v_CGSD[place.slot, :, : last.length] = v_CGSD[last.slot, :, : last.length]
+            rack.places[place.slot] = last
+            last.slot = place.slot
+        self.give(rack.size)
+        if not rack.places and sum(k.nbytes + v.nbytes for k, v in rack.layers.values()) > _KEEP_BYTES:
+            del self.racks[rack.size]
+
+    def _put(self, size: int, length: int, layers: Layers) -> Place:
+        rack = self.racks.setdefault(size, Rack(size))
+        place = Place(rack, len(rack.places), length)
+        rack.places.append(place)
+        if layers and len(rack.places) > rack.slots:
+            self._widen(rack, layers)
+        for layer, pair in layers.items():
+            for storage_CGSD, filled_GPD in zip(rack.layers[layer], pair, strict=True):
+                storage_CGSD[place.slot, :, :length] = filled_GPD[:, :length]
+        return place
+
+    def _widen(self, rack: Rack, like: Layers) -> None:
+        """Storage for everybody in a rack and, if the budget allows, for as many again."""
+        needed = len(rack.places)
+        wanted = 1 << (needed - 1).bit_length()
+        if self.budget is not None:
+            held = sum(other.slots * other.size for other in self.racks.values() if other is not rack)
+            if held + wanted * rack.size > self.budget:
+                self._trim(rack)
+                wanted = max(needed, min(wanted, needed + (self.budget - self.taken) // rack.size))
+        if not rack.layers:
+            for layer, (k_GPD, v_GPD) in like.items():
+                k_shape, v_shape = ((0, t.shape[0], rack.size, t.shape[2]) for t in (k_GPD, v_GPD))
+                rack.layers[layer] = (k_GPD.new_zeros(k_shape), v_GPD.new_zeros(v_shape))
+        rack.resize(wanted)
+
+    def _trim(self, needy: Rack) -> None:
+        """Take from the other racks what stands empty."""
+        for rack in list(self.racks.values()):
+            if not rack.places:
+                del self.racks[rack.size]
+            elif rack is not needy and rack.slots > len(rack.places):
+                rack.resize(len(rack.places))
 
 
 class PrefillAttention:
-    """Prompts packed into a row attend to themselves; each one's keys and values go to all of its slots."""
+    """Pieces of prompts packed into a row: each attends to itself and to what lies in its strip already."""
 
-    def __init__(
-        self, cache: KVCache, cu: Sequence[int], slots: Sequence[Sequence[int]], device: torch.device
-    ) -> None:
-        self._cache, self._cu, self._slots = cache, cu, slots
-        self._causal = CausalAttention(cu, device)
+    def __init__(self, strips: Sequence[Strip], cu: Sequence[int], device: torch.device) -> None:
+        self._strips, self._cu = strips, cu
+        self._runs: list[
+            tuple[slice, CausalAttention | Strip]
+        ] = []  # neighbours that begin share their calls
+        for fresh, group in groupby(range(len(strips)), key=lambda i: strips[i].done == 0):
+            members = list(group)
+            if fresh:
+                first, last = members[0], members[-1] + 1
+                edges = [edge - cu[first] for edge in cu[first : last + 1]]
+                self._runs.append((slice(cu[first], cu[last]), CausalAttention(edges, device)))
+            else:
+                self._runs += [(slice(cu[i], cu[i + 1]), strips[i]) for i in members]
+
+    def advance(self) -> None:
+        """The row was run through every layer."""
+        for strip, (start, end) in zip(self._strips, pairwise(self._cu), strict=True):
+            strip.done += end - start
 
     def __call__(
         self,
@@ -97,36 +219,67 @@ class PrefillAttention:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        k_CGSD, v_CGSD = self._cache.layer(layer, k_1GND)
-        for (start, end), slots in zip(pairwise(self._cu), self._slots, strict=True):
-            for slot in slots:
-                k_CGSD[slot, :, : end - start] = k_1GND[0, :, start:end]
-                v_CGSD[slot, :, : end - start] = v_1GND[0, :, start:end]
-        return self._causal(layer, q_1HND, k_1GND, v_1GND, scaling, window)
+        for strip, (start, end) in zip(self._strips, pairwise(self._cu), strict=True):
+            k_GPD, v_GPD = strip.layer(layer, k_1GND)
+            k_GPD[:, strip.done : strip.done + end - start] = k_1GND[0, :, start:end]
+            v_GPD[:, strip.done : strip.done + end - start] = v_1GND[0, :, start:end]
+        outputs = []
+        for at, how in self._runs:
+            q_1HTD = q_1HND[:, :, at]
+            if isinstance(how, Strip):
+                outputs.append(_behind(q_1HTD, how, layer, scaling, window))
+            else:
+                outputs.append(how(layer, q_1HTD, k_1GND[:, :, at], v_1GND[:, :, at], scaling, window))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _behind(q_1HTD: Tensor, strip: Strip, layer: int, scaling: float | None, window: int | None) -> Tensor:
+    """The piece of a prompt that follows the ``done`` positions of its strip, [1, T, H, D]."""
+    end = strip.done + q_1HTD.shape[2]
+    k_GPD, v_GPD = strip.layers[layer]
+    at = torch.arange(end, device=q_1HTD.device)
+    distance_TS = at[strip.done :, None] - at
+    seen_TS = distance_TS >= 0
+    if window is not None:
+        seen_TS &= distance_TS < window
+    o_1HTD = F.scaled_dot_product_attention(
+        q_1HTD,
+        k_GPD[None, :, :end],
+        v_GPD[None, :, :end],
+        attn_mask=seen_TS,
+        scale=scaling,
+        enable_gqa=q_1HTD.shape[1] != len(k_GPD),
+    )
+    return o_1HTD.transpose(1, 2)
 
 
 class DecodeAttention:
-    """One token of every live sequence attends to that sequence's past; row i of the packed row is
-    ``slots[i]``.
+    """One token of every live sequence attends to that sequence's past; row i of the packed row is ``places[i]``.
 
-    Lives from one change of the live set to the next; :meth:`advance` goes from one position to the next.
+    A packed row's order is by adapter, the cache's by rack and slot: the row (a few kB) is carried from one to the
+    other, not the cache. Lives from one change of the live set to the next; :meth:`advance` goes from one position
+    to the next.
     """
 
-    def __init__(self, cache: KVCache, slots: Sequence[int], device: torch.device) -> None:
-        self._cache = cache
-        self._slots_N = torch.tensor(slots, device=device)
-        in_order = list(slots) == list(range(len(slots)))
-        self._rows_C = None if in_order else torch.argsort(self._slots_N)
-        self._positions_C = torch.tensor(cache.lengths, device=device)
-        self.positions_N = self._positions_C[self._slots_N]
-        self._blocks = blocks(cache.lengths)
+    def __init__(self, cache: KVCache, places: Sequence[Place], device: torch.device) -> None:
+        self._racks = [rack for _, rack in sorted(cache.racks.items()) if rack.places]
+        self._places = [place for rack in self._racks for place in rack.places]
+        row = {id(place): i for i, place in enumerate(places)}
+        rows = [row[id(place)] for place in self._places]
+        self._rows_C = torch.tensor(rows, device=device)
+        self._in_order = rows == list(range(len(rows)))
+        self._order_N = torch.argsort(self._rows_C)
+        self._positions_C = torch.tensor([place.length for place in self._places], device=device)
+        self.positions_N = self._positions_C[self._order_N]
+        self._slots = torch.arange(len(places), device=device)
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def advance(self) -> None:
         """The row was attended to; the next one is one position further in every sequence."""
         self._positions_C += 1
         self.positions_N += 1
-        self._cache.lengths = [length + 1 for length in self._cache.lengths]
+        for place in self._places:
+            place.length += 1
         self._masks.clear()
 
     def __call__(
@@ -138,58 +291,54 @@ class DecodeAttention:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        k_CGSD, v_CGSD = self._cache.layer(layer, k_1GND)
-        k_CGSD[self._slots_N, :, self.positions_N] = k_1GND[0].transpose(0, 1)
-        v_CGSD[self._slots_N, :, self.positions_N] = v_1GND[0].transpose(0, 1)
-        q_NHD = q_1HND[0].transpose(0, 1)
-        if self._rows_C is not None:
-            q_NHD = q_NHD.index_select(0, self._rows_C)
+        q_CHD, k_CGD, v_CGD = (t[0].transpose(0, 1) for t in (q_1HND, k_1GND, v_1GND))
+        if not self._in_order:
+            q_CHD, k_CGD, v_CGD = (t.index_select(0, self._rows_C) for t in (q_CHD, k_CGD, v_CGD))
+        scale = q_CHD.shape[-1] ** -0.5 if scaling is None else scaling
         # The query heads that share keys stand as R queries of one head: nothing has to be repeated.
-        q_CGRD = q_NHD.unflatten(1, (k_CGSD.shape[1], -1))
+        q_CGRD = (q_CHD * scale).unflatten(1, (k_CGD.shape[1], -1))
         outputs = []
-        for start, end in self._blocks:
-            span = max(self._cache.lengths[start:end]) + 1
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q_CGRD[start:end],
-                    k_CGSD[start:end, :, :span],
-                    v_CGSD[start:end, :, :span],
-                    attn_mask=self._mask(start, end, span, window, q_CGRD.dtype),
-                    scale=scaling,
-                ).flatten(1, 2)
-            )
-        o_NHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        if self._rows_C is not None:
-            o_NHD = o_NHD.index_select(0, self._slots_N)
-        return o_NHD[None]
+        for rack, at in self._stretches():
+            k_CGSD, v_CGSD = rack.layers[layer]
+            slots, filled = self._slots[: at.stop - at.start], self._positions_C[at]
+            k_CGSD[slots, :, filled] = k_CGD[at]
+            v_CGSD[slots, :, filled] = v_CGD[at]
+            outputs.append(self._attend(rack, q_CGRD[at], k_CGSD, v_CGSD, at, window))
+        o_CHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return (o_CHD if self._in_order else o_CHD.index_select(0, self._order_N))[None]
 
-    def _mask(self, start: int, end: int, span: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What the slots of a block may see of ``span`` positions, 0 or -inf [B, 1, 1, S]; None if all."""
-        equal = min(self._cache.lengths[start:end]) + 1 == span
-        if equal and (window is None or span <= window):
-            return None
-        if (start, window) not in self._masks:
-            behind_BS = self._positions_C[start:end, None] - torch.arange(span, device=self._slots_N.device)
-            seen_BS = behind_BS >= 0
-            if window is not None:
-                seen_BS &= behind_BS < window
-            mask_BS = torch.zeros(seen_BS.shape, dtype=dtype, device=seen_BS.device)
-            self._masks[start, window] = mask_BS.masked_fill_(~seen_BS, -torch.inf)[:, None, None, :]
-        return self._masks[start, window]
+    def _stretches(self) -> Iterator[tuple[Rack, slice]]:
+        start = 0
+        for rack in self._racks:
+            yield rack, slice(start, start + len(rack.places))
+            start += len(rack.places)
 
+    def _attend(
+        self, rack: Rack, q_CGRD: Tensor, k_CGSD: Tensor, v_CGSD: Tensor, at: slice, window: int | None
+    ) -> Tensor:
+        """[C, H, D]. Two matmuls over all slots: the CPU's flash kernel takes two to three times as long here."""
+        count, groups = q_CGRD.shape[:2]
+        span = max(place.length for place in rack.places) + 1
+        k_XSD, v_XSD = (t[:count].flatten(0, 1)[:, :span] for t in (k_CGSD, v_CGSD))
+        scores_XRS = torch.bmm(q_CGRD.flatten(0, 1), k_XSD.transpose(1, 2))
+        mask = self._mask(rack, at, span, window, scores_XRS.dtype)
+        if mask is not None:
+            scores_XRS.view(count, groups, -1, span).add_(mask)
+        weights_XRS = torch.softmax(scores_XRS, -1, dtype=torch.float32).to(v_XSD.dtype)
+        return torch.bmm(weights_XRS, v_XSD).view(count, -1, q_CGRD.shape[-1])
 
-def blocks(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Cut slots into runs ``(start, end)`` that are cheap to attend to up to the longest of the run.
-
-    A run goes on while the positions attended to in vain cost less than one more call would.
-    """
-    runs: list[tuple[int, int]] = []
-    start, longest, filled = 0, 0, 0
-    for slot, length in enumerate(lengths):
-        wider = max(longest, length)
-        if slot > start and wider * (slot + 1 - start) > (filled + length) * 1.25 + _CALL_COST:
-            runs.append((start, slot))
-            start, wider, filled = slot, length, 0
-        longest, filled = wider, filled + length
-    runs.append((start, len(lengths)))
-    return runs
+    def _mask(
+        self, rack: Rack, at: slice, span: int, window: int | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """What the slots of a rack may see of ``span`` positions, 0 or -inf [C, 1, 1, S]; None if all."""
+        if (rack.size, window) not in self._masks:
+            mask = None
+            if (window or span) < span or any(place.length + 1 < span for place in rack.places):
+                distance_CS = self._positions_C[at, None] - torch.arange(span, device=self._slots.device)
+                seen_CS = distance_CS >= 0
+                if window is not None:
+                    seen_CS &= distance_CS < window
+                mask_CS = torch.zeros(seen_CS.shape, dtype=dtype, device=seen_CS.device)
+                mask = mask_CS.masked_fill_(~seen_CS, -torch.inf)[:, None, None, :]
+            self._masks[rack.size, window] = mask
+        return self._masks[rack.size, window]

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 SHARE = 0.5
 """Of the free memory, what activations may take: other work grows while a pass runs."""
 
+KV_SHARE = 0.25
+"""Of the free memory, what a sampler's keys and values may take: a trainer may be beside it."""
+
+_FEWEST = 4096  # positions, however little memory there is
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -44,6 +48,16 @@ def available(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def kv_positions(base: BaseModel) -> int:
+    """Positions whose keys and values fit into the share of the free memory that a sampler takes."""
+    config = base.hf.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    each = 2 * config.num_hidden_layers * groups * size * base.dtype.itemsize
+    return max(_FEWEST, int(KV_SHARE * available(base.device)) // each)
 
 
 def is_tight(base: BaseModel, tokens: int) -> bool:

@@ -23,34 +23,42 @@ _AT_ONCE = 512  # positions
 _NOTHING = -99999.0  # the protocol's logprob of a cell that holds no token
 _ALTERNATIVES = 1 << 32  # the number of their random stream, beyond those of samples
 
-NOTHING = SampleResult(())
 
+class PromptScores:
+    """What a request asked for, gathered while its prompt is run piece by piece, in order.
 
-def score_prompt(request: SampleRequest, logits: Callable[[int, int], Tensor]) -> SampleResult:
-    """What the request asked for, and no sequences.
-
-    ``logits(start, end)`` are those that follow these positions, [M, V]. Nothing predicts the first token: its
-    log-probability is NaN, its cells hold id 0.
+    Nothing predicts the first token: its log-probability is NaN, its cells hold id 0.
     """
-    last = len(request.prompt) - 1  # what is predicted after the last position is a sample
-    own = last - (request.prompt_logprobs_last_n or last)
-    firsts = []
-    if request.prompt_logprobs or request.topk_prompt_logprobs:
-        firsts.append(own)
-    if request.targets is not None:
-        firsts.append(int(request.targets.rows[request.targets.ids >= 0].min()))
-    if request.prompt_alt_tokens_k:
-        firsts.append(0)
-    scores = [] if not firsts else _kinds(request, own)
-    for start in range(min(firsts, default=last), last, _AT_ONCE):
-        end = min(start + _AT_ONCE, last)
-        logp_MV = torch.log_softmax(logits(start, end), -1, dtype=torch.float32)
-        for score in scores:
-            score.see(start, end, logp_MV)
-    found = NOTHING
-    for score in scores:
-        found = score.told(found)
-    return found
+
+    def __init__(self, request: SampleRequest) -> None:
+        self._last = len(request.prompt) - 1  # what is predicted after the last position is a sample
+        own = self._last - (request.prompt_logprobs_last_n or self._last)
+        firsts = []
+        if request.prompt_logprobs or request.topk_prompt_logprobs:
+            firsts.append(own)
+        if request.targets is not None:
+            firsts.append(int(request.targets.rows[request.targets.ids >= 0].min()))
+        if request.prompt_alt_tokens_k:
+            firsts.append(0)
+        self.asked = bool(firsts)
+        self._first = min(firsts, default=self._last)
+        self._kinds = _kinds(request, own) if firsts else []
+
+    def see(self, start: int, end: int, logits: Callable[[int, int], Tensor]) -> None:
+        """Positions [start, end) were run; ``logits(start, end)`` are those that follow such positions, [M, V]."""
+        end = min(end, self._last)
+        for at in range(max(start, self._first), end, _AT_ONCE):
+            until = min(at + _AT_ONCE, end)
+            logp_MV = torch.log_softmax(logits(at, until), -1, dtype=torch.float32)
+            for kind in self._kinds:
+                kind.see(at, until, logp_MV)
+
+    def told(self) -> SampleResult:
+        """All of it, and no sequences."""
+        result = SampleResult(())
+        for kind in self._kinds:
+            result = kind.told(result)
+        return result
 
 
 def _kinds(request: SampleRequest, own: int) -> list[_Own | _Likeliest | _Targets | _Alternatives]:

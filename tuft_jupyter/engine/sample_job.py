@@ -1,6 +1,6 @@
 """A sample request on its way through a sampler: what it must be, where its samples stand, when one ends.
 
-No torch here: a job is what is asked and what has come of it; the sampler moves it along.
+A job is what is asked and what has come of it; the sampler moves it along.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from tuft_jupyter.core.types import (
     SampleResult,
     StopReason,
 )
+from tuft_jupyter.engine.kv_cache import Place
+from tuft_jupyter.engine.prompt_scores import PromptScores
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens included."""
@@ -33,11 +35,12 @@ _TAIL = 4  # tokens before a stop string: many tokenizers drop the space that op
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a sampler takes: prompt and samples together have at most ``context`` tokens."""
+    """What a sampler takes: prompt and samples together have at most ``context`` tokens; ``reason`` says why."""
 
     vocab_size: int
     context: int
     samples: int
+    reason: str = ""
 
     def check(self, request: SampleRequest) -> None:
         """UserError if the prompt or the counts are out of bounds."""
@@ -46,8 +49,8 @@ class Limits:
             raise UserError("prompt is empty; send at least one token")
         if len(prompt) >= self.context:
             raise UserError(
-                f"prompt has {len(prompt)} tokens; the context of {self.context} tokens must leave room for at "
-                "least one more; shorten it"
+                f"prompt has {len(prompt)} tokens; the context of {self.context} tokens{self.reason} must leave room "
+                "for at least one more; shorten it"
             )
         wrong = np.flatnonzero((prompt < 0) | (prompt >= self.vocab_size))
         if wrong.size:
@@ -101,8 +104,8 @@ class Job:
     """One request: ``waiting`` samples not yet begun, ``live`` ones being decoded, ``sequences`` ended.
 
     ``limit`` is how many tokens a sample may have; ``decode`` is there if text is looked at for stops;
-    ``adapter`` is the name of the loaded adapter; ``broken`` that its logits are not numbers; ``scored`` what is to be
-    told of the prompt.
+    ``adapter`` is the name of the loaded adapter; ``broken`` that its logits are not numbers; ``scores`` what is to be
+    told of the prompt; ``held_by`` what it waits for, in words.
     """
 
     key: str
@@ -116,7 +119,8 @@ class Job:
     adapter: str | None = None
     broken: bool = False
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
-    scored: SampleResult = field(default_factory=lambda: SampleResult(()))
+    scores: PromptScores | None = None
+    held_by: str = ""
     heard: Listener | None = None
 
     @property
@@ -130,15 +134,20 @@ class Job:
         self.live += count
         return range(first, first + count)
 
+    def unbegin(self) -> None:
+        """The last sample could not begin after all."""
+        self.waiting += 1
+        self.live -= 1
+
     def result(self) -> SampleResult:
         """Of a job that has ended."""
         sequences = [self.sequences[index] for index in range(self.request.num_samples)]
-        return replace(self.scored, sequences=sequences)
+        return replace(self.scores.told() if self.scores else SampleResult(()), sequences=sequences)
 
 
 @dataclass(slots=True, eq=False)
 class Live:
-    """One sequence being decoded."""
+    """One sequence, from the time that its prompt is run until it ends; ``place`` is there once it is decoded."""
 
     job: Job
     index: int
@@ -146,6 +155,13 @@ class Live:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
+    place: Place | None = None
+
+    @property
+    def where(self) -> Place:
+        """Its place, while it is decoded."""
+        assert self.place is not None
+        return self.place
 
     def extend(self, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
         """``top`` are the candidates of the whole batch: of these, as many as this request asked for."""

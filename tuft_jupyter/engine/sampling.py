@@ -8,7 +8,7 @@ Log-probabilities are those of the model itself: temperature 1, no filters. Filt
 temperature, then the ``top_k`` likeliest, then of these the fewest whose mass reaches ``top_p`` (nucleus
 sampling, Holtzman et al. 2019, arXiv 1904.09751).
 
-Shapes: N rows, M rows with filters, V vocabulary, K candidates or draws.
+Shapes: N rows, M rows with filters, V vocabulary, K candidates or draws, S stretches of the vocabulary, W tokens each.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tuft_jupyter.core.types import SamplingParams
 
 _FIRST_CANDIDATES = 256
+_STRETCH = 128  # tokens
 
 
 Top = list[list[tuple[int, float]]]
@@ -64,63 +66,84 @@ class Picker:
 
         ``uniforms`` are in [0, 1), one per row.
         """
-        logp_NV = torch.log_softmax(logits_NV, -1, dtype=torch.float32)
-        tokens_N = logp_NV.argmax(-1) if self.all_greedy else self._draw(logp_NV, uniforms)
-        return tokens_N, logp_NV.gather(1, tokens_N[:, None])[:, 0], self._likeliest(logp_NV)
+        z_NV = logits_NV.float()
+        if self.all_greedy:
+            tokens_N, norm_N1 = z_NV.argmax(-1), z_NV.logsumexp(-1, keepdim=True)
+        else:
+            tokens_N, norm_N1 = self._draw(z_NV, uniforms)
+        logprobs_N1 = z_NV.gather(1, tokens_N[:, None]) - norm_N1
+        return tokens_N, logprobs_N1[:, 0], self._likeliest(z_NV, norm_N1)
 
-    def _likeliest(self, logp_NV: Tensor) -> Top:
+    def _likeliest(self, z_NV: Tensor, norm_N1: Tensor) -> Top:
         if not self._k:
-            return [[]] * len(logp_NV)
-        top_NK, ids_NK = logp_NV.topk(self._k, dim=1)
+            return [[]] * len(z_NV)
+        top_NK, ids_NK = z_NV.topk(self._k, dim=1)
         return [
             list(zip(ids, logps, strict=True))
-            for ids, logps in zip(ids_NK.tolist(), top_NK.tolist(), strict=True)
+            for ids, logps in zip(ids_NK.tolist(), (top_NK - norm_N1).tolist(), strict=True)
         ]
 
-    def _draw(self, logp_NV: Tensor, uniforms: Sequence[float]) -> Tensor:
+    def _draw(self, z_NV: Tensor, uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Tokens [N], and the logarithm [N, 1] of what the exponentials of each row add up to."""
+        peak_N1 = z_NV.amax(1, keepdim=True)
         heat_N1 = self._temperature_N1
-        probs_NV = logp_NV.exp() if heat_N1 is None else torch.softmax(logp_NV / heat_N1, -1)
+        masses_NV = (z_NV - peak_N1).exp_()
+        norm_N1 = masses_NV.sum(1, keepdim=True).log_().add_(peak_N1)
+        if heat_N1 is not None:
+            masses_NV = torch.sub(z_NV, peak_N1, out=masses_NV).div_(heat_N1).exp_()
         if self._filtered is not None:
-            probs_NV[self._filtered] = self._truncated(probs_NV[self._filtered])
+            masses_NV[self._filtered] = self._truncated(masses_NV[self._filtered])
         uniforms_N1 = torch.tensor(uniforms, dtype=torch.float64, device=self._device)[:, None]
-        tokens_N = invert(probs_NV, uniforms_N1)[:, 0]
+        tokens_N = invert(masses_NV, uniforms_N1)[:, 0]
         if self._greedy is not None:
-            tokens_N[self._greedy] = logp_NV[self._greedy].argmax(-1)
-        return tokens_N
+            tokens_N[self._greedy] = z_NV[self._greedy].argmax(-1)
+        return tokens_N, norm_N1
 
-    def _truncated(self, probs_MV: Tensor) -> Tensor:
+    def _truncated(self, masses_MV: Tensor) -> Tensor:
         """The distributions with everything that the filters exclude set to 0."""
-        top_MK, ids_MK = self._candidates(probs_MV)
+        total_M1 = masses_MV.sum(1, keepdim=True)
+        top_MK, ids_MK = self._candidates(masses_MV, total_M1)
         kept_MK = top_MK * (torch.arange(top_MK.shape[1], device=self._device) < self._k_M1)
-        mass_M1 = torch.where(self._k_M1 < probs_MV.shape[1], kept_MK.sum(1, keepdim=True), 1.0)
+        mass_M1 = torch.where(self._k_M1 < masses_MV.shape[1], kept_MK.sum(1, keepdim=True), total_M1)
         before_MK = kept_MK.cumsum(1) - kept_MK
         kept_MK *= before_MK < self._p_M1 * mass_M1
-        return torch.zeros_like(probs_MV).scatter_(1, ids_MK, kept_MK)
+        return torch.zeros_like(masses_MV).scatter_(1, ids_MK, kept_MK)
 
-    def _candidates(self, probs_MV: Tensor) -> tuple[Tensor, Tensor]:
+    def _candidates(self, masses_MV: Tensor, total_M1: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest tokens, descending: as many as the filters can leave.
 
         Sorting a whole vocabulary is dear, and a nucleus is mostly small: look further only if it is not.
         """
-        vocab = probs_MV.shape[1]
+        vocab = masses_MV.shape[1]
         count = min(self._largest_k if self._largest_k < vocab else _FIRST_CANDIDATES, vocab)
         while True:
-            top_MK, ids_MK = probs_MV.topk(count, dim=1)
-            enough = (self._k_M1 <= count) | (top_MK.sum(1, keepdim=True) >= self._p_M1)
+            top_MK, ids_MK = masses_MV.topk(count, dim=1)
+            enough = (self._k_M1 <= count) | (top_MK.sum(1, keepdim=True) >= self._p_M1 * total_M1)
             if count == vocab or bool(enough.all()):
                 return top_MK, ids_MK
             count = min(count * 8, vocab)
 
 
-def invert(probs_NV: Tensor, uniforms_NK: Tensor) -> Tensor:
-    """The tokens [N, K] at which each row's cumulative probability passes its uniform numbers.
+def invert(masses_NV: Tensor, uniforms_NK: Tensor) -> Tensor:
+    """The tokens [N, K] at which each row's cumulative mass passes its uniform numbers' share of the whole.
 
-    Any token where probabilities are NaN; its log-probability shows it.
+    Masses need not add up to 1. First the stretch of the vocabulary is found, then the token in it: summing is
+    several times cheaper than accumulating. Any token where masses are NaN; its log-probability shows it.
     """
-    cdf_NV = probs_NV.cumsum(1, dtype=torch.float64)
-    total_N1 = cdf_NV[:, -1:]
-    below_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
-    # Strictly below the total, so that the token found always has a probability above 0.
-    targets_NK = torch.minimum(uniforms_NK * total_N1, below_N1)
-    tokens_NK = torch.searchsorted(cdf_NV, targets_NK, right=True)
-    return tokens_NK.clamp_(max=probs_NV.shape[1] - 1)  # NaN is found nowhere
+    rows, vocab = masses_NV.shape
+    padded_NV = F.pad(masses_NV, (0, -vocab % _STRETCH)) if vocab % _STRETCH else masses_NV
+    stretches_NSW = padded_NV.unflatten(1, (-1, _STRETCH))
+    cdf_NS = stretches_NSW.sum(2).cumsum(1, dtype=torch.float64)
+    targets_NK = _below(uniforms_NK * cdf_NS[:, -1:], cdf_NS[:, -1:])
+    found_NK = torch.searchsorted(cdf_NS, targets_NK, right=True).clamp_(max=cdf_NS.shape[1] - 1)
+    left_NK = targets_NK - F.pad(cdf_NS, (1, 0)).gather(1, found_NK)
+    inside_NKW = stretches_NSW[torch.arange(rows, device=masses_NV.device)[:, None], found_NK]
+    inside_NKW = inside_NKW.cumsum(2, dtype=torch.float64)
+    left_NK1 = _below(left_NK[:, :, None], inside_NKW[:, :, -1:])
+    tokens_NK = found_NK * _STRETCH + torch.searchsorted(inside_NKW, left_NK1, right=True)[:, :, 0]
+    return tokens_NK.clamp_(max=vocab - 1)  # NaN is found nowhere
+
+
+def _below(targets: Tensor, totals: Tensor) -> Tensor:
+    """Strictly below the total, so that the token found always has a mass above 0."""
+    return torch.minimum(targets, torch.nextafter(totals, torch.zeros_like(totals)))

@@ -1,8 +1,9 @@
 """A sampler in plain torch: continuous batching over one base model and many adapters.
 
-Every call of :meth:`TorchSampler.step` admits what fits, runs the new prompts as one packed row, and decodes
-one token of every live sequence in another, whatever their adapters. A prompt is run once for all samples
-drawn from it. A sequence that ends leaves its place at once to the next in the queue.
+Every call of :meth:`TorchSampler.step` admits what fits, runs some tokens of new prompts as one packed row, and
+decodes one token of every live sequence in another, whatever their adapters. A prompt is run once for all samples
+drawn from it, and for equal prompts of a tenant. A sequence that ends leaves its place to the next in the queue. Where
+memory for keys and values runs short, the sequence that began last is put back and goes on later where it was.
 
 Knows values only: no bodies, no HTTP, no Ray. Promises: what one request gets does not depend on the others
 (up to floating-point rounding in a larger batch); a request that cannot be served fails in its own place.
@@ -32,9 +33,10 @@ from tuft_jupyter.core.types import SampleRequest, SampleResult
 from tuft_jupyter.engine import head, packing
 from tuft_jupyter.engine.adapter_cache import AdapterCache
 from tuft_jupyter.engine.base import load_base
-from tuft_jupyter.engine.kv_cache import DecodeAttention, KVCache, PrefillAttention
+from tuft_jupyter.engine.kv_cache import DecodeAttention, KVCache, PrefillAttention, slot_size
+from tuft_jupyter.engine.memory import kv_positions
+from tuft_jupyter.engine.prefill import Prompts
 from tuft_jupyter.engine.pretrained import reading
-from tuft_jupyter.engine.prompt_scores import score_prompt
 from tuft_jupyter.engine.sample_job import DIVERGED, Decode, Job, Limits, Live, shares
 from tuft_jupyter.engine.sampling import Picker, generator
 
@@ -50,11 +52,10 @@ class _Batch:
     """
 
     def __init__(self, live: Sequence[Live], cache: KVCache, vocab_size: int, device: torch.device) -> None:
-        slots = sorted(range(len(live)), key=lambda slot: (live[slot].job.adapter or "", slot))
-        self.rows = [live[slot] for slot in slots]
+        self.rows = sorted(live, key=lambda row: row.job.adapter or "")
         adapters = [row.job.adapter for row in self.rows]
-        self.attention = DecodeAttention(cache, slots, device)
-        ones = [1] * len(slots)
+        self.attention = DecodeAttention(cache, [row.where for row in self.rows], device)
+        ones = [1] * len(adapters)
         self.packed = packing.Packed(
             packing.boundaries(ones), packing.segments_of(ones, adapters), self.attention
         )
@@ -72,8 +73,9 @@ class TorchSampler:
     """Implements ``core.engine.Sampler``.
 
     ``max_live`` sequences are decoded together and ``max_adapters`` adapters held; ``max_context`` None is
-    the model's own limit on prompt and samples together; ``max_samples`` bounds one request;
-    ``prefill_tokens`` is how many prompt tokens are run in one step (a longer prompt runs alone). ``dtype``
+    the model's own limit on prompt and samples together; ``max_samples`` bounds one request. ``kv_tokens`` bounds the
+    positions held of all prompts and sequences (None: a share of the free memory); one sequence may have two fifths
+    of them. A step runs at most ``prefill_tokens`` of prompts, or ``chunk_tokens`` while others decode. ``dtype``
     None keeps that of the files, ``device`` None takes CUDA if there is one.
     """
 
@@ -88,20 +90,25 @@ class TorchSampler:
         max_adapters: int = 32,
         max_context: int | None = None,
         max_samples: int = 1024,
+        kv_tokens: int | None = None,
         prefill_tokens: int = 2048,
+        chunk_tokens: int = 512,
     ) -> None:
         self.base = load_base(model_path, name=name, dtype=dtype, device=device)
-        self.limits = Limits(
-            vocab_size=self.base.vocab_size,
-            context=min(max_context or self.base.max_length, self.base.max_length),
-            samples=max_samples,
+        self._cache = KVCache(kv_tokens or kv_positions(self.base))
+        context = min(max_context or self.base.max_length, self.base.max_length)
+        longest = self._cache.longest
+        why = (
+            f" (two fifths of the {self._cache.budget} that the KV cache holds)" if longest < context else ""
         )
-        self._max_live = max_live
-        self._prefill_tokens = prefill_tokens
+        self.limits = Limits(self.base.vocab_size, min(context, longest), max_samples, why)
+        self._max_live, self._max_adapters = max_live, max_adapters
+        self._prefill_tokens, self._chunk_tokens = prefill_tokens, chunk_tokens
         self._adapters = AdapterCache(self.base, max_adapters)
-        self._cache = KVCache()
-        self._live: list[Live] = []  # by slot
         self._jobs: list[Job] = []  # in order of arrival
+        self._prompts = Prompts(self._cache)
+        self._live: list[Live] = []  # being decoded, in order of their beginning
+        self._put_back: list[Live] = []
         self._batch: _Batch | None = None
         self._lock = threading.Lock()
         self._arrived: list[tuple[str, Path | None, SampleRequest, Listener | None]] = []
@@ -132,6 +139,10 @@ class TorchSampler:
         with self._lock:
             return bool(self._arrived or self._jobs)
 
+    def waits_for(self, key: str) -> str:
+        """Why nothing of a request is being drawn; empty if something is, or if it is unknown."""
+        return next((job.held_by for job in self._jobs[:] if job.key == key and not job.live), "")
+
     # ---- from one thread
 
     @torch.inference_mode()
@@ -139,9 +150,10 @@ class TorchSampler:
         """Admit what fits, decode one token for every live sequence; returns the requests that ended."""
         ended: Ended = []
         self._receive(ended)
-        admitted = self._admit(ended)
-        if admitted:
-            self._prefill(admitted)
+        self._admit(ended)
+        self._run_prompts()
+        self._begin()
+        self._grow()
         if self._live:
             self._decode()
         for job in [job for job in self._jobs if job.broken]:
@@ -177,70 +189,125 @@ class TorchSampler:
         for job in [job for job in self._jobs if job.key in cancelled]:
             self._drop(job)
 
-    def _admit(self, ended: Ended) -> list[tuple[Job, range]]:
-        """The samples to begin now, with their adapters loaded."""
-        admitted: list[tuple[Job, range]] = []
-        tokens = 0
-        for job, count in shares(self._jobs, self._max_live, self._max_live - len(self._live)):
-            tokens += len(job.request.prompt)
-            if admitted and tokens > self._prefill_tokens:
+    # ---- admission
+
+    def _admit(self, ended: Ended) -> None:
+        """Find room for sequences that were put back, then for the samples that can begin now."""
+        while self._put_back:
+            live = self._put_back[0]
+            ids = np.concatenate([live.job.request.prompt, np.array(live.tokens, np.int32)])
+            if not self._prompts.seat(live, self._prompts.add(live.job, ids, shared=False)):
+                return  # nobody overtakes
+            self._put_back.pop(0)
+        free = self._max_live - sum(job.live for job in self._jobs)
+        held_by = f"{self._max_live} sequences are being decoded, which is this sampler's limit"
+        for job, count in shares(self._jobs, self._max_live, free):
+            error = self._adapt(job)
+            if error is not None:
+                self._fail(job, error, ended)
+            elif job.directory is not None and job.adapter is None:
+                held_by = f"{self._max_adapters} adapters are in use, which is this sampler's limit"
+                break  # no room until others end, and nobody overtakes
+            elif not self._start(job, count):
+                taken, budget = self._cache.taken, self._cache.budget
+                held_by = f"{taken} of the {budget} tokens that the KV cache holds are taken"
                 break
-            if job.directory is not None and job.adapter is None:
-                try:
-                    job.adapter = self._adapters.take(job.directory)
-                except TuftError as error:
-                    self._fail(job, error, ended)
-                    continue
-                except Exception:  # an adapter may come from anywhere: it must not take the others down
-                    log.exception("the adapter in %s could not be loaded", job.directory)
-                    self._fail(job, ServerError("the saved weights could not be loaded"), ended)
-                    continue
-                if job.adapter is None:
-                    break  # no room until others end, and nobody overtakes
-            admitted.append((job, job.begin(count)))
-        return admitted
+        for job in self._jobs:
+            job.held_by = held_by
 
-    def _prefill(self, admitted: Sequence[tuple[Job, range]]) -> None:
-        """Run the prompts of new sequences as one packed row and draw each sequence's first token."""
-        same: dict[tuple[str, bytes], list[tuple[Job, range]]] = {}
-        for job, indices in admitted:
-            same.setdefault((job.adapter or "", job.request.prompt.tobytes()), []).append((job, indices))
-        # Same adapters stand side by side; so do equal lengths, which share one call of attention.
-        rows = sorted(same.values(), key=lambda row: (row[0][0].adapter or "", len(row[0][0].request.prompt)))
-        prompts = [row[0][0].request.prompt for row in rows]
-        adapters = [row[0][0].adapter for row in rows]
-        first = len(self._live)
-        slots: list[list[int]] = []
-        for row, prompt in zip(rows, prompts, strict=True):
-            fresh = [
-                Live(job, index, generator(job.request.params.seed, index))
-                for job, indices in row
-                for index in indices
-            ]
-            slots.append([self._cache.add(len(prompt)) for _ in fresh])
-            self._live += fresh
+    def _adapt(self, job: Job) -> TuftError | None:
+        """Have the adapter of a job loaded, if there is room for it; an error if it cannot be."""
+        if job.directory is None or job.adapter is not None:
+            return None
+        try:
+            job.adapter = self._adapters.take(job.directory)
+        except TuftError as error:
+            return error
+        except Exception:  # an adapter may come from anywhere: it must not take the others down
+            log.exception("the adapter in %s could not be loaded", job.directory)
+            return ServerError("the saved weights could not be loaded")
+        return None
 
-        lengths, device = [len(prompt) for prompt in prompts], self.base.device
-        cu = packing.boundaries(lengths)
-        packed = packing.Packed(
-            cu, packing.segments_of(lengths, adapters), PrefillAttention(self._cache, cu, slots, device)
+    def _start(self, job: Job, count: int) -> bool:
+        """Begin the next samples of a job; False if there is not room for all."""
+        prompt = self._prompts.add(job, job.request.prompt, shared=True)
+        for _ in range(count):
+            (index,) = job.begin(1)
+            live = Live(job, index, generator(job.request.params.seed, index))
+            if not self._prompts.seat(live, prompt):
+                job.unbegin()
+                return False
+        return True
+
+    # ---- prompts
+
+    def _run_prompts(self) -> None:
+        """Run the next pieces of prompts as one packed row."""
+        row = self._prompts.pieces(self._chunk_tokens if self._live else self._prefill_tokens)
+        if not row:
+            return
+        # Same adapters stand side by side; so do equal lengths that begin, which share one call of attention.
+        row.sort(key=lambda piece: (piece[0].owner, piece[0].strip.done, piece[1]))
+        prompts, device = [prompt for prompt, _ in row], self.base.device
+        starts = [prompt.strip.done for prompt in prompts]
+        spans = [slice(start, start + count) for start, (_, count) in zip(starts, row, strict=True)]
+        cu = packing.boundaries([count for _, count in row])
+        attention = PrefillAttention([prompt.strip for prompt in prompts], cu, device)
+        segments = packing.segments_of([count for _, count in row], [prompt.adapter for prompt in prompts])
+        ids_N = np.concatenate([p.ids[span] for p, span in zip(prompts, spans, strict=True)])
+        positions_N = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        hidden_ND = self._forward(
+            packing.Packed(cu, segments, attention),
+            torch.from_numpy(ids_N).to(device, torch.int64),
+            torch.from_numpy(positions_N).to(device)[None],
         )
-        ids_N = torch.from_numpy(np.concatenate(prompts)).to(device, torch.int64)
-        hidden_ND = self._forward(packed, ids_N, packing.positions(cu, device))
-        for row, (start, end) in zip(rows, pairwise(cu), strict=True):
-            for job, indices in row:
-                if indices.start == 0:
-                    self._score_prompt(job, hidden_ND[start:end])
+        attention.advance()
+        for prompt, start, (first, last) in zip(prompts, starts, pairwise(cu), strict=True):
+            for scores in prompt.scores:
+                logits = partial(self._logits_within, hidden_ND[first:last], prompt.adapter, start)
+                scores.see(start, prompt.strip.done, logits)
+            if not prompt.left:
+                prompt.last = hidden_ND[last - 1].clone()
+                prompt.scores.clear()
 
-        last_M = torch.tensor(cu[1:], device=device) - 1
-        one_each = packing.segments_of([1] * len(rows), adapters)
-        logits_MV = head.logits(self.base.lm_head, hidden_ND[last_M], one_each)
-        counts_M = torch.tensor([len(row) for row in slots], device=device)
-        fresh = self._live[first:]
-        pick = _picker(fresh, self.base.vocab_size, device)
-        self._extend(fresh, pick, logits_MV.repeat_interleave(counts_M, 0))
+    def _logits_within(
+        self, hidden_MD: Tensor, adapter: str | None, offset: int, start: int, end: int
+    ) -> Tensor:
+        """Logits of positions [start, end) of a prompt; the hidden states begin with position ``offset``."""
+        rows_MD = hidden_MD[start - offset : end - offset]
+        logits_MV = head.logits(self.base.lm_head, rows_MD, ((0, end - start, adapter),))
+        return logits_MV[:, : self.base.vocab_size]
+
+    def _begin(self) -> None:
+        """Draw the first token of every sequence whose prompt has been run."""
+        ready = sorted(self._prompts.begin(), key=lambda found: found[0].owner)
+        if not ready:
+            return
+        hidden_MD = torch.stack([prompt.last for prompt, _ in ready if prompt.last is not None])
+        segments = packing.segments_of([1] * len(ready), [prompt.adapter for prompt, _ in ready])
+        logits_MV = head.logits(self.base.lm_head, hidden_MD, segments)
+        counts_M = torch.tensor([len(lives) for _, lives in ready], device=self.base.device)
+        fresh = [live for _, lives in ready for live in lives]
+        self._live += fresh
         self._batch = None
-        self._leave(range(first, len(self._live)))
+        pick = _picker(fresh, self.base.vocab_size, self.base.device)
+        self._extend(fresh, pick, logits_MV.repeat_interleave(counts_M, 0))
+        self._leave(fresh)
+
+    # ---- decoding
+
+    def _grow(self) -> None:
+        """A larger place for whom the present one is too small; while there is none, who began last is put back."""
+        for live in [live for live in self._live if live.where.full]:
+            while live.place is not None:
+                wanted = slot_size(live.place.length + 1)
+                if self._prompts.take(wanted):
+                    self._cache.move(live.place, wanted)
+                    self._batch = None
+                    break
+                last = self._live[-1]
+                self._free(last)
+                self._put_back.insert(0, last)
 
     def _decode(self) -> None:
         """One more token for every live sequence."""
@@ -251,7 +318,7 @@ class TorchSampler:
         batch.attention.advance()
         logits_NV = head.logits(self.base.lm_head, hidden_ND, batch.packed.segments)
         batch.tokens_N = self._extend(batch.rows, batch.pick, logits_NV)
-        self._leave(range(len(self._live)))
+        self._leave(batch.rows)
 
     def _forward(self, packed: packing.Packed, ids_N: Tensor, positions_1N: Tensor) -> Tensor:
         return self.base.run(packed, ids_N, positions_1N, backward=False)[0]
@@ -266,41 +333,36 @@ class TorchSampler:
                 row.job.broken = True
         return tokens_N
 
-    def _leave(self, slots: range) -> None:
-        """Take out those of the sequences in ``slots`` (up to the last one) that have just ended."""
-        for slot in reversed(slots):
-            reason = self._live[slot].stop_reason()
-            self._live[slot].tell(reason)
+    def _leave(self, rows: Sequence[Live]) -> None:
+        """Tell what was drawn, and take out the sequences that have just ended."""
+        for live in rows:
+            reason = live.stop_reason()
+            live.tell(reason)
             if reason is not None:
-                self._live[slot].end(reason)
-                self._free(slot)
+                live.end(reason)
+                self._free(live)
 
-    def _free(self, slot: int) -> None:
-        last = self._cache.drop(slot)
-        self._live[slot] = self._live[last]
-        self._live.pop()
+    def _free(self, live: Live) -> None:
+        self._cache.drop(live.where)
+        live.place = None
+        self._live.remove(live)
         self._batch = None
+
+    # ---- leaving
 
     def _fail(self, job: Job, error: TuftError, ended: Ended) -> None:
         self._drop(job)
         ended.append((job.key, error))
 
     def _drop(self, job: Job) -> None:
-        """Forget a job and the sequences it has live."""
-        for slot in reversed(range(len(self._live))):
-            if self._live[slot].job is job:
-                self._free(slot)
+        """Forget a job and the sequences it has begun."""
         self._jobs.remove(job)
+        for live in [live for live in self._live if live.job is job]:
+            self._free(live)
+        self._put_back = [live for live in self._put_back if live.job is not job]
+        self._prompts.drop(job)
         if job.adapter is not None:
             self._adapters.give_back(job.adapter)
-
-    def _score_prompt(self, job: Job, hidden_MD: Tensor) -> None:
-        def logits(start: int, end: int) -> Tensor:
-            segments = ((0, end - start, job.adapter),)
-            logits_MV = head.logits(self.base.lm_head, hidden_MD[start:end], segments)
-            return logits_MV[:, : self.base.vocab_size]
-
-        job.scored = score_prompt(job.request, logits)
 
     @cached_property
     def _eos(self) -> frozenset[int]:

@@ -1,8 +1,8 @@
-"""The cache in slots: attention over it equals attention over the whole past, whatever came and went."""
+"""The cache: attention over it equals attention over the whole past, whatever came and went; its budget is kept to."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tuft_jupyter.engine import kv_cache
-from tuft_jupyter.engine.kv_cache import DecodeAttention, KVCache, PrefillAttention, blocks
+from tuft_jupyter.engine.kv_cache import (
+    DecodeAttention,
+    KVCache,
+    Place,
+    PrefillAttention,
+    Strip,
+    slot_size,
+)
 
 CPU = torch.device("cpu")
 H, G, D = 4, 2, 8
@@ -33,36 +40,53 @@ def reference(q_HD: Tensor, k_GTD: Tensor, v_GTD: Tensor, window: int | None) ->
 class World:
     """A cache beside a plain record of what every sequence has seen."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, budget: int | None = None) -> None:
         self.rng = torch.Generator().manual_seed(seed)
-        self.cache = KVCache()
-        self.past: list[tuple[Tensor, Tensor]] = []  # by slot: keys and values [G, T, D]
+        self.cache = KVCache(budget)
+        self.past: dict[Place, tuple[Tensor, Tensor]] = {}  # keys and values [G, T, D]
 
-    def prefill(self, lengths: list[int], copies: int) -> None:
-        cu = [0]
-        slots = []
-        for length in lengths:
-            cu.append(cu[-1] + length)
-            slots.append([self.cache.add(length) for _ in range(copies)])
-        q, k, v = heads(self.rng, cu[-1])
-        PrefillAttention(self.cache, cu, slots, CPU)(0, q, k, v, None, None)
-        for start, end in pairwise(cu):
-            self.past += [(k[0, :, start:end], v[0, :, start:end])] * copies
+    def prefill(self, lengths: list[int], copies: int, piece: int, window: int | None) -> None:
+        """Run prompts side by side, ``piece`` tokens of each at a time."""
+        strips = [Strip(length) for length in lengths]
+        seen = [(torch.empty(G, 0, D), torch.empty(G, 0, D)) for _ in lengths]
+        while any(strip.done < strip.positions for strip in strips):
+            row = [i for i, strip in enumerate(strips) if strip.done < strip.positions]
+            counts = [min(piece + i, strips[i].positions - strips[i].done) for i in row]
+            cu = [0, *accumulate(counts)]
+            attention = PrefillAttention([strips[i] for i in row], cu, CPU)
+            q, k, v = heads(self.rng, cu[-1])
+            out = attention(0, q, k, v, None, window)
+            attention.advance()
+            for i, (start, end) in zip(row, pairwise(cu), strict=True):
+                for at in range(start, end):
+                    keys, values = (
+                        torch.cat([old, new[0, :, at : at + 1]], 1)
+                        for old, new in zip(seen[i], (k, v), strict=True)
+                    )
+                    seen[i] = keys, values
+                    torch.testing.assert_close(out[0, at], reference(q[0, :, at], keys, values, window))
+        for strip, held in zip(strips, seen, strict=True):
+            for _ in range(copies):
+                assert self.cache.take(slot_size(strip.done + 1))
+                self.past[self.cache.begin(strip)] = held
 
-    def drop(self, slot: int) -> None:
-        last = self.cache.drop(slot)
-        self.past[slot] = self.past[last]
-        self.past.pop()
+    def drop(self, place: Place) -> None:
+        self.cache.drop(place)
+        del self.past[place]
 
-    def decode(self, order: list[int], steps: int, window: int | None) -> None:
-        attention = DecodeAttention(self.cache, order, CPU)
+    def decode(self, order: list[Place], steps: int, window: int | None) -> None:
         for _ in range(steps):
-            assert attention.positions_N.tolist() == [self.past[slot][0].shape[1] for slot in order]
+            for place in order:
+                if place.full:
+                    assert self.cache.take(slot_size(place.length + 1))
+                    self.cache.move(place, slot_size(place.length + 1))
+            attention = DecodeAttention(self.cache, order, CPU)
+            assert attention.positions_N.tolist() == [self.past[place][0].shape[1] for place in order]
             q, k, v = heads(self.rng, len(order))
             out = attention(0, q, k, v, None, window)
-            for row, slot in enumerate(order):
-                keys, values = self.past[slot]
-                self.past[slot] = keys, values = (
+            for row, place in enumerate(order):
+                keys, values = self.past[place]
+                self.past[place] = keys, values = (
                     torch.cat([keys, k[0, :, row : row + 1]], 1),
                     torch.cat([values, v[0, :, row : row + 1]], 1),
                 )
@@ -72,41 +96,48 @@ class World:
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_decoding_equals_attention_over_the_whole_past(data: st.DataObject) -> None:
+def test_attention_over_the_cache_equals_attention_over_the_whole_past(data: st.DataObject) -> None:
     world = World(data.draw(st.integers(0, 1000)))
+    window = data.draw(st.sampled_from([None, 2, 50]))
     for _ in range(data.draw(st.integers(1, 4))):
-        lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=3))
-        world.prefill(lengths, data.draw(st.integers(1, 3)))
-        order = data.draw(st.permutations(range(len(world.past))))
-        world.decode(list(order), data.draw(st.integers(1, 3)), data.draw(st.sampled_from([None, 2, 50])))
+        lengths = data.draw(st.lists(st.integers(1, 200), min_size=1, max_size=3))
+        world.prefill(lengths, data.draw(st.integers(1, 3)), data.draw(st.sampled_from([7, 60, 999])), window)
+        order = data.draw(st.permutations(list(world.past)))
+        world.decode(list(order), data.draw(st.integers(1, 3)), window)
         for _ in range(data.draw(st.integers(0, len(world.past)))):
-            world.drop(data.draw(st.integers(0, len(world.past) - 1)))
+            world.drop(data.draw(st.sampled_from(list(world.past))))
 
 
-@given(st.lists(st.integers(1, 5000), min_size=1, max_size=64))
-def test_blocks_cover_the_slots_in_order_and_waste_little(lengths: list[int]) -> None:
-    runs = blocks(lengths)
-    assert [start for start, _ in runs] == [0, *(end for _, end in runs[:-1])]
-    assert runs[-1][1] == len(lengths)
-    for start, end in runs:
-        block = lengths[start:end]
-        assert max(block) * len(block) <= sum(block) * 1.25 + kv_cache._CALL_COST
+def test_a_sequence_that_outgrows_its_slot_moves_to_a_larger_one() -> None:
+    world = World(1)
+    world.prefill([126, 30], 2, 999, None)
+    world.decode(list(world.past), 70, None)
+    assert sorted(place.rack.size for place in world.past) == [128, 128, 256, 256]
+    assert world.cache.taken == 2 * 128 + 2 * 256
 
 
-def test_equal_lengths_are_one_block() -> None:
-    assert blocks([700] * 64) == [(0, 64)]
+@given(st.integers(1, 100_000))
+def test_slots_waste_at_most_a_third(length: int) -> None:
+    assert length <= slot_size(length) <= max(128, length * 1.5)
 
 
-def test_storage_is_given_back_when_nobody_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_never_passes_the_budget_and_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "_KEEP_BYTES", 0)
-    world = World(0)
-    world.prefill([400, 3], 2)
-    held = world.cache.bytes
-    assert held >= 2 * 4 * 400 * G * D * 4
-    for _ in range(4):
-        assert world.cache.bytes == held
-        world.drop(0)
-    assert world.cache.bytes == 0
-    world.prefill([5], 1)
-    world.decode([0], 2, None)
-    assert 0 < world.cache.bytes < held
+    world = World(0, budget=1400)
+    each = 2 * G * D * 4  # bytes of one position in the only layer
+    world.prefill([100] * 5, 1, 999, None)  # five slots of 128, room for eight would be 1024
+    for place in list(world.past)[:3]:
+        world.drop(place)
+    world.prefill([300, 150], 1, 999, None)  # 384 + 192
+    assert world.cache.taken == 2 * 128 + 384 + 192
+    assert world.cache.bytes <= 1400 * each
+    assert not world.cache.take(1400 - world.cache.taken + 1)
+    world.decode(list(world.past), 2, None)
+    for place in list(world.past):
+        world.drop(place)
+    assert world.cache.taken == world.cache.bytes == 0
+
+
+def test_a_budget_too_small_for_anything_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 512 tokens, got 100"):
+        KVCache(100)

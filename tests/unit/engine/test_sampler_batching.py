@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.support.sampling import ask, drain, prompt, run, tokens_of
 from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import NotFound, TuftError, UserError
 from tuft_jupyter.core.types import SampleRequest
-from tuft_jupyter.engine import adapter_cache, checkpoint
+from tuft_jupyter.engine import adapter_cache, checkpoint, kv_cache
 from tuft_jupyter.engine.packing import Packed
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 
@@ -102,12 +103,127 @@ def test_a_prompt_is_run_once_for_all_its_samples(
     assert all(len(answer.sequences) == 6 for answer in answers)
 
 
-def test_prompts_are_run_in_portions(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = TorchSampler(model, prefill_tokens=32)
+def test_a_long_prompt_holds_up_nobody_who_decodes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens are run a few at a time, beside a token for everybody else in every step."""
+    sampler = TorchSampler(model, chunk_tokens=16)
     rows = rows_of(sampler, monkeypatch)
-    answers = run(sampler, [(None, ask(prompt(20 + i, seed=i), max_tokens=2)) for i in range(3)])
-    assert [len(answer.sequences) for answer in answers] == [1, 1, 1]
-    assert rows == [20, 1, 21, 1, 22, 1]
+    sampler.submit("first", None, ask(prompt(4), max_tokens=30))
+    sampler.step()
+    sampler.submit("long", None, ask(prompt(80, seed=1), max_tokens=4))
+    drain(sampler)
+    assert rows[:14] == [4, 1] + [16, 1] * 4 + [16, 2, 2, 2]
+
+
+def test_a_short_prompt_passes_a_long_one(model: Path) -> None:
+    sampler = TorchSampler(model, prefill_tokens=16, chunk_tokens=16)
+    sampler.submit("long", None, ask(prompt(80), max_tokens=1))
+    sampler.submit("short", None, ask(prompt(5), max_tokens=1))
+    order = []
+    while sampler.busy():
+        order += [key for key, _ in sampler.step()]
+    assert order == ["short", "long"]
+
+
+PROMPTS = {"prompt_logprobs": True, "topk_prompt_logprobs": 3}
+
+
+@pytest.mark.parametrize("options", [{"prefill_tokens": 7, "chunk_tokens": 5}, {"kv_tokens": 1100}])
+def test_neither_pieces_nor_scarce_memory_change_what_is_drawn(
+    model: Path, adapters: list[Path], options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens, and the same log-probabilities to the rounding of fp32, also of the prompt."""
+    monkeypatch.setattr(kv_cache, "SMALLEST", 16)  # these prompts are short, and are to outgrow their slots
+    jobs = [
+        (adapter, ask(prompt(70 - 9 * i, seed=i), 3, seed=i, max_tokens=25, **PROMPTS))
+        for i, adapter in enumerate([*adapters, None, adapters[0]])
+    ]
+    jobs.append((adapters[0], ask(prompt(70), 2, seed=0, max_tokens=9)))  # the first prompt once more
+    plain = run(TorchSampler(model, kv_tokens=100_000), jobs)
+    tight = TorchSampler(model, **options)
+    for ours, expected in zip(run(tight, jobs), plain, strict=True):
+        assert tokens_of(ours) == tokens_of(expected)
+        for one, other in zip(ours.sequences, expected.sequences, strict=True):
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        if ours.prompt_logprobs is not None:
+            np.testing.assert_allclose(ours.prompt_logprobs, expected.prompt_logprobs, atol=1e-5)
+            assert np.array_equal(ours.topk_prompt_ids, expected.topk_prompt_ids)
+    assert tight._cache.taken == 0
+
+
+def test_memory_is_bounded_and_who_began_last_goes_on_where_it_was(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "SMALLEST", 16)
+    sampler = TorchSampler(model, kv_tokens=512)
+    put_back: set[int] = set()
+    jobs = [ask(prompt(12, seed=i), seed=i, max_tokens=80) for i in range(24)]
+    for i, request in enumerate(jobs):
+        sampler.submit(str(i), None, request)
+    answers: dict[str, Any] = {}
+    each = 2 * sum(
+        k[0, :, 0].nbytes for k, _ in next(iter(_layers(sampler, answers).values())).layers.values()
+    )
+    while sampler.busy():
+        answers.update(sampler.step())
+        put_back |= {int(live.job.key) for live in sampler._put_back}
+        assert sampler._cache.taken <= 512
+        assert sampler._cache.bytes <= 512 * each
+    assert put_back, "the memory was never short"
+    assert 0 not in put_back, "who came first never waits for others"
+    expected = run(TorchSampler(model), [(None, request) for request in jobs])
+    assert [tokens_of(answers[str(i)]) for i in range(24)] == [tokens_of(answer) for answer in expected]
+
+
+def _layers(sampler: TorchSampler, answers: dict[str, Any]) -> dict[int, kv_cache.Rack]:
+    """The racks, after a first step."""
+    answers.update(sampler.step())
+    return sampler._cache.racks
+
+
+def test_who_waits_is_told_for_what(model: Path, adapters: list[Path]) -> None:
+    narrow = TorchSampler(model, max_live=1, max_adapters=1)
+    narrow.submit("a", adapters[0], ask(prompt(4), max_tokens=9))
+    narrow.submit("b", None, ask(prompt(4), max_tokens=1))
+    narrow.step()
+    assert narrow.waits_for("a") == narrow.waits_for("never heard of") == ""
+    assert narrow.waits_for("b") == "1 sequences are being decoded, which is this sampler's limit"
+    full = TorchSampler(model, max_adapters=1, kv_tokens=512)
+    for i in range(8):
+        full.submit(str(i), adapters[0], ask(prompt(90, seed=i), max_tokens=4))
+    full.submit("other", adapters[1], ask(prompt(4), max_tokens=1))
+    full.step()
+    assert "of the 512 tokens that the KV cache holds are taken" in full.waits_for("7")
+    drain(full)
+
+
+def test_a_prompt_that_can_never_fit_is_refused_with_the_limit(tmp_path: Path) -> None:
+    sampler = TorchSampler(make_model(tmp_path / "m", max_length=1000), kv_tokens=1000)
+    with pytest.raises(UserError, match=r"500 tokens; the context of 400 tokens \(two fifths of the 1000"):
+        sampler.check(ask(prompt(500)))
+    (answer,) = run(sampler, [(None, ask(prompt(390), max_tokens=100))])
+    assert [len(sequence.tokens) for sequence in answer.sequences] == [10]
+
+
+def test_samples_of_a_large_request_run_its_prompt_once_though_they_begin_in_turn(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = TorchSampler(model, max_live=2)
+    rows = rows_of(sampler, monkeypatch)
+    request = ask(prompt(40), 6, seed=3, max_tokens=3)
+    (answer,) = run(sampler, [(None, request)])
+    assert [row for row in rows if row > 2] == [40]
+    (expected,) = run(TorchSampler(model), [(None, request)])
+    assert tokens_of(answer) == tokens_of(expected)
+
+
+def test_what_is_shared_of_a_prompt_is_shared_within_a_tenant(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = TorchSampler(model)
+    rows = rows_of(sampler, monkeypatch)
+    mine, theirs = (replace(ask(prompt(20), max_tokens=1), salt=salt) for salt in ("a", "b"))
+    run(sampler, [(None, mine), (None, theirs), (None, mine)])
+    assert rows == [40]
 
 
 def test_cancelling_frees_the_place(model: Path, adapters: list[Path]) -> None:
