@@ -32,6 +32,7 @@ export default tseslint.config(
       '@typescript-eslint/no-floating-promises': 'error',
       // The panel is part of the layout from the start; what is large (the chart) is loaded when it is first drawn.
       'jupyter/prefer-lazy-imports': 'off',
+      'jupyter/no-untranslated-string': 'error',
       curly: ['error', 'all'],
       eqeqeq: 'error',
       'prefer-arrow-callback': 'error'

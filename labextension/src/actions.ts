@@ -49,7 +49,7 @@ export class Actions {
         checkpoint.path
       ),
       buttons: [
-        Dialog.cancelButton(),
+        Dialog.cancelButton({ label: trans.__('Cancel') }),
         Dialog.warnButton({ label: trans.__('Delete') })
       ]
     });
@@ -119,7 +119,7 @@ export class Actions {
         'The run cannot be trained further. Its curve and its checkpoints stay.'
       ),
       buttons: [
-        Dialog.cancelButton(),
+        Dialog.cancelButton({ label: trans.__('Cancel') }),
         Dialog.warnButton({ label: trans.__('End run') })
       ]
     });
@@ -136,11 +136,21 @@ export class Actions {
     Notification.info(this._trans.__('Copied %1', text), { autoClose: 2000 });
   }
 
-  /** Save a text as a file. */
-  saveText(text: string, type: string, name: string): void {
-    const address = URL.createObjectURL(new Blob([text], { type }));
+  /** Save a content as a file. */
+  saveAs(content: BlobPart, type: string, name: string): void {
+    const address = URL.createObjectURL(new Blob([content], { type }));
     save(address, name);
     window.setTimeout(() => URL.revokeObjectURL(address), 10_000);
+  }
+
+  /** Save a run's metrics in a format that the server writes. */
+  async saveMetrics(run: IRun, format: 'tensorboard'): Promise<void> {
+    await this._try(async () => {
+      const query = new URLSearchParams({ run: run.id, format });
+      const content = await this._api.file(`tuft/lab/export?${query}`);
+      const name = `events.out.tfevents.${run.id.replace(/:/g, '-')}`;
+      this.saveAs(content, 'application/octet-stream', name);
+    });
   }
 
   private async _try(work: () => Promise<unknown>): Promise<void> {

@@ -18,11 +18,17 @@ export interface IModelStatus {
 export interface IStatus {
   version: string;
   tenant: string;
+  /** Whether the tenant manages this server: its keys among them. Absent from older servers. */
+  admin?: boolean;
   ready: boolean;
   /** What the service waits for, in words, or null. */
   waiting_for: string | null;
   /** Where the journal is kept, a colon, and what it survives. */
   persistence: string;
+  /** What an acknowledged record survives: the end of the server, that of its process, that of the machine. */
+  durability?: 'nothing' | 'process' | 'machine';
+  /** Why nothing can be written now, or null. */
+  problem?: string | null;
   backend: { installed: boolean; detail: string };
   models: IModelStatus[];
   /** What works, but is better known, in sentences; absent from older servers. */
@@ -128,23 +134,22 @@ export class Api implements IApi {
     return text ? JSON.parse(text) : null;
   }
 
+  /** A file that the server makes. Rejects with the server's own words. */
+  async file(path: string): Promise<Blob> {
+    return (await this._request('GET', path)).blob();
+  }
+
   /** Keep an adapter made elsewhere: a tar archive of a PEFT directory. Resolves with its path. */
   async upload(archive: Blob, model: string, name: string): Promise<string> {
     const query = new URLSearchParams({ base_model: model, name });
-    const response = await ServerConnection.makeRequest(
-      this.address(`tuft/lab/api/v1/tuft/adapters?${query}`),
-      {
-        method: 'POST',
-        body: archive,
-        headers: { 'Content-Type': 'application/x-tar' }
-      },
-      this._server
-    );
-    if (!response.ok) {
-      throw new Error(await reason(response));
-    }
-    const answer = await response.json();
-    return answer.tinker_path;
+    const path = `tuft/lab/api/v1/tuft/adapters?${query}`;
+    const headers = { 'Content-Type': 'application/x-tar' };
+    const response = await this._send(path, {
+      method: 'POST',
+      body: archive,
+      headers
+    });
+    return (await response.json()).tinker_path;
   }
 
   /** A request for text; the answer is a stream of events. */
@@ -195,19 +200,23 @@ export class Api implements IApi {
     return new this._server.WebSocket(`${url}?${query}`);
   }
 
-  private async _request(
+  private _request(
     method: string,
     path: string,
     body?: unknown,
     signal?: AbortSignal
   ): Promise<Response> {
+    return this._send(path, {
+      method,
+      signal,
+      body: body === undefined ? undefined : JSON.stringify(body)
+    });
+  }
+
+  private async _send(path: string, init: RequestInit): Promise<Response> {
     const response = await ServerConnection.makeRequest(
       this.address(path),
-      {
-        method,
-        signal,
-        body: body === undefined ? undefined : JSON.stringify(body)
-      },
+      init,
       this._server
     );
     if (!response.ok) {

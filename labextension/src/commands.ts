@@ -1,6 +1,7 @@
 /** Every action as a command: in the palette, for buttons, for keyboard shortcuts and for other extensions. */
 import { ICommandPalette, InputDialog } from '@jupyterlab/apputils';
 import { INotebookTracker } from '@jupyterlab/notebook';
+import { TranslationBundle } from '@jupyterlab/translation';
 import { fileUploadIcon, LabIcon } from '@jupyterlab/ui-components';
 import { CommandRegistry } from '@lumino/commands';
 import { ReadonlyPartialJSONObject } from '@lumino/coreutils';
@@ -16,15 +17,22 @@ import { adapterOf, chooseFiles } from './upload';
 const DAY = 86400;
 
 /** What a command can be told in its arguments; what is not told is asked. */
-const ARGUMENTS = {
-  checkpoint: 'The path of a checkpoint',
-  run: 'The id of a run',
-  runs: 'The ids of several runs',
-  metric: 'What the chart shows',
-  format: 'csv or jsonl'
-};
+type Argument = 'checkpoint' | 'run' | 'runs' | 'metric' | 'format';
 
-type Argument = keyof typeof ARGUMENTS;
+function argumentWord(name: Argument, trans: TranslationBundle): string {
+  switch (name) {
+    case 'checkpoint':
+      return trans.__('The path of a checkpoint');
+    case 'run':
+      return trans.__('The id of a run');
+    case 'runs':
+      return trans.__('The ids of several runs');
+    case 'metric':
+      return trans.__('What the chart shows');
+    case 'format':
+      return trans.__('csv, jsonl or tensorboard');
+  }
+}
 
 /** What {@link addCommand} needs to know. */
 interface ICommand {
@@ -51,7 +59,7 @@ export class Commands {
     } = {};
     for (const name of command.takes ?? []) {
       const type = name === 'runs' ? 'array' : 'string';
-      properties[name] = { type, description: ARGUMENTS[name] };
+      properties[name] = { type, description: argumentWord(name, trans) };
     }
     const options: CommandRegistry.ICommandOptions = {
       label: command.label,
@@ -219,6 +227,7 @@ export function addActions(
   );
   commands.add(CommandIDs.exportMetrics, {
     label: trans.__('Export the Metrics of Runs'),
+    caption: trans.__('As CSV, JSON lines, or files for TensorBoard'),
     takes: ['runs', 'format'],
     isEnabled: anyRun,
     execute: async args => {
@@ -229,14 +238,19 @@ export function addActions(
       const found = chosen
         .filter((run): run is IRun => run !== undefined)
         .map(run => ({ run, name: names.get(run.id) ?? run.id }));
-      if (found.length && args.format === 'jsonl') {
-        actions.saveText(
-          toJsonLines(found),
-          'application/jsonl',
-          'metrics.jsonl'
-        );
-      } else if (found.length) {
-        actions.saveText(toCsv(found), 'text/csv', 'metrics.csv');
+      if (!found.length) {
+        return;
+      }
+      if (args.format === 'tensorboard') {
+        // TensorBoard knows runs by their files.
+        for (const { run } of found) {
+          await actions.saveMetrics(run, 'tensorboard');
+        }
+      } else if (args.format === 'jsonl') {
+        const rows = toJsonLines(found);
+        actions.saveAs(rows, 'application/jsonl', 'metrics.jsonl');
+      } else {
+        actions.saveAs(toCsv(found), 'text/csv', 'metrics.csv');
       }
     }
   });

@@ -105,6 +105,9 @@ function judge(source: IFineTuning, trans: TranslationBundle): [Level, string] {
   ) {
     return ['bad', trans.__('The model could not be loaded')];
   }
+  if (status.problem) {
+    return ['bad', trans.__('Nothing new is accepted')];
+  }
   if (status.ready) {
     return ['ok', trans.__('Ready')];
   }
@@ -138,12 +141,28 @@ function Facts(props: {
       </div>
       <div>
         <dt>{trans.__('Journal')}</dt>
-        <dd className="jp-Tuft-ellipsis" title={status.persistence}>
-          {status.persistence.replace(/^.*?: /, '')}
-        </dd>
+        <dd title={status.persistence}>{survives(status, trans)}</dd>
       </div>
     </dl>
   );
+}
+
+/** What of the work survives what, in few words. */
+function survives(status: IStatus, trans: TranslationBundle): React.ReactNode {
+  switch (status.durability) {
+    case 'nothing':
+      return (
+        <span className="jp-Tuft-warning">
+          {trans.__('in memory: all is lost when the server stops')}
+        </span>
+      );
+    case 'process':
+      return trans.__('survives a crash of the server');
+    case 'machine':
+      return trans.__('survives a crash of the machine');
+    default:
+      return status.persistence;
+  }
 }
 
 function Trouble(props: {
@@ -165,7 +184,7 @@ function Trouble(props: {
       </div>
     );
   }
-  const notes = [...(status.notes ?? [])];
+  const notes = [status.problem, ...(status.notes ?? [])].filter(Boolean);
   if (status.version !== VERSION) {
     notes.push(
       trans.__(
@@ -176,7 +195,10 @@ function Trouble(props: {
     );
   }
   return failed.length || notes.length ? (
-    <div className="jp-Tuft-trouble">
+    <div
+      className="jp-Tuft-trouble"
+      role={status.problem ? 'alert' : undefined}
+    >
       {failed.map(model => (
         <p key={model.name}>
           <b>{model.name}</b>: {model.detail}

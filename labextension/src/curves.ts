@@ -67,6 +67,27 @@ export function history(curve: ICurve): readonly number[] {
   return kept;
 }
 
+/** The metrics between which one chooses for these runs: the loss, the chosen one, and all that one of them has. */
+export function offeredMetrics(
+  runs: readonly IRun[],
+  chosen: Metric
+): Metric[] {
+  return METRICS.filter(
+    metric =>
+      metric === 'loss' ||
+      metric === chosen ||
+      runs.some(run => has(run, metric))
+  );
+}
+
+/** The run that was busy last, of those that have the metric where there are any. */
+export function busiest(runs: readonly IRun[], metric: Metric): IRun {
+  const able = runs.filter(run => has(run, metric));
+  return (able.length ? able : runs).reduce((best, run) =>
+    run.last_request >= best.last_request ? run : best
+  );
+}
+
 /** The value of a metric at an entry of a curve, where `before` is the entry in front of it. */
 function valueAt(
   curve: ICurve,
@@ -75,7 +96,7 @@ function valueAt(
   before: number | undefined
 ): number | null {
   if (metric !== 'tokens_per_second') {
-    return curve[metric]?.[entry] ?? null;
+    return curve[metric][entry] ?? null;
   }
   if (before === undefined) {
     return null;
@@ -120,7 +141,7 @@ export function seriesOf(
 export function has({ curve }: IRun, metric: Metric): boolean {
   return metric === 'tokens_per_second'
     ? curve.step.length > 1
-    : (curve[metric] ?? []).some(value => value !== null);
+    : curve[metric].some(value => value !== null);
 }
 
 /**
@@ -161,6 +182,6 @@ export function latest(run: IRun, metric: Metric): number | null {
   if (metric === 'tokens_per_second') {
     return throughput(run);
   }
-  const column = run.curve[metric] ?? [];
+  const column = run.curve[metric];
   return column.length ? column[column.length - 1] : null;
 }

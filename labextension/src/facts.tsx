@@ -14,21 +14,8 @@ import { phaseOf, phaseWord } from './names';
 import { CopyButton } from './parts';
 import { lowest } from './readings';
 import { IShown } from './shown';
-
-type Fact = [string, React.ReactNode];
-
-function FactList({ facts }: { facts: Fact[] }): JSX.Element {
-  return (
-    <dl className="jp-Tuft-factList">
-      {facts.map(([term, value]) => (
-        <div key={term}>
-          <dt>{term}</dt>
-          <dd>{value}</dd>
-        </div>
-      ))}
-    </dl>
-  );
-}
+import { FactList, StepFacts } from './stepfacts';
+import { AskSamples } from './stepsamples';
 
 /** Props of {@link RunFacts}. */
 export interface IRunFactsProps extends IShown {
@@ -37,6 +24,7 @@ export interface IRunFactsProps extends IShown {
   /** The step that is picked, or null. */
   step: number | null;
   onUnpick: () => void;
+  askSamples: AskSamples;
 }
 
 /** See the head of the file. */
@@ -92,6 +80,7 @@ export function RunFacts(props: IRunFactsProps): JSX.Element {
                 ? formatDuration(time[time.length - 1] - time[0])
                 : '–'
             ],
+            [trans.__('Engine time'), formatDuration(run.engine_ms / 1000)],
             [
               trans.__('Created'),
               formatRelative(Math.min(0, run.created - now), locale)
@@ -130,55 +119,4 @@ function waiting(run: IRun, trans: TranslationBundle): string {
   return run.pending > 0
     ? trans._n('%1 operation', '%1 operations', run.pending, run.pending)
     : '–';
-}
-
-function StepFacts(
-  props: IRunFactsProps & { name: string; step: number }
-): JSX.Element | null {
-  const { run, name, step, trans } = props;
-  const kept = history(run.curve);
-  const k = kept.findIndex(i => run.curve.step[i] === step);
-  if (k < 0) {
-    return null;
-  }
-  const { curve } = run;
-  const i = kept[k];
-  const before = k > 0 ? kept[k - 1] : null;
-  const took = before === null ? null : curve.time[i] - curve.time[before];
-  const change =
-    before === null || curve.loss[i] === null || curve.loss[before] === null
-      ? null
-      : curve.loss[i] - curve.loss[before];
-  const facts: Fact[] = [
-    [trans.__('Loss'), formatValue(curve.loss[i])],
-    [
-      trans.__('Change'),
-      change === null ? '–' : `${change > 0 ? '+' : ''}${formatValue(change)}`
-    ],
-    [trans.__('Gradient norm'), formatValue(curve.grad_norm[i])],
-    [trans.__('Learning rate'), formatValue(curve.learning_rate[i])],
-    [trans.__('Tokens'), formatCount(curve.tokens[i])],
-    [trans.__('Took'), took === null ? '–' : formatDuration(took)],
-    [trans.__('At'), new Date(curve.time[i] * 1000).toLocaleTimeString()]
-  ];
-  if (curve.kl) {
-    facts.splice(2, 0, [trans.__('KL'), formatValue(curve.kl[i] ?? null)]);
-  }
-  return (
-    <section className="jp-Tuft-sheet jp-mod-picked" aria-live="polite">
-      <div className="jp-Tuft-cardHead">
-        <h3 className="jp-Tuft-ellipsis">
-          {trans.__('Step %1 of %2', formatCount(step), name)}
-        </h3>
-        <button
-          className="jp-Tuft-textButton"
-          title={trans.__('Show the run only')}
-          onClick={props.onUnpick}
-        >
-          {trans.__('Close')}
-        </button>
-      </div>
-      <FactList facts={facts} />
-    </section>
-  );
 }

@@ -139,7 +139,9 @@ export class Feed implements IFineTuning, IDisposable {
     const attempt = ++this._attempt;
     this._retryAt = null;
     this._held = null;
-    this._become('connecting');
+    // Whoever reads what is wrong goes on reading while it is tried again.
+    const again = this._retries > 0 && this._connection !== 'asleep';
+    this._become(again ? this._connection : 'connecting');
     if (this._stale && !(await this._load(attempt))) {
       return;
     }

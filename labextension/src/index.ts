@@ -19,7 +19,6 @@ import { Signal } from '@lumino/signaling';
 import { Actions } from './actions';
 import { Api } from './api';
 import { CommandIDs } from './commandids';
-import { Ask } from './complete';
 import { addActions, Commands } from './commands';
 import { Feed } from './feed';
 import { tuftIcon } from './icons';
@@ -65,7 +64,7 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
     const trans = (translator ?? nullTranslator).load('tuft_jupyter');
     const api = new Api(app.serviceManager.serverSettings);
     const feed = new Feed(api);
-    const context: IContext = { feed, commands: app.commands, trans };
+    const context: IContext = { api, feed, commands: app.commands, trans };
     const commands = new Commands(context, palette);
     const widgets = new Set<LiveWidget>();
     let settings = DEFAULTS;
@@ -134,10 +133,7 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
       execute: args => {
         const base = feed.status?.models[0]?.name;
         const models = [base, args.checkpoint].filter(Boolean) as string[];
-        const ask: Ask = (route, body, signal) => api.text(route, body, signal);
-        return showPlayground(
-          new Playground(context, ask, { models, ...args })
-        );
+        return showPlayground(new Playground(context, { models, ...args }));
       }
     });
     addActions(commands, context, actions, notebooks);

@@ -4,6 +4,12 @@ import { Axis, lineOf, Metric, seriesOf } from './curves';
 import { IRun, IState } from './model';
 import { phaseOf } from './names';
 
+/** A run with its place in the order of creation, which gives it its colour. */
+export interface IIndexed {
+  run: IRun;
+  index: number;
+}
+
 /** The line of a run, in the colour that the run has everywhere. `index` counts runs in order of creation. */
 export function lineOfRun(
   run: IRun,
@@ -27,7 +33,7 @@ export function lineOfRun(
 export function chosenRuns(
   state: IState,
   chosen: ReadonlySet<string>
-): { run: IRun; index: number }[] {
+): IIndexed[] {
   return [...state.runs.values()]
     .map((run, index) => ({ run, index }))
     .filter(({ run }) => chosen.has(run.id));

@@ -3,6 +3,7 @@ import { ReactWidget } from '@jupyterlab/apputils';
 import { TranslationBundle } from '@jupyterlab/translation';
 import { CommandRegistry } from '@lumino/commands';
 import { Message } from '@lumino/messaging';
+import { Api } from './api';
 import { Feed } from './feed';
 import { runNames } from './names';
 import { DEFAULTS, IPanelSettings } from './settings';
@@ -10,6 +11,7 @@ import { IShown } from './shown';
 
 /** What every part of the extension works with. */
 export interface IContext {
+  api: Api;
   feed: Feed;
   commands: CommandRegistry;
   trans: TranslationBundle;

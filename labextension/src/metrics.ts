@@ -8,7 +8,7 @@ export function metricWord(metric: Metric, trans: TranslationBundle): string {
     case 'loss':
       return trans.__('Loss');
     case 'kl':
-      return trans.__('KL');
+      return trans.__('KL (k3)');
     case 'grad_norm':
       return trans.__('Gradient norm');
     case 'learning_rate':

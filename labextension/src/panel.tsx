@@ -14,6 +14,8 @@ import { Curves } from './plots';
 import { Runs } from './runs';
 import { Sessions } from './sessions';
 import { adapterOf, entriesOf } from './upload';
+import { Keys } from './keyroutes';
+import { KeysSection } from './keys';
 import { Log, Queue } from './waiting';
 import { DEFAULTS, IPanelSettings } from './settings';
 
@@ -89,6 +91,9 @@ export class TuftPanel extends LiveWidget {
         {state.samplers.size > 0 && <Samplers {...view} />}
         {!missing && status && <Resources gauges={feed.gauges} trans={trans} />}
         {state.sessions.size > 0 && <Sessions {...view} />}
+        {!missing && status?.admin && (
+          <KeysSection {...view} keys={this._keys} />
+        )}
         {!missing && <Log {...view} lines={feed.log} />}
       </>
     );
@@ -151,6 +156,7 @@ export class TuftPanel extends LiveWidget {
     }
   }
 
+  private readonly _keys = new Keys(this.context.api);
   private _metric: Metric = DEFAULTS.metric;
   private readonly _chosen = new Map<string, boolean>();
 }

@@ -18,6 +18,8 @@ export interface ISectionProps {
   title: string;
   /** How many things are inside, shown beside the title. */
   count?: number;
+  /** Whether it is closed at first. */
+  folded?: boolean;
   /** Controls at the right end of the heading. */
   actions?: React.ReactNode;
   children: React.ReactNode;
@@ -25,7 +27,7 @@ export interface ISectionProps {
 
 /** A part of the panel that folds away. */
 export function Section(props: ISectionProps): JSX.Element {
-  const [open, setOpen] = React.useState(true);
+  const [open, setOpen] = React.useState(!props.folded);
   const Caret = open ? caretDownIcon : caretRightIcon;
   return (
     <section className="jp-Tuft-section" aria-label={props.title}>

@@ -4,7 +4,7 @@ import { HTMLSelect } from '@jupyterlab/ui-components';
 import * as React from 'react';
 import { Canvas } from './canvas';
 import type { IChartOptions } from './chart';
-import { latest, Metric, METRICS, has } from './curves';
+import { busiest, latest, Metric, offeredMetrics } from './curves';
 import { formatCount, formatTick, formatValue } from './format';
 import { chosenRuns, lineOfRun } from './lines';
 import { metricWord } from './metrics';
@@ -37,9 +37,6 @@ export function Curves(props: ICurvesProps): JSX.Element {
   const lines = chosen.map(({ run, index }) =>
     lineOfRun(run, index, names.get(run.id) ?? run.id, now, metric)
   );
-  const offered = METRICS.filter(
-    m => m === 'loss' || m === metric || runs.some(run => has(run, m))
-  );
   const options = React.useMemo(
     (): IChartOptions => ({
       height: HEIGHT,
@@ -56,7 +53,7 @@ export function Curves(props: ICurvesProps): JSX.Element {
         value={metric}
         onChange={event => props.onMetric(event.target.value as Metric)}
       >
-        {offered.map(m => (
+        {offeredMetrics(runs, metric).map(m => (
           <option key={m} value={m}>
             {metricWord(m, trans)}
           </option>
@@ -118,9 +115,7 @@ export function reading(
   if (!runs.length) {
     return ['', trans.__('No run is chosen: click one below.')];
   }
-  const newest = runs.reduce((best, run) =>
-    run.last_request >= best.last_request ? run : best
-  );
+  const newest = busiest(runs, metric);
   const values = trans.__(
     'step %1, %2 %3',
     formatCount(newest.step),

@@ -9,8 +9,8 @@ export const VERSION = '0.1.0';
 
 /**
  * How the page stands to the server:
- * `connecting` at first, `live` while records come in, `lost` between two attempts (a `retryAt` is set), `missing`
- * when the server extension is not there, `forbidden` when it does not let this user in, `unusable` when it cannot serve and says
+ * `connecting` at first, `live` while records come in, `lost` until an attempt succeeds again (`retryAt` says when the next
+ * one is due), `missing` when the server extension is not there, `forbidden` when it does not let this user in, `unusable` when it cannot serve and says
  * why (see `problem`), `asleep` while nobody looks.
  */
 export type Connection =

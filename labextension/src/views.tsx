@@ -2,12 +2,14 @@
 import { ISignal, Signal } from '@lumino/signaling';
 import { ReadonlyPartialJSONObject, UUID } from '@lumino/coreutils';
 import * as React from 'react';
-import { METRICS } from './curves';
 import { tuftIcon } from './icons';
 import { IContext, LiveWidget } from './live';
 import { Ask } from './complete';
-import { IPlaygroundState, PlaygroundBody } from './playground';
-import { IRunViewState, RunViewBody } from './runview';
+import { PlaygroundBody } from './playground';
+import { IPlaygroundState, readPlayground } from './playgroundstate';
+import { RunViewBody } from './runview';
+import { IRunViewState, readRunView } from './runviewstate';
+import { AskSamples, IStepSamples } from './stepsamples';
 
 /** A view in a tab of its own, which says what it shows in the words of the command that opens it. */
 export abstract class TabView<T extends object> extends LiveWidget {
@@ -69,18 +71,20 @@ export class RunView extends TabView<IRunViewState> {
         view={this.view}
         theme={this.theme}
         onView={change => this.set(change)}
+        askSamples={this._askSamples}
       />
     );
   }
+
+  private readonly _askSamples: AskSamples = async (run, step) => {
+    const path = `tuft/runs/${encodeURIComponent(run)}/samples?step=${step}`;
+    return (await this.context.api.call('GET', path)) as IStepSamples;
+  };
 }
 
 /** See `playground.tsx`. */
 export class Playground extends TabView<IPlaygroundState> {
-  constructor(
-    context: IContext,
-    private readonly _ask: Ask,
-    args: ReadonlyPartialJSONObject = {}
-  ) {
+  constructor(context: IContext, args: ReadonlyPartialJSONObject = {}) {
     super(context, args, 'playground', readPlayground(args));
     const name = context.trans.__('Playground');
     this.title.label = name;
@@ -98,32 +102,7 @@ export class Playground extends TabView<IPlaygroundState> {
       />
     );
   }
-}
 
-/** What is written in the arguments of a command, in values that can be used. */
-function readRunView(args: ReadonlyPartialJSONObject): IRunViewState {
-  const smoothing = Number(args.smoothing ?? 0);
-  return {
-    runs: Array.isArray(args.runs) ? args.runs.map(String) : [],
-    metric: METRICS.find(metric => metric === args.metric) ?? 'loss',
-    axis: args.axis === 'time' ? 'time' : 'step',
-    smoothing: smoothing >= 0 && smoothing < 1 ? smoothing : 0,
-    log: args.log === true
-  };
-}
-
-function readPlayground(args: ReadonlyPartialJSONObject): IPlaygroundState {
-  const number = (value: unknown, otherwise: number) =>
-    typeof value === 'number' && Number.isFinite(value) ? value : otherwise;
-  const text = (value: unknown) => (typeof value === 'string' ? value : '');
-  return {
-    mode: args.mode === 'text' ? 'text' : 'chat',
-    system: text(args.system),
-    prompt: text(args.prompt),
-    models: Array.isArray(args.models) ? args.models.map(String) : [],
-    temperature: number(args.temperature, 0.7),
-    topP: number(args.topP, 1),
-    maxTokens: number(args.maxTokens, 128),
-    seed: typeof args.seed === 'number' ? args.seed : null
-  };
+  private readonly _ask: Ask = (route, body, signal) =>
+    this.context.api.text(route, body, signal);
 }

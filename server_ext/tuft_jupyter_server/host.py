@@ -243,8 +243,10 @@ class Host:
         return {
             "version": __version__,
             "tenant": principal.tenant,
+            "admin": principal.admin,
             "ready": self._ready.is_set() and not loading and not problem,
             "waiting_for": waiting or None,
+            "problem": problem or None,
             "persistence": self.journal.description,
             "durability": self.journal.durability.value,
             "backend": {"installed": not missing, "detail": backend},

@@ -17,6 +17,7 @@ from playwright.sync_api import Page, Route, WebSocketRoute
 
 MODEL = "tuft/demo"
 NAMES = ("pirate-sft", "dpo beta 0.1", "grpo maths", "lr sweep 3e-4", "distil-student")
+KL_RUN = 2
 
 
 LOG = [
@@ -35,9 +36,12 @@ def status(**changes: Any) -> dict[str, Any]:
     return {
         "version": "0.1.0",
         "tenant": "alice",
+        "admin": True,
         "ready": True,
         "waiting_for": None,
-        "persistence": "in the file journal.sqlite: survives a crash",
+        "problem": None,
+        "persistence": "file journal.sqlite: survives a crash of the server, the notebook and the machine",
+        "durability": "machine",
         "backend": {"installed": True, "detail": ""},
         "models": [{"name": MODEL, "state": "ready", "detail": ""}],
         **changes,
@@ -49,7 +53,7 @@ def curve(steps: int, seed: int, began: float) -> dict[str, list[float | None]]:
     luck = random.Random(seed)
     high, low, pace = luck.uniform(2.5, 5), luck.uniform(0.3, 1.2), luck.uniform(3, 9) / steps
     columns: dict[str, list[float | None]] = {
-        name: [] for name in ("step", "time", "loss", "tokens", "grad_norm", "learning_rate")
+        name: [] for name in ("step", "time", "loss", "tokens", "grad_norm", "learning_rate", "kl")
     }
     now = began
     for i in range(steps):
@@ -60,6 +64,7 @@ def curve(steps: int, seed: int, began: float) -> dict[str, list[float | None]]:
         columns["loss"].append(max(0.02, low + (high - low) * decayed + luck.gauss(0, 0.02 + 0.12 * decayed)))
         columns["tokens"].append(luck.randint(600, 1400))
         columns["grad_norm"].append(0.2 + 3 * decayed * luck.uniform(0.6, 1.4))
+        columns["kl"].append(abs(luck.gauss(0.02, 0.01)) * (1 - decayed) if seed == KL_RUN else None)
         columns["learning_rate"].append(1e-3 * min(1, (i + 1) / (0.1 * steps)) * (1 - 0.9 * i / steps))
     return columns
 
@@ -76,12 +81,16 @@ def run(index: int, session: str, steps: int, name: str | None = None) -> dict[s
         "created": now - 0.4 * steps - 40,
         "status": "ready",
         "error": None,
+        "last_error": None,
         "step": steps,
         "tokens": sum(value or 0 for value in columns["tokens"]),
+        "engine_ms": 310.0 * steps,
         "pending": 2 if index == 0 else 0,
         "last_request": now if index == 0 else now - 60,
         "loss_sum": 0.0,
         "weight_sum": 0.0,
+        "kl_sum": 0.0,
+        "kl_tokens": 0,
         "step_tokens": 0,
         "passes": 0,
         "curve": columns,
@@ -148,6 +157,33 @@ def gauges() -> dict[str, Any]:
     }
 
 
+SERVER_KEY = {
+    "id": "ffffffffffff",
+    "tenant": "alice",
+    "name": "",
+    "admin": True,
+    "source": "server",
+    "created": None,
+    "expires": None,
+    "revoked": False,
+}
+
+
+def said(step: int) -> dict[str, Any]:
+    """What the weights of a step said: one prompt, three answers."""
+    answers = [
+        {"tokens": [1, 2], "text": text, "stop_reason": reason}
+        for text, reason in (
+            ("Arr, the treasure be under the old oak!", "stop"),
+            ("Ye'll find it where the gulls sleep, matey", "length"),
+            ("Under the X, ye landlubber!", "stop"),
+        )
+    ]
+    prompt = {"tokens": [3, 4], "text": "Where is the treasure?"}
+    one = {"time": time.time(), "temperature": 0.7, "prompt": prompt, "sequences": 3, "answers": answers}
+    return {"run": "", "step": step - step % 10, "steps": [], "samples": [one], "keeping": True}
+
+
 def below(url: str, prefix: str) -> str:
     """The path after a prefix; JupyterLab adds a query against caches."""
     return unquote(url.partition(prefix)[2].partition("?")[0])
@@ -161,6 +197,7 @@ class Stage:
         self.status = status()
         self.frames = 0
         self.calls: list[tuple[str, str, Any]] = []
+        self.keys = [dict(SERVER_KEY)]
         self._n = snapshot["n"]
         self._sockets: list[WebSocketRoute] = []
         page.route("**/tuft/lab/state*", self._answer)
@@ -197,7 +234,18 @@ class Stage:
         request = route.request
         path = below(request.url, "/tuft/lab/api/v1/")
         self.calls.append((request.method, path, request.post_data_json if request.post_data else None))
-        route.fulfill(json={})
+        route.fulfill(json=self._reply(request.method, path, request.url))
+
+    def _reply(self, method: str, path: str, url: str) -> dict[str, Any]:
+        if path == "tuft/keys":
+            if method == "GET":
+                return {"keys": self.keys}
+            made = {**self.keys[-1], **self.calls[-1][2], "id": "0123456789ab", "expires": None}
+            self.keys.append({**made, "source": "issued", "created": time.time()})
+            return {**made, "key": "tml-0123456789abcdef"}
+        if path.endswith("/samples"):
+            return said(int(url.partition("step=")[2].partition("&")[0]))
+        return {}
 
     def _complete(self, route: Route) -> None:
         asked = route.request.post_data_json
@@ -220,6 +268,11 @@ class Stage:
         socket.send(json.dumps(gauges()))
         socket.send(json.dumps({"type": "queue", "queue": self.queue()}))
         socket.send(json.dumps({"type": "log", "lines": LOG}))
+
+    def hang_up(self) -> None:
+        """The server goes away."""
+        for socket in list(self._sockets):
+            socket.close()
 
     def queue(self) -> list[dict[str, Any]]:
         why = "2 of its requests are accepted; 1 other run shares the engine, in turns"

@@ -89,7 +89,7 @@ def frames_of(lab: Lab) -> list[str]:
 
 def exported(lab: Lab) -> list[dict[str, Any]]:
     with lab.page.expect_download() as download:
-        lab.page.click(".jp-Tuft-view >> text=Export JSONL")
+        lab.page.click(".jp-Tuft-view button[aria-label='Export JSONL']")
     return [json.loads(line) for line in download.value.path().read_text().splitlines()]
 
 

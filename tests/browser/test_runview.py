@@ -45,7 +45,7 @@ def test_runs_are_compared_by_a_click_and_by_dragging(staged: Staged) -> None:
     page = staged.page
     enlarge(staged)
     assert page.locator(CHIPS).count() == 1
-    page.select_option(".jp-Tuft-select select", label="grpo maths")
+    page.select_option(".jp-Tuft-view .jp-Tuft-select select", label="grpo maths")
     assert page.locator(CHIPS).count() == 2
     page.drag_and_drop("#tuft-panel .jp-Tuft-card:has-text('dpo beta 0.1')", VIEW)
     assert page.locator(CHIPS).count() == 3
@@ -71,6 +71,53 @@ def test_a_click_shows_the_facts_of_that_step_and_keys_walk_on(staged: Staged) -
     assert page.inner_text(PICKED).split()[1] == str(step + 1)
     page.keyboard.press("End")
     assert page.inner_text(PICKED).split()[1] == "400"
+
+
+def test_a_click_shows_what_the_weights_of_that_step_said(staged: Staged) -> None:
+    stage = staged.play(runs=1)
+    page = staged.page
+    enlarge(staged)
+    with page.expect_request("**/samples?step=*") as asked:
+        page.mouse.click(*at(staged, 0.5, 0.6))
+    step = int(page.inner_text(PICKED).split()[1])
+    assert f"step={step}" in asked.value.url
+    said = page.locator(f"{VIEW} .jp-Tuft-said")
+    said.locator("text=Arr, the treasure be under the old oak!").wait_for()
+    assert f"Samples of step {step - step % 10}" in said.inner_text()
+    assert said.locator(".jp-Tuft-sampleAnswer").count() == 2
+    said.locator("button:text-is('Show 3')").click()
+    assert said.locator(".jp-Tuft-sampleAnswer").count() == 3
+    before = len(stage.calls)
+    page.focus(f"{VIEW} .jp-Tuft-chartHost")
+    with page.expect_request("**/samples?step=*"):
+        for _ in range(8):
+            page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "text => document.querySelector('.jp-mod-picked h3').textContent.includes(text)", arg=str(step + 8)
+    )
+    assert len(stage.calls) - before < 8, "who walks along the steps asks when they stop"
+
+
+def test_the_metrics_of_runs_leave_as_files_for_tensorboard(staged: Staged) -> None:
+    staged.play(runs=1)
+    page = staged.page
+    content = b"what the server writes"
+    page.route("**/tuft/lab/export?*", lambda route: route.fulfill(body=content))
+    enlarge(staged)
+    with page.expect_download() as download:
+        page.click(f"{VIEW} button[aria-label='Export TensorBoard']")
+    assert download.value.suggested_filename.startswith("events.out.tfevents.")
+    assert download.value.path().read_bytes() == content
+
+
+def test_kl_is_a_metric_where_a_run_has_one(staged: Staged) -> None:
+    staged.play(runs=3)
+    page = staged.page
+    enlarge(staged)
+    assert page.locator(f"{VIEW} [role=radio]:has-text('KL')").count() == 0
+    page.select_option(".jp-Tuft-view .jp-Tuft-select select", label="grpo maths")
+    page.click(f"{VIEW} [role=radio]:has-text('KL (k3)')")
+    page.wait_for_selector(f"{VIEW} .jp-Tuft-reading >> text=/kl \\(k3\\) \\d/i")
 
 
 def test_dragging_zooms_and_a_double_click_shows_everything(staged: Staged) -> None:
@@ -117,7 +164,7 @@ def test_live_points_reach_the_view_and_a_download_has_them(staged: Staged) -> N
         stage.step(stage.snapshot["runs"][0]["id"], loss)
     page.wait_for_selector(f"{VIEW} .jp-Tuft-reading >> text=step 7, loss 0.2500")
     with page.expect_download() as download:
-        page.click(f"{VIEW} >> text=Export JSONL")
+        page.click(f"{VIEW} button[aria-label='Export JSONL']")
     rows = [json.loads(line) for line in download.value.path().read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
     assert rows[-1]["loss"] == 0.25

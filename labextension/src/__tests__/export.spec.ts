@@ -7,10 +7,10 @@ describe('exported metrics', () => {
   it('have one line per step and no name that a spreadsheet runs', () => {
     const lines = toCsv([{ run, name: '=HYPERLINK("x")' }]).split('\r\n');
     expect(lines[0]).toBe(
-      'run,name,step,time,loss,grad_norm,learning_rate,tokens'
+      'run,name,step,time,loss,kl,grad_norm,learning_rate,tokens'
     );
     expect(lines[1]).toBe(
-      `${run.id},"'=HYPERLINK(""x"")",1,1790000002.25,4,2.5,0.001,96`
+      `${run.id},"'=HYPERLINK(""x"")",1,1790000002.25,4,0.125,2.5,0.001,96`
     );
     expect(lines.length).toBe(4);
   });

@@ -1,7 +1,7 @@
 import { nullTranslator } from '@jupyterlab/translation';
 import { CommandRegistry } from '@lumino/commands';
 import { Widget } from '@lumino/widgets';
-import { ApiError, IStateAnswer } from '../api';
+import { Api, ApiError, IStateAnswer } from '../api';
 import { Feed } from '../feed';
 import { ISnapshot } from '../model';
 import { TuftPanel } from '../panel';
@@ -51,6 +51,7 @@ describe('the panel', () => {
     feed = new Feed(api);
     panel = new TuftPanel(
       {
+        api: api as unknown as Api,
         feed,
         commands: new CommandRegistry(),
         trans: nullTranslator.load('tuft_jupyter')

@@ -77,6 +77,13 @@ export class FakeApi implements IApi {
     return this.answer();
   }
 
+  /** What a route answers, by method and route; a refusal is thrown. */
+  routes: { [route: string]: (body: unknown) => unknown } = {};
+
+  async call(method: string, route: string, body?: unknown): Promise<unknown> {
+    return this.routes[`${method} ${route}`](body);
+  }
+
   open(since: number): WebSocket {
     const socket = new FakeSocket(since);
     this.sockets.push(socket);

@@ -1,0 +1,63 @@
+/** One model's answer as it comes in, piece by piece, with how long it took. Knows nothing of how it is shown. */
+import { Ask, complete, IQuestion } from './complete';
+
+/** What a model has said so far. */
+export interface IAnswer {
+  text: string;
+  pieces: number;
+  began: number;
+  /** Seconds until the first piece, and until now. */
+  first: number | null;
+  took: number;
+  /** `cut`: at the limit of tokens; `failed`: `text` says why. */
+  state: 'waiting' | 'writing' | 'done' | 'cut' | 'stopped' | 'failed';
+}
+
+/** Collect an answer and tell of it with each piece. Never rejects. */
+export async function listen(
+  ask: Ask,
+  model: string,
+  question: IQuestion,
+  signal: AbortSignal,
+  tell: (answer: IAnswer) => void
+): Promise<void> {
+  const began = performance.now();
+  let answer: IAnswer = {
+    text: '',
+    pieces: 0,
+    began,
+    first: null,
+    took: 0,
+    state: 'waiting'
+  };
+  const say = (change: Partial<IAnswer>) => {
+    answer = { ...answer, took: (performance.now() - began) / 1000, ...change };
+    tell(answer);
+  };
+  say({});
+  try {
+    for await (const piece of complete(ask, model, question, signal)) {
+      say({
+        text: answer.text + piece.text,
+        pieces: answer.pieces + (piece.text ? 1 : 0),
+        first: answer.first ?? (performance.now() - began) / 1000,
+        state:
+          piece.finish === null
+            ? 'writing'
+            : piece.finish === 'length'
+              ? 'cut'
+              : 'done'
+      });
+    }
+    if (answer.state === 'waiting' || answer.state === 'writing') {
+      say({ state: 'done' });
+    }
+  } catch (error) {
+    if (signal.aborted) {
+      say({ state: 'stopped' });
+    } else {
+      const reason = error instanceof Error ? error.message : String(error);
+      say({ text: reason, state: 'failed' });
+    }
+  }
+}

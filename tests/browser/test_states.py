@@ -1,0 +1,127 @@
+"""What the panel says when something is missing or wrong: one sentence with the cause, and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import Staged
+from tests.browser.stage import gauges, status
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+
+HEAD = "#tuft-panel .jp-Tuft-head"
+NO_BACKEND = "no training backend is installed in the server's environment (missing: torch)"
+DAMAGED = "record 7 of journal.sqlite is damaged: restore a copy"
+
+
+REFUSALS: tuple[tuple[int, dict[str, Any], str, str], ...] = (
+    (500, {}, "The notebook server does not answer", "Try now"),
+    (404, {}, "Fine-tuning is not set up on this server", "pip install tuft-jupyter"),
+    (403, {}, "You may not see fine-tuning on this server", "Try now"),
+    (
+        503,
+        {"problem": "supported_modles: did you mean supported_models?"},
+        "did you mean",
+        "tuft config --show",
+    ),
+)
+STATES: tuple[tuple[dict[str, Any], list[str]], ...] = (
+    (
+        {"backend": {"installed": False, "detail": NO_BACKEND}},
+        [NO_BACKEND, 'pip install "tuft-jupyter[backend]"'],
+    ),
+    ({"ready": False, "waiting_for": "tuft/demo: loading weights"}, ["Waiting: tuft/demo: loading weights"]),
+    ({"ready": False, "problem": DAMAGED}, ["Nothing new is accepted", DAMAGED]),
+    (
+        {"models": [{"name": "tuft/demo", "state": "failed", "detail": "config.json is missing"}]},
+        ["The model could not be loaded", "config.json is missing"],
+    ),
+    ({"durability": "nothing"}, ["in memory: all is lost when the server stops"]),
+    ({"durability": "process"}, ["survives a crash of the server"]),
+    ({}, ["Ready", "survives a crash of the machine"]),
+)
+
+
+def test_a_server_that_cannot_be_used_is_told_with_the_way_out(staged: Staged) -> None:
+    """And when it can be used again, one click is enough."""
+    stage = staged.play(runs=1)
+    page = staged.page
+    page.unroute("**/tuft/lab/state*")
+    code, body = 0, {}
+    page.route(
+        "**/tuft/lab/state*",
+        lambda route: (
+            route.fulfill(status=code, json=body)
+            if code
+            else route.fulfill(json={"state": stage.snapshot, "status": stage.status})
+        ),
+    )
+    for number, (code, body, sentence, way_out) in enumerate(REFUSALS):  # noqa: B007 - the route reads them
+        if number:
+            page.click(f"{HEAD} >> text=Try now")
+        else:
+            stage.hang_up()
+        page.wait_for_selector(f"#tuft-panel >> text={sentence}")
+        assert way_out in page.inner_text("#tuft-panel")
+    code = 0
+    page.click(f"{HEAD} >> text=Try now")
+    page.wait_for_selector(f"{HEAD} >> text=Ready")
+    staged.complaints.clear()  # the browser reports each refused request by itself
+
+
+def test_how_the_service_is_and_what_it_keeps_is_said_plainly(staged: Staged) -> None:
+    stage = staged.play(runs=1)
+    for changes, sentences in STATES:
+        stage.send({"type": "status", "status": status(**changes)})
+        for sentence in sentences:
+            staged.page.wait_for_selector(f"{HEAD} >> text={sentence}")
+
+
+def test_each_device_and_each_process_shows_its_use(staged: Staged) -> None:
+    stage = staged.play(runs=1)
+    page = staged.page
+    used = gauges()
+    used["gpus"] = [
+        {"name": "NVIDIA H200", "used": 61e9, "total": 150e9, "utilization": 88.0},
+        {"name": "NVIDIA H200 1", "used": 2e9, "total": 150e9, "utilization": 3.0},
+    ]
+    used["workers"][1]["gpu_memory"] = 60e9
+    stage.send(used)
+    for name, words in (
+        ("NVIDIA H200", "88 %"),
+        ("NVIDIA H200 memory", "61 / 150 GB"),
+        ("NVIDIA H200 1 memory", "2.0 / 150 GB"),
+    ):
+        meter = page.locator(f'#tuft-panel [role=meter][aria-label="{name}"]')
+        meter.wait_for()
+        assert meter.get_attribute("aria-valuetext") == words
+    table = page.locator("#tuft-panel .jp-Tuft-workers")
+    assert "60 GB" in table.locator("tr:has-text('training tuft/demo')").inner_text()
+    page.wait_for_selector("#tuft-status >> text=1 run · GPU 88 %")
+    page.click("#tuft-panel >> text=Enlarge")
+    page.wait_for_selector(".jp-Tuft-factList div:has(dt:text-is('Engine time')) >> text=2:04")
+
+
+def test_nothing_moves_for_whoever_asked_for_less_motion(staged: Staged) -> None:
+    staged.play(runs=2)
+    page = staged.page
+    moving = """() => [...document.querySelectorAll('.jp-Tuft *, .jp-TuftStatus *')].filter(node =>
+        [null, '::before'].some(part => getComputedStyle(node, part).animationName !== 'none')).length"""
+    assert page.evaluate(moving) > 0
+    page.emulate_media(reduced_motion="reduce")
+    assert page.evaluate(moving) == 0
+    page.emulate_media(reduced_motion="no-preference")
+
+
+def test_the_launcher_has_a_card_for_each_view(staged: Staged) -> None:
+    staged.play(runs=1)
+    page = staged.page
+    for name, view in (("Compare Runs", ".jp-Tuft-view canvas"), ("Playground", ".jp-Tuft-playground")):
+        staged.execute("launcher:create")
+        card = page.locator(f".jp-LauncherCard:has-text('{name}')").last
+        card.wait_for()
+        assert card.locator("svg").count() == 1
+        card.click()
+        page.wait_for_selector(view)
