@@ -97,7 +97,7 @@ class ClusterEngines:
                 raise UserError(NO_BACKEND.format(missing=", ".join(missing)))
             from tuft_jupyter.engine import cluster
 
-            self._engines = cluster.engines(self.settings)
+            self._engines = cluster.Engines(self.settings)
         return self._engines
 
 

@@ -263,8 +263,10 @@ def _result(shift: int, request: SampleRequest) -> SampleResult:
 class FakeTrainingEngine:
     """Implements ``core.engine.TrainingEngine`` in this process; steps run in a thread, as if far away.
 
-    ``starts`` counts workers brought up; :meth:`kill` is a ``kill -9`` of the worker.
+    ``starts`` counts workers brought up; :meth:`kill` is a ``kill -9`` of the worker. ``grain`` as in the protocol.
     """
+
+    grain = 0
 
     def __init__(self, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()

@@ -22,6 +22,8 @@ from tuft_jupyter.engine.worker import TrainingWorker
 class LocalTraining:
     """Implements ``core.engine.TrainingEngine``."""
 
+    grain = 0
+
     def __init__(self, card: ModelCard) -> None:
         self._card = card
         self._thread = ThreadPoolExecutor(1, "trainer")

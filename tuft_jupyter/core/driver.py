@@ -142,6 +142,8 @@ class Driver:
             await self._fail_all(error.category, f"{self.card.name} cannot be loaded: {error.message}")
         else:
             self.status, self.detail = "ready", ""
+            if self.engine.grain:
+                self.lanes.cut(self.engine.grain)
 
     def _say(self, detail: str) -> None:
         self.detail = detail

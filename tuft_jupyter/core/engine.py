@@ -142,6 +142,13 @@ class TrainingEngine(Protocol):
     say: Callable[[str], None]
     """Told, while it starts, what it is at; set by who starts it."""
 
+    @property
+    def grain(self) -> int:
+        """Once it has started: tokens of a pass that are worth a call of their own, while tenants take turns.
+
+        0 where that is not known: as :class:`~tuft_jupyter.core.quotas.Limits` say.
+        """
+
     async def start(self) -> None:
         """Bring up a (new) worker with the model loaded; TuftError says why it cannot be."""
 

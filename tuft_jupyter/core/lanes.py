@@ -110,6 +110,10 @@ class Lanes:
         self._work = asyncio.Event()
         self._pushed = asyncio.Event()
 
+    def cut(self, grain: int) -> None:
+        """Grant parts of this many tokens, and half as many where several tenants wait."""
+        self.budget, self.shared_budget = grain, max(1, grain // 2)
+
     def lane(self, run: str, tenant: str) -> Lane:
         """The lane of a run, made when first asked for."""
         return self.by_run.setdefault(run, Lane(run, tenant))

@@ -26,8 +26,9 @@ REMEMBERED = 10_000
 class Limits:
     """What one server grants altogether. Tokens count model input tokens; times are seconds, 0 means no end.
 
-    ``owner`` is the tenant whose server it is: the lifetime of runs does not bind it. ``custom_loss``: whether losses
-    that users wrote are computed here.
+    ``batch_tokens`` and ``shared_batch_tokens`` are the parts in which passes are worked off, alone and beside other
+    tenants, on an engine that does not say what suits it. ``owner`` is the tenant whose server it is: the lifetime of
+    runs does not bind it. ``custom_loss``: whether losses that users wrote are computed here.
     """
 
     max_rank: int = 64

@@ -61,6 +61,10 @@ class Watchdog:
     def say(self, told: Callable[[str], None]) -> None:
         self.engine.say = told
 
+    @property
+    def grain(self) -> int:
+        return self.engine.grain
+
     async def start(self) -> None:
         try:
             async with asyncio.timeout(self.patience.start):

@@ -38,6 +38,9 @@ SECRETS = (
 )
 """Variables of the notebook server that a worker has no use for."""
 
+GPU_GRAIN = 16_384
+"""As many tokens as the trainer takes in one pass on a GPU; fewer leave it idle."""
+
 LAST_WORDS_SECONDS = 1.0
 """Time for the answers of a broken sampler to leave the process before it ends."""
 
@@ -67,10 +70,12 @@ class ActorOptions:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """``seconds`` is how long the model took to load; ``category`` is "" unless it could not be, as ``error`` says."""
+    """``seconds`` is how long the model took to load; ``category`` is "" unless it could not be, as ``error`` says.
+    ``grain`` is that of :class:`~tuft_jupyter.core.engine.TrainingEngine`."""
 
     device: str = ""
     seconds: float = 0.0
+    grain: int = 0
     category: str = ""
     error: str = ""
 
@@ -99,7 +104,8 @@ class EngineActor:
             log.exception("%s cannot be loaded", self.options.card.name)
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             return Loaded(category="server", error=text)
-        return Loaded(self.device, time.perf_counter() - began)
+        grain = 0 if self.device == "cpu" else GPU_GRAIN
+        return Loaded(self.device, time.perf_counter() - began, grain)
 
     def span(self, name: str, trace: str) -> AbstractContextManager[Any]:
         """What is done for a caller, in its trace, where there are any."""

@@ -260,6 +260,10 @@ class ClusterTrainingEngine(_ClusterEngine):
     kind = "training"
     actor_class = TrainingActor
 
+    @property
+    def grain(self) -> int:
+        return self._actor.loaded.grain if self._actor and self._actor.loaded else 0
+
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Run one batch; one outcome per task, in order. EngineDied if the worker went away."""
         actor = self._ready()
@@ -331,7 +335,7 @@ class ClusterSamplingEngine(_ClusterEngine):
 
 
 class Engines:
-    """Makes the engines of one server, which share one Ray."""
+    """Makes the engines of one server; a process has one Ray and so should have one of these."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -372,11 +376,6 @@ class Engines:
     def _keep(self, engine: Any) -> Any:
         self._made.append(engine)
         return engine
-
-
-def engines(settings: Settings) -> Engines:
-    """The engines of one server; a process has one Ray and so should have one of these."""
-    return Engines(settings)
 
 
 def log_tail(logs: Path | None, pid: int, lines: int = LOG_LINES) -> list[str]:

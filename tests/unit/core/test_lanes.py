@@ -207,3 +207,13 @@ def test_work_is_waited_for_without_polling() -> None:
         await asyncio.wait_for(waiting, 1)
 
     asyncio.run(scenario())
+
+
+def test_parts_are_as_large_as_the_engine_asks_for() -> None:
+    """A pass of 4,096 tokens is one call where that suits the engine, and halves beside another tenant."""
+    lanes = Lanes(512, 256)
+    lanes.cut(4096)
+    lanes.push(op("a", 1, 4096), 1)
+    assert [grant.tokens for grant in lanes.next_batch()] == [4096]
+    lanes.push(op("b", 2, 4096), 2)
+    assert sum(grant.tokens for grant in lanes.next_batch()) == 2048
