@@ -171,6 +171,10 @@ class _Traced(Generic[Engine]):
 
 
 class _Training(_Traced[TrainingEngine]):
+    @property
+    def grain(self) -> int:
+        return self._engine.grain
+
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
         with self._traces.batch(self._model, tasks):
             return await self._engine.step(tasks)
@@ -186,11 +190,20 @@ class _Sampling(_Traced[SamplingEngine]):
             return outcome
 
     async def complete(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = ""
+        self,
+        request_id: str,
+        adapter: str | None,
+        body: bytes,
+        *,
+        chat: bool,
+        tenant: str = "",
+        input_tokens: int = 0,
     ) -> AsyncGenerator[bytes, None]:
         """A worker is told of the span with its first call, which is made for the first chunk."""
         span = self._traces.sampling(self._model, request_id)
-        chunks = self._engine.complete(request_id, adapter, body, chat=chat, tenant=tenant)
+        chunks = self._engine.complete(
+            request_id, adapter, body, chat=chat, tenant=tenant, input_tokens=input_tokens
+        )
         with _ended(span):
             async with contextlib.aclosing(chunks):
                 with _told(span):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from tornado.web import Application
 
 from examples.run_on_server import Server
 from tests.support.live import key_of
+from tests.support.local_engines import LocalEngines
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
 from tuft_jupyter.core import sampling
+from tuft_jupyter.core.errors import Overloaded
 from tuft_jupyter.core.types import CheckpointKind
 from tuft_jupyter_server.host import Host
 from tuft_jupyter_server.tinker import openai_handlers
@@ -117,9 +120,10 @@ def test_the_lab_streams_with_jupyters_own_login_and_xsrf(alice: Server) -> None
 class Scripted:
     """Two tenants on a host with scripted engines."""
 
-    def __init__(self, home: Path) -> None:
-        settings = load_settings(None, {"TUFT_HOME": str(home)}, {"authorized_users": {BOB_KEY: "bob"}})
-        self.engines = ScriptedEngines()
+    def __init__(self, home: Path, engines: Any = None, **overrides: Any) -> None:
+        given = {"authorized_users": {BOB_KEY: "bob"}, **overrides}
+        settings = load_settings(None, {"TUFT_HOME": str(home)}, given)
+        self.engines = engines or ScriptedEngines()
         self.host = Host(settings, engines=self.engines)
         self.http = HTTPServer(Application(openai_handlers(ROOT, self.host.api, self.host.keys, 2**22)))
         socket, self.port = bind_unused_port()
@@ -162,9 +166,9 @@ class Scripted:
         return self.host.keys.principal({"bob": BOB_KEY}.get(tenant, self.host.key))
 
 
-def scripted(tmp_path: Path, body: Any) -> None:
+def scripted(tmp_path: Path, body: Any, engines: Any = None, **overrides: Any) -> None:
     async def scenario() -> None:
-        server = Scripted(tmp_path)
+        server = Scripted(tmp_path, engines, **overrides)
         await server.host.start()
         try:
             async with asyncio.timeout(30):
@@ -279,3 +283,41 @@ def test_a_tenant_with_too_much_under_way_is_told_to_come_back(
         assert (await server.ask("/completions", asked, X_API_Key=BOB_KEY)).code == 200
 
     scripted(tmp_path, body)
+
+
+def test_a_tenant_may_not_send_more_tokens_at_once_here_than_anywhere(tmp_path: Path) -> None:
+    """S2-44: counted as the model's tokenizer counts, over all prompts of a request; with the limit and the way out."""
+
+    async def body(server: Scripted) -> None:
+        async def said(path: str, **asked: Any) -> HTTPResponse:
+            return await server.ask(path, {"model": "tuft/demo", "max_tokens": 1, **asked}, X_API_Key=BOB_KEY)
+
+        for path, asked, tokens in (
+            ("/completions", {"prompt": [1] * 41}, "41"),
+            ("/completions", {"prompt": [[1] * 20, [2] * 21]}, "41"),
+            ("/completions", {"prompt": "a word " * 60, "stream": True}, r"\d+"),
+            ("/chat/completions", {"messages": [{"role": "user", "content": "a word " * 60}]}, r"\d+"),
+        ):
+            told = refusal(await said(path, **asked), 400)
+            assert re.search(rf"Input tokens \({tokens}\) exceed maximum allowed \(40\): send fewer", told), (
+                told
+            )
+        assert (await said("/completions", prompt=[1] * 40)).code == 200
+
+    scripted(tmp_path, body, LocalEngines(), max_input_tokens=40)
+
+
+def test_a_tenants_rates_hold_here_too(tmp_path: Path) -> None:
+    """S2-42: 429 with the time to come back; requests and tokens of all its APIs are one account."""
+
+    async def body(server: Scripted) -> None:
+        asked = {"model": "tuft/demo", "prompt": "x" * 4000}
+        answers = [await server.ask("/completions", asked, X_API_Key=BOB_KEY) for _ in range(2)]
+        assert [answer.code for answer in answers] == [200, 429]
+        assert int(answers[1].headers["Retry-After"]) >= 1
+        assert "tokens a second" in refusal(answers[1], 429)
+        with pytest.raises(Overloaded):
+            await server.host.service.quotas.pace("bob", 1, 100)
+        assert (await server.ask("/completions", asked, X_API_Key=server.host.key)).code == 200
+
+    scripted(tmp_path, body, tps_limit=50)

@@ -80,10 +80,17 @@ class LocalSampling:
         return await self._ready().sample(request_id, adapter, body)
 
     async def complete(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = ""
+        self,
+        request_id: str,
+        adapter: str | None,
+        body: bytes,
+        *,
+        chat: bool,
+        tenant: str = "",
+        input_tokens: int = 0,
     ) -> AsyncGenerator[bytes, None]:
         self._ready()
-        part = await self._text.begin(request_id, adapter, body, chat=chat)
+        part = await self._text.begin(request_id, adapter, body, chat=chat, input_tokens=input_tokens)
         try:
             while True:
                 for chunk in part.chunks:

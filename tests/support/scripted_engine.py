@@ -133,7 +133,14 @@ class ScriptedSampler:
         return Outcome(request_id, result=(adapter or "base").encode(), content_type=JSON)
 
     async def complete(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = ""
+        self,
+        request_id: str,
+        adapter: str | None,
+        body: bytes,
+        *,
+        chat: bool,
+        tenant: str = "",
+        input_tokens: int = 0,
     ) -> AsyncGenerator[bytes, None]:
         """Two chunks for a stream, else one; for the user ``hang`` it draws until nobody listens."""
         if self.dies:

@@ -176,10 +176,18 @@ class SamplingEngine(Protocol):
         """
 
     def complete(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = ""
+        self,
+        request_id: str,
+        adapter: str | None,
+        body: bytes,
+        *,
+        chat: bool,
+        tenant: str = "",
+        input_tokens: int = 0,
     ) -> AsyncGenerator[bytes, None]:
         """The answer to a request in OpenAI's form: its chunks as they are drawn, or the whole as one.
 
+        ``input_tokens`` is how many its prompts may have together (0: any number); only here they are known.
         UserError before the first item if the request cannot be run. Closing the iterator stops the drawing.
         """
 

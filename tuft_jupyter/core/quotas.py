@@ -59,6 +59,14 @@ class Quota:
         return replace(self, **changed)
 
 
+def check_input(tokens: int, allowed: int) -> None:
+    """UserError if a request has more input tokens than its tenant may send at once; 0 allows any number."""
+    if allowed and tokens > allowed:
+        raise UserError(
+            f"Input tokens ({tokens}) exceed maximum allowed ({allowed}): send fewer or shorter sequences at once"
+        )
+
+
 class Pace:
     """A rate with a burst of one second (GCRA, ITU-T I.371): what comes too soon is told how long to wait.
 
@@ -163,11 +171,7 @@ class Quotas:
     # ---- sizes ------------------------------------------------------------------------------------------------
 
     def check_input(self, tenant: str, tokens: int) -> None:
-        allowed = self.of(tenant).input_tokens
-        if allowed and tokens > allowed:
-            raise UserError(
-                f"Input tokens ({tokens}) exceed maximum allowed ({allowed}): send fewer or shorter datums at once"
-            )
+        check_input(tokens, self.of(tenant).input_tokens)
 
     def check_storage(self, tenant: str, used: int, more: int) -> None:
         """``used`` and ``more`` in bytes: of the tenant's checkpoints, and of the one it is about to add."""

@@ -77,17 +77,26 @@ class Text:
         return catalog.resolve(base), directory
 
     async def complete(
-        self, principal: Principal, model: str, body: bytes, *, chat: bool
+        self, principal: Principal, model: str, body: bytes, *, chat: bool, input_tokens: int = 0
     ) -> AsyncGenerator[bytes, None]:
-        """The chunks of the answer as they are drawn, or the whole as one; closing the iterator stops the drawing."""
+        """The chunks of the answer as they are drawn, or the whole as one; closing the iterator stops the drawing.
+
+        ``input_tokens`` bounds the prompts (0: not at all).
+        """
         card, directory = self.find(principal, model)
         with self.sampling.room(principal.tenant, len(body)):
-            async with aclosing(self._chunks(principal, card, directory, body, chat)) as chunks:
+            async with aclosing(self._chunks(principal, card, directory, body, chat, input_tokens)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 
     async def _chunks(
-        self, principal: Principal, card: ModelCard, directory: str | None, body: bytes, chat: bool
+        self,
+        principal: Principal,
+        card: ModelCard,
+        directory: str | None,
+        body: bytes,
+        chat: bool,
+        input_tokens: int,
     ) -> AsyncGenerator[bytes, None]:
         worker = self.sampling.worker(card)
         for last in (False, True):
@@ -95,7 +104,12 @@ class Text:
             try:
                 await worker.ready()
                 chunks = worker.engine.complete(
-                    secrets.token_hex(12), directory, body, chat=chat, tenant=principal.tenant
+                    secrets.token_hex(12),
+                    directory,
+                    body,
+                    chat=chat,
+                    tenant=principal.tenant,
+                    input_tokens=input_tokens,
                 )
                 async with aclosing(chunks) as open_chunks:
                     async for chunk in open_chunks:

@@ -218,11 +218,20 @@ class SamplingActor(EngineActor):
         self.text.cancel(request_id)
 
     async def complete(
-        self, request_id: str, adapter: str | None, body: bytes, chat: bool, tenant: str, trace: str = ""
+        self,
+        request_id: str,
+        adapter: str | None,
+        body: bytes,
+        chat: bool,
+        tenant: str,
+        input_tokens: int,
+        trace: str = "",
     ) -> Part:
         """The first part of the answer to a request in OpenAI's form."""
         with self.span("sample", trace):
-            return await self.text.begin(request_id, adapter, body, chat=chat, salt=tenant)
+            return await self.text.begin(
+                request_id, adapter, body, chat=chat, salt=tenant, input_tokens=input_tokens
+            )
 
     async def more(self, request_id: str) -> Part:
         """The next part of such an answer."""

@@ -309,13 +309,15 @@ class ClusterSamplingEngine(_ClusterEngine):
         return outcome
 
     async def complete(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = ""
-    ) -> AsyncGenerator[bytes, None]:
+        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, tenant: str = "", input_tokens: int = 0
+    ) -> AsyncGenerator[bytes, None]:  # fmt: skip
         """The answer to a request in OpenAI's form: its chunks as they are drawn, or the whole as one."""
         actor = self._ready()
         ended = False
         try:
-            call = actor.handle.complete.remote(request_id, adapter, body, chat, tenant, carried.get())
+            call = actor.handle.complete.remote(
+                request_id, adapter, body, chat, tenant, input_tokens, carried.get()
+            )
             while not ended:
                 part: Part = await self._answer(actor, call)
                 ended = part.ended

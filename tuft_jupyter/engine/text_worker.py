@@ -19,6 +19,7 @@ import numpy as np
 
 from tuft_jupyter.core.engine import Listener
 from tuft_jupyter.core.errors import TuftError, UserError
+from tuft_jupyter.core.quotas import check_input
 from tuft_jupyter.core.types import Drawn, Int32Array, SampleRequest, SampleResult, SamplingParams
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.text import Reader, StopFinder, TextModel
@@ -58,13 +59,22 @@ class TextWorker:
         self._preparing: set[str] = set()
 
     async def begin(
-        self, request_id: str, adapter: str | None, body: bytes, *, chat: bool, salt: str = ""
+        self,
+        request_id: str,
+        adapter: str | None,
+        body: bytes,
+        *,
+        chat: bool,
+        salt: str = "",
+        input_tokens: int = 0,
     ) -> Part:
-        """Start a conversation; returns its first part."""
+        """Start a conversation; returns its first part. ``input_tokens`` bounds its prompts (0: not at all)."""
         loop = asyncio.get_running_loop()
         self._preparing.add(request_id)
         try:
-            asked = await loop.run_in_executor(self._thread, self._prepare, request_id, body, chat, salt)
+            asked = await loop.run_in_executor(
+                self._thread, self._prepare, request_id, body, chat, salt, input_tokens
+            )
         except TuftError as error:
             self._preparing.discard(request_id)
             return Part(ended=True, category=error.category, error=error.message)
@@ -100,7 +110,9 @@ class TextWorker:
         if asked is not None:
             asked.stop()
 
-    def _prepare(self, request_id: str, body: bytes, chat: bool, salt: str) -> _Conversation:
+    def _prepare(
+        self, request_id: str, body: bytes, chat: bool, salt: str, input_tokens: int
+    ) -> _Conversation:
         request = decode_request(body, chat=chat)
         if self._model is None:
             self._model = TextModel(self._directory)
@@ -109,6 +121,7 @@ class TextWorker:
             prompts = [model.chat(request.messages)]
         else:
             prompts = [model.prompt(p) if isinstance(p, str) else _ids(p) for p in request.prompts]
+        check_input(sum(len(prompt) for prompt in prompts), input_tokens)
         params = checked_params(
             SamplingParams(
                 self._context if request.max_tokens is None else max(request.max_tokens, 1),

@@ -42,9 +42,12 @@ class OpenAIVerbs(Verbs):
 
     async def _complete(self, call: Call, *, chat: bool) -> Reply:
         """The first piece is waited for, so that a refusal is one, with its status, and not an event."""
-        head = decode_head(call.body)
-        await self.service.quotas.pace(call.principal.tenant, 1, len(call.body) // BYTES_PER_TOKEN)
-        chunks = self.service.text.complete(call.principal, head.model, call.body, chat=chat)
+        head, quotas, tenant = decode_head(call.body), self.service.quotas, call.principal.tenant
+        await quotas.pace(tenant, 1, len(call.body) // BYTES_PER_TOKEN)
+        allowed = quotas.of(tenant).input_tokens
+        chunks = self.service.text.complete(
+            call.principal, head.model, call.body, chat=chat, input_tokens=allowed
+        )
         try:
             first = await anext(chunks)
         except BaseException:
