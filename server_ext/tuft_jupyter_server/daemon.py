@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 
 from tornado.httpserver import HTTPServer
@@ -40,6 +41,7 @@ async def serve_host(host: Host, prefix: str) -> None:
     """Serve a host below a prefix until told to stop, where its settings say. OSError if that cannot be."""
     settings = host.settings
     logs.configure(settings.log_level, settings.log_format)
+    leave_no_core()
     try:
         sockets = bind_sockets(settings.port, settings.host)
     except OSError as error:
@@ -73,6 +75,12 @@ async def serve_host(host: Host, prefix: str) -> None:
     server.stop()
     await host.stop()
     await server.close_all_connections()
+
+
+def leave_no_core() -> None:
+    """A crash writes no core file, of this process or a worker it starts: keys and prompts would be in it."""
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
 
 
 def _watch_owner(stopping: asyncio.Event) -> None:

@@ -23,6 +23,7 @@ from tests.support.fuzz_cases import LOSS
 from tuft_jupyter.core.types import PROTOBUF
 from tuft_jupyter.wire import tuft_wire_pb2 as pb
 from tuft_jupyter.wire.routes import OPENAI_ROUTES, ROUTES, Access, Dialect, Route
+from tuft_jupyter_server.hub import HubKeys, HubUser
 from tuft_jupyter_server.tinker import openai_handlers
 
 OAI = "/user/alice/tuft/oai/api/v1"
@@ -175,11 +176,27 @@ def named(session: str, request: str, sample: str, key: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-class World:
-    """A server with a tenant, carol, who owns one object of each kind, another, bob, and keys that are no good."""
+class Tokens:
+    """A Hub, as far as a service asks it: whom a token speaks for. The real one: test_jupyterhub."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self) -> None:
+        self.users = {"0ca401": "carol", "0ca402": "carol", "0b0b": "bob"}
+
+    async def user(self, token: str) -> HubUser | None:
+        name = self.users.get(token)
+        return None if name is None else HubUser(name)
+
+
+class World:
+    """A server with a tenant, carol, who owns one object of each kind, another, bob, and keys that are no good.
+
+    With ``hub``, carol and bob come with tokens of a Hub.
+    """
+
+    def __init__(self, server: Server, hub: Tokens | None) -> None:
         self.server = server
+        self.hub = hub
+        self.bob = "tml-0b0b" if hub else BOB_KEY
         server.http.stop()
         host = server.host
         self.http = HTTPServer(Application(openai_handlers(OAI, host.api, host.keys, 2**22)))
@@ -194,6 +211,10 @@ class World:
         made["expired"] = await post("/tuft/keys", {"tenant": "carol", "ttl_seconds": 0})
         await self.server.ask("DELETE", f"/tuft/keys/{made['revoked']['id']}")
         self.keys = {name: key["key"] for name, key in made.items()}
+        if self.hub is not None:
+            self.keys |= {"good": "tml-0ca401", "revoked": "tml-0ca402", "stranger": "tml-0badc0de"}
+            await self.server.ask("GET", "/sessions", key=self.keys["revoked"])
+            del self.hub.users["0ca402"]  # the Hub's word of a moment ago does not hold
         carol = self.keys["good"]
         run = await self.server.new_run(carol)
         session = run.split(":")[0]
@@ -252,16 +273,29 @@ class World:
         return repr([each for family in families for each in family.values() if each.tenant == "carol"])
 
 
-def in_a_world(tmp_path: Path, body: Callable[[World], Any]) -> None:
+Scene = Callable[[Callable[[World], Any]], None]
+
+
+@pytest.fixture(params=["keys", "tokens of a Hub"])
+def in_a_world(tmp_path: Path, request: pytest.FixtureRequest) -> Scene:
+    """Both ways of saying who one is; what follows is the same."""
+    hub = None if request.param == "keys" else Tokens()
+    keys = None if hub is None else HubKeys(hub, {}, max_age=0.0)
+    return lambda body: in_one_world(tmp_path, body, hub, keys)
+
+
+def in_one_world(
+    tmp_path: Path, body: Callable[[World], Any], hub: Tokens | None = None, keys: HubKeys | None = None
+) -> None:
     async def scenario(server: Server) -> None:
-        world = World(server)
+        world = World(server, hub)
         await world.furnish()
         try:
             await body(world)
         finally:
             world.http.stop()
 
-    on_server(tmp_path, scenario, custom_loss_server_side=True)
+    on_server(tmp_path, scenario, keys=keys, custom_loss_server_side=True)
 
 
 def test_every_route_has_a_rule_and_every_rule_a_route() -> None:
@@ -272,13 +306,15 @@ def test_every_route_has_a_rule_and_every_rule_a_route() -> None:
         assert (RULES[route.method, route.path].whose is Whose.ANYBODY) == (route.access is not Access.KEY)
 
 
-def test_who_has_no_good_key_is_told_so_alone_and_leaves_no_trace(tmp_path: Path) -> None:
-    """T1, S1-24: no key, an unknown, a revoked and an expired one, a cookie; whether the object exists is not told."""
+def test_who_has_no_good_key_is_told_so_alone_and_leaves_no_trace(in_a_world: Scene) -> None:
+    """T1, S1-24: no key, an unknown, a revoked and an expired one, a cookie, a Hub's stranger and a token that it has
+    taken back; whether the object exists is not told.
+    """
 
     async def body(world: World) -> None:
         before = world.state()
         strangers = [(None, {}, 401), (None, COOKIE, 401), ("tml-unknown", {}, 403)]
-        strangers += [(world.keys[name], {}, 403) for name in ("revoked", "expired")]
+        strangers += [(world.keys[name], {}, 403) for name in world.keys if name not in ("good", "spare")]
         for route in TABLE:
             if route.access is not Access.KEY:
                 continue
@@ -290,11 +326,13 @@ def test_who_has_no_good_key_is_told_so_alone_and_leaves_no_trace(tmp_path: Path
                 assert "Set-Cookie" not in here.headers
         assert world.state() == before
 
-    in_a_world(tmp_path, body)
+    in_a_world(body)
 
 
-def test_what_belongs_to_somebody_else_answers_like_what_does_not_exist(tmp_path: Path) -> None:
-    """S1-01, T1, T2: every route that names an object, with carol's ids in bob's hands: the same bytes, no change."""
+def test_what_belongs_to_somebody_else_answers_like_what_does_not_exist(in_a_world: Scene) -> None:
+    """S1-01, T1, T2: every route that names an object, with carol's ids in bob's hands, who comes with a key or his
+    own token of the Hub: the same bytes, no change.
+    """
 
     async def body(world: World) -> None:
         before = world.state()
@@ -302,8 +340,8 @@ def test_what_belongs_to_somebody_else_answers_like_what_does_not_exist(tmp_path
         for route in TABLE:
             if RULES[route.method, route.path].whose is not Whose.OWN:
                 continue
-            foreign = await world.ask(route, world.ids, BOB_KEY)
-            missing = await world.ask(route, world.gone, BOB_KEY)
+            foreign = await world.ask(route, world.ids, world.bob)
+            missing = await world.ask(route, world.gone, world.bob)
             said = [answer.body.decode() for answer in (foreign, missing)]
             for name in sorted(world.ids, key=lambda name: -len(world.ids[name])):
                 said = [said[0].replace(world.ids[name], name), said[1].replace(world.gone[name], name)]
@@ -315,10 +353,10 @@ def test_what_belongs_to_somebody_else_answers_like_what_does_not_exist(tmp_path
             asked += 1
         assert asked > 30
 
-    in_a_world(tmp_path, body)
+    in_a_world(body)
 
 
-def test_what_is_about_the_caller_tells_bob_nothing_of_carol(tmp_path: Path) -> None:
+def test_what_is_about_the_caller_tells_bob_nothing_of_carol(in_a_world: Scene) -> None:
     """T1, T2."""
 
     async def body(world: World) -> None:
@@ -327,7 +365,7 @@ def test_what_is_about_the_caller_tells_bob_nothing_of_carol(tmp_path: Path) -> 
             rule = RULES[route.method, route.path]
             if rule.whose is not Whose.TENANT or route.verb == "revoke_key":
                 continue
-            answer = await world.ask(route, world.ids, BOB_KEY)
+            answer = await world.ask(route, world.ids, world.bob)
             assert answer.code == 200, (route.method, route.path, answer.body)
             told = answer.body.decode()
             assert "carol" not in told, (route.method, route.path)
@@ -335,21 +373,21 @@ def test_what_is_about_the_caller_tells_bob_nothing_of_carol(tmp_path: Path) -> 
                 assert world.ids[name] not in told, (route.method, route.path, name)
         assert world.carols() == before
 
-    in_a_world(tmp_path, body)
+    in_a_world(body)
 
 
-def test_what_is_for_admins_is_refused_to_tenants(tmp_path: Path) -> None:
+def test_what_is_for_admins_is_refused_to_tenants(in_a_world: Scene) -> None:
     """T1."""
 
     async def body(world: World) -> None:
         before = world.state()
         for route in TABLE:
             if RULES[route.method, route.path].whose is Whose.ADMIN:
-                for key in (BOB_KEY, world.keys["good"]):
+                for key in (world.bob, world.keys["good"]):
                     assert (await world.ask(route, world.ids, key)).code == 403, (route.method, route.path)
         assert world.state() == before
 
-    in_a_world(tmp_path, body)
+    in_a_world(body)
 
 
 ENDS = {"finish_session", "unload_model", "delete_checkpoint", "revoke_key", "forward", "forward_backward"}
@@ -372,7 +410,7 @@ def test_the_owner_is_answered(tmp_path: Path, verb: str) -> None:
             status = 403 if route.access is Access.SIGNED else 200  # a good address is tried in test_transfer
             assert answer.code == status, (route.method, route.path, answer.body)
 
-    in_a_world(tmp_path, body)
+    in_one_world(tmp_path, body)
 
 
 def test_names_that_climb_lead_nowhere(tmp_path: Path) -> None:
@@ -395,4 +433,4 @@ def test_names_that_climb_lead_nowhere(tmp_path: Path) -> None:
                 assert 400 <= answer.code < 500, (name, answer.code)
         assert world.state() == before
 
-    in_a_world(tmp_path, body)
+    in_one_world(tmp_path, body)

@@ -19,6 +19,7 @@ from tornado.web import Application
 from tests.support.fuzz_cases import LOSS
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
+from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.loss_graph import from_id
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.shown import public
@@ -35,10 +36,10 @@ ROOT = "/user/alice/tuft/api/v1"
 class Server:
     """A host with scripted engines behind real Tornado handlers, below a path prefix."""
 
-    def __init__(self, home: Path, **overrides: Any) -> None:
+    def __init__(self, home: Path, keys: KeyRing | None = None, **overrides: Any) -> None:
         given = {"authorized_users": {BOB_KEY: "bob"}, **overrides}
         settings = load_settings(None, {"TUFT_HOME": str(home)}, given)
-        self.host = Host(settings, engines=ScriptedEngines())
+        self.host = Host(settings, engines=ScriptedEngines(), keys=keys)
         self.http = HTTPServer(Application(handlers(ROOT, self.host.api, self.host.keys, 2**22)))
         socket, self.port = bind_unused_port()
         self.http.add_socket(socket)

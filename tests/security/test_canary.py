@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -31,12 +32,13 @@ datum = tinker.Datum(
 )
 run.forward_backward([datum], "cross_entropy").result()
 run.optim_step(tinker.AdamParams(learning_rate=1e-3)).result()
-print(run.model_id)
+print(run.save_state("mine").result().path)
 """
 
 
 def test_marked_secrets_are_nowhere_in_what_a_server_writes_and_shows(tmp_path: Path) -> None:
-    """T6, P5: logs at DEBUG, journal, files, process arguments, feed and metrics: 0 hits. T11, M6: and beside a
+    """T6, P5: logs at DEBUG, journal, files, process arguments, feed and metrics: 0 hits of keys, tokens, permissions
+    to download and prompts; a crash would leave no core file. T11, M6: and beside a
     training and a sampling worker nothing, of Ray neither, listens beyond the loopback interface.
     """
     env = environment(tmp_path, TUFT_API_KEY=KEY, TUFT_LOG_LEVEL="debug")
@@ -57,7 +59,8 @@ def test_marked_secrets_are_nowhere_in_what_a_server_writes_and_shows(tmp_path: 
         completion = {"model": "tuft/demo", "prompt": PROMPT, "max_tokens": 2}
         answer = _completion(server.address, made["key"], completion)
         assert answer["choices"]
-        secrets = (*SECRETS, made["key"], made["key"][4:])
+        token, ticket = _signed(server.address, made["key"], done.stdout.strip())
+        secrets = (*SECRETS, made["key"], made["key"][4:], token, ticket)
         shown = json.dumps(
             [
                 ask(server.address, path, KEY)
@@ -67,6 +70,7 @@ def test_marked_secrets_are_nowhere_in_what_a_server_writes_and_shows(tmp_path: 
         shown += _metrics(server.address)
         arguments = " ".join(" ".join(each.cmdline()) for each in _processes())
         assert not _open_to_others(server.process.pid)
+        assert not _cores(server.process.pid)
         for secret in secrets:
             assert secret not in shown
             assert secret not in arguments
@@ -81,6 +85,23 @@ def test_marked_secrets_are_nowhere_in_what_a_server_writes_and_shows(tmp_path: 
     assert searched > 100_000
     assert "debug" in config.read_text()
     assert b"DEBUG tuft_jupyter" in server.log.read_bytes(), "the log was at its most talkative"
+
+
+def _signed(address: str, key: str, path: str) -> tuple[str, str]:
+    """A token that stands for the key, and the permission in the address of a download; both are used once."""
+    token = ask(address, "auth/token", key, {})["jwt"]
+    assert ask(address, "sessions", token)["sessions"]
+    run, _, rest = path.removeprefix("tinker://").partition("/")
+    url = ask(address, f"training_runs/{run}/checkpoints/{rest}/archive", key)["url"]
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60) as answer:
+        assert len(answer.read()) > 1000
+    return token, url.rpartition("/")[2]
+
+
+def _cores(pid: int) -> list[int]:
+    """Processes from a server's on down that would leave a core file when they crash."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return [each.pid for each in processes if _readable(each) and each.rlimit(psutil.RLIMIT_CORE)[0] != 0]
 
 
 def _open_to_others(pid: int) -> list[tuple[int, str]]:
@@ -116,8 +137,6 @@ def _readable(process: psutil.Process) -> bool:
 
 
 def _completion(address: str, key: str, body: dict[str, object]) -> dict[str, object]:
-    import urllib.request
-
     request = urllib.request.Request(
         f"{address}/oai/api/v1/completions",
         data=json.dumps(body).encode(),
@@ -128,8 +147,6 @@ def _completion(address: str, key: str, body: dict[str, object]) -> dict[str, ob
 
 
 def _metrics(address: str) -> str:
-    import urllib.request
-
     request = urllib.request.Request(f"{address}/metrics", headers={"X-API-Key": KEY})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
         return str(answer.read().decode())

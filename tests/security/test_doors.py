@@ -78,6 +78,46 @@ def test_no_handler_of_ours_answers_anybody_without_credentials(server: Server, 
     assert not [line for line in warnings if "tuft" in line]
 
 
+def test_who_is_known_to_jupyter_but_denied_by_its_authorizer_gets_nothing(tmp_path: Path) -> None:
+    """T4: resource `tuft`, at every route of the lab, with every method, at the socket, and before a byte of an upload
+    is read.
+    """
+    root = tmp_path / "notebooks"
+    root.mkdir()
+    denying = ("--ServerApp.authorizer_class=tests.support.guarded.NoTuft",)
+    with Server(
+        root, tmp_path, base_url="/user/alice/", env=clean_environment(tmp_path), options=denying
+    ) as server:
+        known = {"Authorization": f"token {server.token}"}
+        assert knock(server, "GET", "api/contents", known) == 200
+        for path in lab_paths(tmp_path / "paths"):
+            for method in ("GET", "POST", "PUT", "DELETE"):
+                assert knock(server, method, path, known) in (403, 405), (method, path)
+        address = server.url.replace("http", "ws", 1) + "tuft/lab/feed"
+        with pytest.raises(websocket.WebSocketBadStatusException) as refused:
+            websocket.create_connection(
+                address,
+                header=[f"Authorization: token {server.token}"],
+                timeout=20,
+                http_no_proxy=["127.0.0.1"],
+            )
+        assert refused.value.status_code == 403
+        assert _refused_unread(server, "tuft/lab/api/v1/tuft/adapters", known) == 403
+
+
+def _refused_unread(server: Server, path: str, headers: dict[str, str]) -> int:
+    """The answer to a large upload of which only the head was sent."""
+    where = urlsplit(server.url)
+    connection = http.client.HTTPConnection(where.hostname or "", where.port or 0, timeout=30)
+    connection.putrequest("POST", f"{where.path}{path}")
+    for name, value in {**headers, "Content-Length": str(2**28)}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
 @pytest.mark.parametrize("headers", [[], ["Cookie: username-127-0-0-1=alice"], ["X-API-Key: tml-wrong"]])
 def test_the_feed_is_closed_to_who_has_no_credentials(server: Server, headers: list[str]) -> None:
     """T4: a websocket is checked as HTTP is (the fault of CVE-2024-28179)."""

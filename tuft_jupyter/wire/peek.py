@@ -21,13 +21,16 @@ from tuft_jupyter.core.types import JSON, PROTOBUF
 MAX_DATUMS = 8192
 """Datums in one request; the SDK cuts its calls at 1024 unless the server tells it otherwise."""
 
+MAX_CHUNKS = 4096
+"""Chunks of one datum in JSON; the SDK joins tokens into one."""
+
 MAX_FIELDS = 100_000
 """Protobuf fields looked at in one request: about 40 ms of the event loop, and 12 per datum of the largest
 request."""
 
-MAX_JSON = 16 * 2**20
-"""Bytes of a request in JSON, whose tokens have to be read to be counted: 0.2 s of the event loop. SDKs that write JSON
-cut their requests at 5 MB."""
+MAX_JSON = 10 * 2**20
+"""Bytes of a request in JSON, whose tokens have to be read to be counted: 0.1 s of the event loop for what SDKs send,
+0.4 s for the worst that can be sent. SDKs that write JSON cut their requests at about half of it."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _INT32_BYTES = 4
@@ -192,7 +195,7 @@ class _JsonChunk(msgspec.Struct, gc=False):
 
 
 class _JsonModelInput(msgspec.Struct, gc=False):
-    chunks: list[_JsonChunk] = []
+    chunks: list[msgspec.Raw] = []
 
 
 class _JsonDatum(msgspec.Struct, gc=False):
@@ -200,7 +203,7 @@ class _JsonDatum(msgspec.Struct, gc=False):
 
 
 class _JsonInput(msgspec.Struct):
-    data: list[_JsonDatum] = []
+    data: list[msgspec.Raw] = []
     loss_fn: str = ""
 
 
@@ -213,6 +216,8 @@ class _JsonHead(msgspec.Struct):
 
 
 _json_head = msgspec.json.Decoder(_JsonHead)
+_json_datum = msgspec.json.Decoder(_JsonDatum)
+_json_chunk = msgspec.json.Decoder(_JsonChunk)
 
 
 def _peek_json(body: bytes) -> Peek:
@@ -225,14 +230,21 @@ def _peek_json(body: bytes) -> Peek:
         )
     try:
         head = _json_head.decode(body)
+        work = head.forward_backward_input or head.forward_input or _JsonInput()
+        if len(work.data) > MAX_DATUMS:  # before one of them is looked into
+            raise TooLarge(f"the request has more than {MAX_DATUMS} datums; send fewer in one call")
+        tokens = sum(_json_tokens(index, datum) for index, datum in enumerate(work.data))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"the request is not a valid forward_backward in JSON: {error}") from None
-    work = head.forward_backward_input or head.forward_input or _JsonInput()
-    if len(work.data) > MAX_DATUMS:
-        raise TooLarge(f"the request has more than {MAX_DATUMS} datums; send fewer in one call")
-    tokens = sum(len(chunk.tokens) for datum in work.data for chunk in datum.model_input.chunks)
     forward_only = head.forward_only or head.forward_backward_input is None
     return _checked(Peek(head.model_id, head.seq_id or 0, tokens, len(work.data), forward_only, work.loss_fn))
+
+
+def _json_tokens(index: int, datum: msgspec.Raw) -> int:
+    chunks = _json_datum.decode(datum).model_input.chunks
+    if len(chunks) > MAX_CHUNKS:
+        raise TooLarge(f"data[{index}].model_input has more than {MAX_CHUNKS} chunks; join them")
+    return sum(len(_json_chunk.decode(chunk).tokens) for chunk in chunks)
 
 
 def _checked(peek: Peek) -> Peek:
