@@ -82,7 +82,7 @@ def test_S0_10_each_user_has_a_server_of_their_own(tmp_path: Path) -> None:
 
 
 def test_S0_10_a_kernel_finds_the_shared_service_with_no_key_typed(hub: Hub) -> None:
-    """S0-10, S0-23: in a real single-user server, with and without `%tuft init`."""
+    """S0-10, S0-23, S0-43: in a real single-user server, with and without `%tuft init`; it outlives that server."""
     token = hub.user("real-zoe")
     hub.start("real-zoe")
     with kernel_of(hub, "real-zoe", token) as kernel:
@@ -95,6 +95,7 @@ def test_S0_10_a_kernel_finds_the_shared_service_with_no_key_typed(hub: Hub) -> 
         kernel.run("from tuft_jupyter.kernel import connect; status = connect.current().status()")
         assert kernel.value("status['tenant']") == "real-zoe"
     hub.stop("real-zoe")
+    assert hub.tuft("GET", "healthz", None)["status"] == "ok"
 
 
 def test_the_hub_says_who_one_is_and_who_may(hub: Hub) -> None:

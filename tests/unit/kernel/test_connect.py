@@ -250,11 +250,15 @@ def test_a_key_the_sdk_would_refuse_is_refused_here(server: StubServer, told: To
         tuft_jupyter.init(address=server.address, api_key="local-dev-key", report=told)
 
 
-def test_auto_connect_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_connect_can_be_switched_off(
+    server: StubServer, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """S0-37."""
     monkeypatch.setenv("TUFT_ENABLE_AUTO_CONNECT", "0")
     with pytest.raises(RuntimeError, match=r"auto-connect is disabled \(TUFT_ENABLE_AUTO_CONNECT=0\)"):
         tuft_jupyter.get_service_client()
+    tuft_jupyter.init(address=server.address, api_key=KEY, report=told)
+    assert tuft_jupyter.is_initialized(), "what is asked for explicitly still works"
 
 
 class FakeSdk:
@@ -284,6 +288,17 @@ def test_the_service_client_connects_by_itself_and_is_one(hosted: StubServer) ->
     client = tuft_jupyter.get_service_client()
     assert client.given == {"base_url": hosted.address, "api_key": KEY}
     assert tuft_jupyter.get_service_client() is client
+
+
+@pytest.mark.usefixtures("sdk")
+def test_the_client_is_of_the_address_that_was_given(
+    server: StubServer, other: StubServer, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S0-20: TUFT_ADDRESS names another."""
+    monkeypatch.setenv("TUFT_ADDRESS", other.address)
+    tuft_jupyter.init(address=server.address, api_key=KEY, report=told)
+    assert tuft_jupyter.get_service_client().given["base_url"] == server.address
+    assert other.asked == []
 
 
 @pytest.mark.usefixtures("sdk")

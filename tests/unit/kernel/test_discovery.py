@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,7 @@ from tuft_jupyter import home as homes
 from tuft_jupyter.kernel import discovery
 from tuft_jupyter.kernel.discovery import check, discover, launch_arguments
 from tuft_jupyter.kernel.errors import TuftConnectionError
+from tuft_jupyter_server.app import tell_kernels
 
 
 @pytest.fixture
@@ -153,6 +156,43 @@ def test_what_the_notebook_server_injects_is_not_the_user_s_own(
     found = discover(None, None, hosted)
     assert found is not None
     assert found.source == "TUFT_ADDRESS"
+
+
+@pytest.mark.parametrize("own", ["TINKER_BASE_URL", "TUFT_ADDRESS"])
+def test_a_notebook_server_overwrites_no_address_of_the_user_s_own(
+    own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S0-05, S0-11: what was set before the server started is what its kernels see; else they are told of it."""
+    host = SimpleNamespace(key="tml-host")
+    server = SimpleNamespace(local_url="http://127.0.0.1:8888/user/ada/", base_url="/user/ada/")
+    before = os.environ.copy()
+    try:
+        os.environ[own] = "http://elsewhere"
+        tell_kernels(host, server)  # type: ignore[arg-type]
+        assert os.environ[own] == "http://elsewhere"
+        assert "TINKER_API_KEY" not in os.environ
+        del os.environ[own]
+        tell_kernels(host, server)  # type: ignore[arg-type]
+        told = "http://127.0.0.1:8888/user/ada/tuft"
+        assert os.environ["TUFT_ADDRESS"] == os.environ["TINKER_BASE_URL"] == told
+        assert discovery.user_base_url(os.environ) is None
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_running_notebook_servers_are_read_from_jupyter_s_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S0-23: the one that started this kernel first; one that has died, and a torn file, are passed over."""
+    monkeypatch.undo()
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    ours, parent = os.getpid(), os.getppid()
+    for pid, url in ((ours, "http://a/"), (parent, "http://b/user/"), (2**22 + 1, "http://dead/")):
+        (tmp_path / f"jpserver-{pid}.json").write_text(json.dumps({"pid": pid, "url": url}))
+    (tmp_path / "jpserver-1.json").write_text("{")
+    found = list(discovery.notebook_servers({"JPY_PARENT_PID": str(parent)}))
+    assert found == ["http://b/user/tuft", "http://a/tuft"]
 
 
 def test_each_place_is_asked_once(server: StubServer, env: dict[str, str]) -> None:

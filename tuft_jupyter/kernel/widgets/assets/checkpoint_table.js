@@ -39,26 +39,11 @@ const CHECKPOINT_COLUMNS = [
   ]
 ];
 
-function render({ model, el }) {
-  const root = element('div', { class: 'tuft-widget' });
-  const body = element('div', { class: 'tuft-scroll' });
-  root.append(body);
-  el.append(root);
-  const draw = picture =>
-    picture.checkpoints &&
-    body.replaceChildren(
-      table(
-        'Checkpoints',
-        CHECKPOINT_COLUMNS,
-        picture.checkpoints,
-        'No checkpoint yet: training.save_state(name) makes one.'
-      )
-    );
-  return follow(model, root, draw, state => ({
-    checkpoints: state.checkpoints
-      .filter(c => !model.get('run') || c.run === model.get('run'))
-      .reverse()
-  }));
-}
-
-export default { render };
+export default tableWidget({
+  rows: 'checkpoints',
+  caption: 'Checkpoints',
+  columns: CHECKPOINT_COLUMNS,
+  empty: 'No checkpoint yet: training.save_state(name) makes one.',
+  fromState: (state, model) =>
+    state.checkpoints.filter(c => !model.get('run') || c.run === model.get('run'))
+});

@@ -139,6 +139,24 @@ function table(caption, columns, rows, empty) {
   );
 }
 
+/** A widget that is one such table: of `rows` of each picture, or of the lab's state. */
+function tableWidget({ rows, caption, columns, empty, fromState }) {
+  return {
+    render({ model, el }) {
+      const root = element('div', { class: 'tuft-widget' });
+      const body = element('div', { class: 'tuft-scroll' });
+      root.append(body);
+      el.append(root);
+      const draw = picture =>
+        picture[rows] &&
+        body.replaceChildren(table(caption, columns, picture[rows], empty));
+      return follow(model, root, draw, state => ({
+        [rows]: fromState(state, model).reverse()
+      }));
+    }
+  };
+}
+
 /** A button that puts text on the clipboard and says so. */
 function copier(text, label, spoken) {
   const button = element(

@@ -32,30 +32,15 @@ const RUN_COLUMNS = [
   ]
 ];
 
-function render({ model, el }) {
-  const root = element('div', { class: 'tuft-widget' });
-  const body = element('div', { class: 'tuft-scroll' });
-  root.append(body);
-  el.append(root);
-  const draw = picture =>
-    picture.runs &&
-    body.replaceChildren(
-      table(
-        'Runs',
-        RUN_COLUMNS,
-        picture.runs,
-        'No run yet: the first one appears here.'
-      )
-    );
-  return follow(model, root, draw, state => ({
-    runs: state.runs
-      .map(run => ({
-        ...run,
-        name: shortName(run.id),
-        loss: run.curve.loss.at(-1)
-      }))
-      .reverse()
-  }));
-}
-
-export default { render };
+export default tableWidget({
+  rows: 'runs',
+  caption: 'Runs',
+  columns: RUN_COLUMNS,
+  empty: 'No run yet: the first one appears here.',
+  fromState: state =>
+    state.runs.map(run => ({
+      ...run,
+      name: shortName(run.id),
+      loss: run.curve.loss.at(-1)
+    }))
+});
