@@ -123,7 +123,7 @@ def refusal(response: HTTPResponse) -> str:
 
 
 def test_every_route_refuses_no_key_with_401_and_a_wrong_one_with_403(tmp_path: Path) -> None:
-    """S1-24, T1: no route is forgotten, because the table is the test's list too."""
+    """S1-24, T1, M5: no route is forgotten, because the table is the test's list too."""
 
     async def body(server: Server) -> None:
         for method, path in [(r.method, r.path) for r in ROUTES if r.access is Access.KEY]:

@@ -19,11 +19,12 @@ SLOW_MS = 1000.0
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_hundreds_of_parked_polls_are_all_answered_and_the_notebook_goes_on(alice: Server) -> None:
-    """L1, L2."""
+    """L1, L2, P6."""
     measured = asyncio.run(parked_polls(alice, key_of(alice.work), polls=300, datums=4))
     assert (measured.answered, measured.errors) == (300, 0)
     assert measured.grown_mb < 60
     assert measured.p99 < SLOW_MS
+    assert measured.echoes, "a kernel answers meanwhile"
 
 
 @pytest.mark.slow

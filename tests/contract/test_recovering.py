@@ -25,7 +25,7 @@ async def stop(server: Server) -> None:
 
 
 def test_while_the_journal_is_read_requests_wait_and_nothing_seems_to_be_gone(tmp_path: Path) -> None:
-    """F2, S1-48: a client that is quicker than the recovery is not told that its model does not exist."""
+    """F2, P4, S1-48: a client that is quicker than the recovery is not told that its model does not exist."""
 
     async def body() -> None:
         first = Server(tmp_path)

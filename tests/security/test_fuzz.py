@@ -15,7 +15,7 @@ TRIALS = int(os.environ.get("TUFT_FUZZ_TRIALS", "400"))
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_request_breaks_hangs_or_disturbs_the_server(kind: str) -> None:
-    """H1, H2: no 5xx, 402 or 409, nothing over two seconds, no traceback or NaN; a bystander's loss stays the same."""
+    """P3, H1, H2: no 5xx, 402 or 409, nothing over two seconds, no traceback or NaN; a bystander's loss stays."""
     (findings,) = asyncio.run(campaign({kind: KINDS[kind]}, TRIALS, seed=7)).values()
     assert findings.cases == TRIALS
     assert findings.found == []

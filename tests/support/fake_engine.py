@@ -11,6 +11,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,7 @@ def _result(shift: int, request: SampleRequest) -> SampleResult:
 
 
 class FakeTrainingEngine:
-    """Implements ``core.engine.TrainingEngine`` in this process; steps run in a thread, as if far away.
+    """Implements ``core.engine.TrainingEngine`` in this process; a worker is a thread, where steps run in order.
 
     ``starts`` counts workers brought up; :meth:`kill` is a ``kill -9`` of the worker. ``grain`` as in the protocol.
     """
@@ -274,6 +275,7 @@ class FakeTrainingEngine:
         self.steps: list[list[Task]] = []
         self.trainer = FakeTrainer(self.faults)
         self._worker: TrainingWorker | None = None
+        self._thread = ThreadPoolExecutor(1)
         self._died: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
@@ -283,6 +285,7 @@ class FakeTrainingEngine:
         self.faults.corpse = False
         self.trainer = FakeTrainer(self.faults)
         self._worker = TrainingWorker(self.trainer, self.trainer.alive)
+        self._thread = ThreadPoolExecutor(1)
         self._died = asyncio.get_running_loop().create_future()
 
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
@@ -290,7 +293,7 @@ class FakeTrainingEngine:
         if worker is None or died is None or died.done():
             raise EngineDied("the fake training worker is not running")
         self.steps.append(list(tasks))
-        call = asyncio.create_task(asyncio.to_thread(_step, worker, tasks))
+        call = asyncio.get_running_loop().run_in_executor(self._thread, _step, worker, tasks)
         either: list[asyncio.Future[Any]] = [call, died]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if died.done():
@@ -307,6 +310,7 @@ class FakeTrainingEngine:
     def kill(self) -> None:
         """Everything the worker held is gone; a step in progress raises EngineDied."""
         self._worker = None
+        self._thread.shutdown(wait=False, cancel_futures=True)
         if self._died is not None and not self._died.done():
             self._died.set_result(None)
 

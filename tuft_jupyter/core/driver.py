@@ -22,6 +22,7 @@ from tuft_jupyter.core.errors import Overloaded, TuftError
 from tuft_jupyter.core.lanes import Grant, Lane, Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.replay import CannotReplay, replay
 from tuft_jupyter.core.snapshots import Snapshots
 from tuft_jupyter.core.startup import bring_up
 from tuft_jupyter.core.state import CREATES_RUN, ENDED
@@ -178,7 +179,7 @@ class Driver:
                 error = "the training worker died twice while running this request, so it is not tried again"
                 await self._failed(grant, "server", error)
                 return
-        for lane in {id(grant.lane): grant.lane for grant in batch}.values():
+        for lane in _lanes_of(batch):
             if not lane.resident and lane.queue and not await self._rebuild(lane):
                 return
         first = self._send(batch)
@@ -186,7 +187,7 @@ class Driver:
         second = self._send(riders)
         await self._settled(batch, await first)
         await self._settled(riders, await second)
-        for lane in {id(grant.lane): grant.lane for grant in batch}.values():
+        for lane in _lanes_of(batch):
             if self._snapshot_due(lane):
                 await self._snapshot(lane)
 
@@ -238,37 +239,22 @@ class Driver:
             grant.lane.resident = False
         elif op.kind is OpKind.OPTIM_STEP:
             self.snapshots.stepped(op.run)
-        data = {
-            "request_id": op.request_id,
-            "run": op.run,
-            "seq": op.seq,
-            "op": op.kind.value,
+        told = {
             "facts": {**outcome.facts, **op.args.get("facts", {})},
             "content_type": outcome.content_type,
         }
-        answer = Answer(outcome.result, outcome.content_type)
-        await self._keep("op_done", op, data, outcome.result, answer)
+        await self._keep("op_done", op, told, Answer(outcome.result, outcome.content_type))
 
     async def _failed(self, grant: Grant, category: str, error: str) -> None:
-        op = grant.entry.op
         self.lanes.finish(grant)
-        data = {
-            "request_id": op.request_id,
-            "run": op.run,
-            "seq": op.seq,
-            "op": op.kind.value,
-            "category": category,
-            "error": error,
-        }
-        await self._keep("op_failed", op, data, None, None)
+        await self._keep("op_failed", grant.entry.op, {"category": category, "error": error})
 
-    async def _keep(
-        self, kind: str, op: Op, data: dict[str, Any], blob: bytes | None, answer: Answer | None
-    ) -> None:
+    async def _keep(self, kind: str, op: Op, told: dict[str, Any], answer: Answer | None = None) -> None:
         """Record an outcome; while the journal cannot take it, wait: the work is done and must not be lost."""
+        data = {"request_id": op.request_id, "run": op.run, "seq": op.seq, "op": op.kind.value, **told}
         while True:
             try:
-                await self.ledger.record(kind, op.tenant, data, blob, answer)
+                await self.ledger.record(kind, op.tenant, data, answer.body if answer else None, answer)
                 return
             except Overloaded as full:
                 log.error("waiting to record %s of %s: %s", kind, op.run, full)
@@ -284,12 +270,8 @@ class Driver:
             await self._fail_lane(lane, "user", f"model {run.id!r} cannot be used any more: it was unloaded")
             return False
         try:
-            if run.snapshot is not None:
-                restore = {"directory": run.snapshot, "optimizer": True}
-                await self._replay(Task("restore", run.id, OpKind.LOAD_WEIGHTS, restore))
-            for accepted in run.replay:
-                await self._replay(self._replayed(await self._accepted(accepted)))
-        except (TuftError, LookupError) as error:
+            await replay(run, self.engine, self.ledger, self.lanes.budget)
+        except (TuftError, CannotReplay) as error:
             log.error("run %s cannot be rebuilt: %s", run.id, error)
             await self._fail_lane(lane, "server", f"{_NOT_BACK}: {error}")
             return False
@@ -306,28 +288,6 @@ class Driver:
         lane.resident, lane.deaths = True, 0
         self.snapshots.stepped(run.id, len(run.replay) // 2)
         return True
-
-    async def _accepted(self, record: int) -> Op:
-        """An op out of the journal; while that does not answer, wait: the run is not at fault."""
-        while True:
-            try:
-                return await self.ledger.op(record)
-            except Overloaded as silent:
-                log.error("waiting to read record %d: %s", record, silent)
-                await asyncio.sleep(silent.retry_after)
-
-    async def _replay(self, task: Task) -> None:
-        while True:
-            (outcome,) = await self.engine.step([task])
-            if outcome.category:
-                raise LookupError(outcome.error)
-            if outcome.finished:
-                return
-            task = Task(task.request_id, task.run, task.kind, task.args, b"", task.content_type, task.grant)
-
-    def _replayed(self, op: Op) -> Task:
-        """An op as it first ran: cut alike, so that sums come out with the same rounding."""
-        return Task(op.request_id, op.run, op.kind, op.args, op.body, op.content_type, self.lanes.budget)
 
     def _snapshot_due(self, lane: Lane) -> bool:
         run = self.ledger.state.runs[lane.run]
@@ -371,6 +331,10 @@ class Driver:
 
 
 _NOT_BACK = "the state of this run could not be brought back after a restart of its worker"
+
+
+def _lanes_of(batch: Sequence[Grant]) -> list[Lane]:
+    return list({id(grant.lane): grant.lane for grant in batch}.values())
 
 
 async def _nothing() -> list[Outcome]:

@@ -17,7 +17,7 @@ from tuft_jupyter.core import state as fold
 from tuft_jupyter.core.errors import Overloaded
 from tuft_jupyter.core.feed import Feed
 from tuft_jupyter.core.image import plain, state_of
-from tuft_jupyter.core.journal import FOLDED, Journal
+from tuft_jupyter.core.journal import FOLDED, Damaged, Journal
 from tuft_jupyter.core.promises import Answer, Promise, Promises
 from tuft_jupyter.core.seen import Seen
 from tuft_jupyter.core.types import JSON, Op, OpKind, Record
@@ -83,10 +83,10 @@ class Ledger:
                 self._answers.pop(data["request_id"], None)
 
     async def op(self, accepted: int) -> Op:
-        """The op that record ``accepted`` accepted, whole again."""
+        """The op that record ``accepted`` accepted, whole again; Damaged if it is not there any more as it was."""
         record = await self.journal.read(accepted)
         if record is None:
-            raise LookupError(f"record {accepted} is not in the journal")
+            raise Damaged(f"record {accepted} is not in the journal")
         data = record.data
         return Op(
             request_id=data["request_id"],

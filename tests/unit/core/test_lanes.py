@@ -95,7 +95,7 @@ def test_a_light_tenant_that_asks_again_at_once_is_waited_for_before_a_heavy_par
 
 
 def test_savings_of_a_heavy_tenant_do_not_crowd_a_light_one_out() -> None:
-    """L6: it yields, and is served when its patience ends, not before."""
+    """L6, M7: it yields, and is served when its patience ends, not before."""
     lanes = Lanes(512, 256)
     lanes.push(op("heavy", 0, 100_000), 0)
     turns = []

@@ -91,7 +91,7 @@ def test_peft_loads_every_tensor_and_says_the_same(
 def test_a_resumed_run_equals_the_uninterrupted_one_and_not_a_cold_one(
     qwen3: Path, trainer: PeftTrainer, saved: Path
 ) -> None:
-    """F16, S1-39: with the optimizer bit by bit the same; without it, not."""
+    """F16, P7, S1-39: with the optimizer bit by bit the same; without it, not."""
     train(trainer, "run", 3, 4)
     found = {}
     for kind, optimizer in (("resumed", True), ("cold", False)):

@@ -253,7 +253,7 @@ def test_tenants_in_one_pass_equal_each_alone(qwen3: Path) -> None:
 
 
 def test_tenants_interleaved_at_random_equal_each_alone_bit_by_bit(qwen3: Path) -> None:
-    """F15: eight runs, calls in random order; every adapter has the bits it gets alone."""
+    """F15, P7: eight runs, calls in random order; every adapter has the bits it gets alone."""
     runs = {f"run{i}": LoraSpec(rank=1 + i % 4, alpha=8, seed=i, train_mlp=i % 2 == 0) for i in range(8)}
 
     def calls(trainer: PeftTrainer, run: str) -> Iterator[Callable[[], object]]:

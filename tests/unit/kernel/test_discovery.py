@@ -95,7 +95,7 @@ def test_the_default_port_comes_last(
 def test_a_foreign_service_is_not_adopted(
     impostor: dict[str, object], server: StubServer, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """S0-25: what answers must be Tinker-shaped."""
+    """M9, S0-25: what answers must be Tinker-shaped."""
     monkeypatch.setattr(discovery, "DEFAULT_PORT", server.port)
     server.routes |= impostor  # type: ignore[arg-type]
     assert discover(None, None, env) is None
