@@ -22,8 +22,8 @@ from tests.support.load import Client
 from tuft_jupyter.core.types import PROTOBUF
 
 CYCLES, WARM, AT_ONCE = 1000, 60, 4
-KB_PER_CYCLE = 24.0
-"""What a visit may leave in memory: its session, run, sampler and answers, of which most go after ten minutes."""
+KB_PER_CYCLE = 32.0
+"""What a visit may leave in the server's memory: what is on record of it for good, and for ten minutes its answers."""
 WORKER_MB = 40.0
 """Noise of an allocator; an adapter of the demo model with its gradients and moments takes 1.4."""
 SWEPT_SECONDS = 20.0

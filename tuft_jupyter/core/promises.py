@@ -67,6 +67,7 @@ class Promises:
             self._hold(request_id, len(answer.body))
         if promise.waiters is not None:
             promise.waiters.set()
+            promise.waiters = None
 
     def get(self, principal: Principal, request_id: str) -> Promise:
         """The principal's own promise. Lost (410) for ids this server does not know, so that a sampler asks anew."""
