@@ -330,8 +330,8 @@ def test_who_has_no_good_key_is_told_so_alone_and_leaves_no_trace(in_a_world: Sc
 
 
 def test_what_belongs_to_somebody_else_answers_like_what_does_not_exist(in_a_world: Scene) -> None:
-    """P2, S1-01, T1, T2, M3: every route that names an object, with carol's ids in bob's hands, who comes with a key or his
-    own token of the Hub: the same bytes, no change.
+    """P2, S1-01, T1, T2, M3: every route that names an object, with carol's ids in bob's hands, who comes with a key or
+    his own token of the Hub: the same bytes, no change.
     """
 
     async def body(world: World) -> None:
