@@ -13,7 +13,7 @@ import {
 import { URLExt } from '@jupyterlab/coreutils';
 import { TranslationBundle } from '@jupyterlab/translation';
 import { Api } from './api';
-import { ICheckpoint, IRun } from './model';
+import { ICheckpoint, IRun } from './objects';
 import { IDropped } from './upload';
 
 /** See the head of the file. */

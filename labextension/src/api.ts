@@ -5,7 +5,8 @@
  */
 import { URLExt } from '@jupyterlab/coreutils';
 import { ServerConnection } from '@jupyterlab/services';
-import { IRecord, ISnapshot } from './model';
+import { IRecord } from './model';
+import { ISnapshot } from './objects';
 
 /** A base model that the server offers. */
 export interface IModelStatus {

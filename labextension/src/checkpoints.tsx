@@ -11,7 +11,7 @@ import * as React from 'react';
 import { CommandIDs } from './commandids';
 import { formatBytes, formatRelative } from './format';
 import { pinIcon } from './icons';
-import { ICheckpoint, ISampler } from './model';
+import { ICheckpoint, ISampler } from './objects';
 import { CopyButton, IconButton, Path, Section } from './parts';
 import { IShown } from './shown';
 

@@ -10,7 +10,7 @@ import { CommandIDs } from './commandids';
 import { toCsv, toJsonLines } from './export';
 import { checkpointCode, insertCell, resumeCode, startCode } from './insert';
 import { IContext } from './live';
-import { ICheckpoint, IRun } from './model';
+import { ICheckpoint, IRun } from './objects';
 import { runNames } from './names';
 import { adapterOf, chooseFiles } from './upload';
 

@@ -1,5 +1,5 @@
 /** From a run's curve to what is drawn: which metric, which colour, which steps, how smooth. Pure. */
-import { ICurve, IRun } from './model';
+import { ICurve, IRun } from './objects';
 import { ISeries } from './thin';
 
 /** What can be drawn. `tokens_per_second` is computed here, the others are columns of the curve. */

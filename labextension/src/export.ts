@@ -1,6 +1,6 @@
 /** A run's metrics as a file: CSV or JSON lines, one row per step. Pure. */
 import { history, Metric, METRICS } from './curves';
-import { IRun } from './model';
+import { IRun } from './objects';
 
 type Row = { [column: string]: string | number | null };
 

@@ -9,7 +9,7 @@ import {
   formatRelative,
   formatValue
 } from './format';
-import { IRun } from './model';
+import { IRun } from './objects';
 import { phaseOf, phaseWord } from './names';
 import { CopyButton } from './parts';
 import { lowest } from './readings';

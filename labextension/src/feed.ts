@@ -17,7 +17,8 @@ import {
   IStatus,
   IWaiting
 } from './api';
-import { apply, emptyState, fromSnapshot, IRecord, IState } from './model';
+import { apply, emptyState, fromSnapshot, IRecord } from './model';
+import { IState } from './objects';
 import { Connection, IFineTuning } from './tokens';
 
 const FIRST_RETRY_MS = 1000;

@@ -8,7 +8,7 @@ import { Metric, seriesOf } from './curves';
 import { formatCount, formatDuration } from './format';
 import { IIndexed, lineOfRun } from './lines';
 import { metricWord } from './metrics';
-import { IRun } from './model';
+import { IRun } from './objects';
 import { reading, stepTick } from './plots';
 import { Reading, sentence, Table } from './readings';
 import { IPicked, IRunViewProps } from './runviewstate';

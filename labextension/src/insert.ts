@@ -1,6 +1,6 @@
 /** Code that a person would have to type: put into the active notebook, or into the clipboard where there is none. */
 import { INotebookTracker, NotebookActions } from '@jupyterlab/notebook';
-import { ICheckpoint, IRun } from './model';
+import { ICheckpoint, IRun } from './objects';
 
 const IMPORT = 'import tuft_jupyter';
 

@@ -5,7 +5,7 @@ import { CommandIDs } from './commandids';
 import { latest } from './curves';
 import { formatValue } from './format';
 import { IIndexed, lineOfRun } from './lines';
-import { IRun } from './model';
+import { IRun } from './objects';
 import { IRunViewProps } from './runviewstate';
 
 /** Props of {@link Legend}. */

@@ -1,7 +1,7 @@
 /** From runs to the lines of a chart. Pure. */
 import type { ILine } from './chart';
 import { Axis, lineOf, Metric, seriesOf } from './curves';
-import { IRun, IState } from './model';
+import { IRun, IState } from './objects';
 import { phaseOf } from './names';
 
 /** A run with its place in the order of creation, which gives it its colour. */

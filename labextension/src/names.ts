@@ -1,7 +1,7 @@
 /** What things are called, and what a run is doing, in the reader's language. */
 import { TranslationBundle } from '@jupyterlab/translation';
 import { shortId } from './format';
-import { IRun, ISession, IState } from './model';
+import { IRun, ISession, IState } from './objects';
 
 /** What a run is doing, as a person would say it. */
 export type Phase = 'starting' | 'training' | 'idle' | 'failed' | 'closed';

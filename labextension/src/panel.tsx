@@ -8,7 +8,7 @@ import { Resources } from './gpu';
 import { tuftIcon } from './icons';
 import { IContext, LiveWidget } from './live';
 import { IDropped } from './upload';
-import { IState } from './model';
+import { IState } from './objects';
 import { phaseOf } from './names';
 import { Curves } from './plots';
 import { Runs } from './runs';

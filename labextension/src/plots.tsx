@@ -8,7 +8,7 @@ import { busiest, latest, Metric, offeredMetrics } from './curves';
 import { formatCount, formatTick, formatValue } from './format';
 import { chosenRuns, lineOfRun } from './lines';
 import { metricWord } from './metrics';
-import { IRun, IState } from './model';
+import { IRun, IState } from './objects';
 import { Section } from './parts';
 import { Reading, Table } from './readings';
 

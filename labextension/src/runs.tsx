@@ -4,7 +4,7 @@ import * as React from 'react';
 import { CommandIDs } from './commandids';
 import { latest, lineOf, throughput } from './curves';
 import { formatCount, formatValue } from './format';
-import { IRun } from './model';
+import { IRun } from './objects';
 import { phaseOf, phaseWord } from './names';
 import { IconButton, Section } from './parts';
 import { IShown, RUN_MIME } from './shown';

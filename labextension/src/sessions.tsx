@@ -2,7 +2,7 @@
 import { TranslationBundle } from '@jupyterlab/translation';
 import * as React from 'react';
 import { formatRelative } from './format';
-import { IState } from './model';
+import { IState } from './objects';
 import { sessionName } from './names';
 import { Section } from './parts';
 

@@ -1,7 +1,7 @@
 /** What every part of the panel and of the views is given to draw from. */
 import { TranslationBundle } from '@jupyterlab/translation';
 import { CommandRegistry } from '@lumino/commands';
-import { IState } from './model';
+import { IState } from './objects';
 
 /** See the head of the file. */
 export interface IShown {

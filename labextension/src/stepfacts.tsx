@@ -4,7 +4,7 @@ import * as React from 'react';
 import { history } from './curves';
 import { formatCount, formatDuration, formatValue } from './format';
 import { metricWord } from './metrics';
-import { IRun } from './model';
+import { IRun } from './objects';
 import { AskSamples, StepSamples } from './stepsamples';
 
 /** A term and what holds for it. */

@@ -2,7 +2,7 @@
 import { Token } from '@lumino/coreutils';
 import { ISignal } from '@lumino/signaling';
 import { IGauges, ILogLine, IStatus, IWaiting } from './api';
-import { IState } from './model';
+import { IState } from './objects';
 
 /** The version of this extension; a test holds that it is the package's. */
 export const VERSION = '0.1.0';

@@ -93,12 +93,24 @@ def exported(lab: Lab) -> list[dict[str, Any]]:
     return [json.loads(line) for line in download.value.path().read_text().splitlines()]
 
 
+def drop(lab: Lab, path: Path) -> None:
+    """A file or folder of this machine, dragged into the panel."""
+    box = lab.page.locator("#tuft-panel").bounding_box()
+    assert box is not None
+    client = lab.page.context.new_cdp_session(lab.page)
+    dragged = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + 200}
+        client.send("Input.dispatchDragEvent", {"type": kind, **place, "data": dragged})
+    client.detach()
+
+
 def test_the_lid_is_closed_during_500_steps_and_nothing_is_missing(
     server: Server, browser: Browser, tmp_path: Path
 ) -> None:
     """S0-48, F1: the page is closed while 500 steps run and reopened: 500 of 500 points. Nothing is sent while the
     panel is hidden. The kernel is killed: the next one goes on at step 501. A checkpoint is downloaded, tried
-    and deleted."""
+    and deleted; what was downloaded comes in again, dragged as a folder and as an archive."""
     with Kernel(server) as kernel:
         kernel.run(BEGIN)
         working = threading.Thread(target=kernel.run, args=(TRAIN,))
@@ -145,8 +157,22 @@ def test_the_lid_is_closed_during_500_steps_and_nothing_is_missing(
         archive = tmp_path / "tried.tar"
         download.value.save_as(archive)
         with tarfile.open(archive) as files:
-            names = {Path(name).name for name in files.getnames()}
-        assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+            contents = {
+                Path(member.name).name: content.read()
+                for member in files.getmembers()
+                if (content := files.extractfile(member))
+            }
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= contents.keys()
+
+        (folder := tmp_path / "as-folder").mkdir()
+        for name, inside in contents.items():
+            (folder / name).write_bytes(inside)
+        archive = archive.rename(tmp_path / "as-archive.tar")
+        for brought in (folder, archive):
+            drop(lab, brought)
+            page.wait_for_selector(f'#tuft-panel button[aria-label="Delete {brought.stem}"]')
+        drop(lab, tmp_path / "notebooks" / "empty.ipynb")
+        page.wait_for_selector("text=That is no PEFT adapter")
 
         page.click('#tuft-panel button[aria-label="Try tried in the playground"]')
         page.fill(".jp-Tuft-playground textarea", "Where is the treasure?")
@@ -157,5 +183,6 @@ def test_the_lid_is_closed_during_500_steps_and_nothing_is_missing(
         page.click('#tuft-panel button[aria-label="Delete tried"]')
         page.click(".jp-Dialog .jp-mod-warn")
         page.wait_for_selector('#tuft-panel button[aria-label="Delete tried"]', state="detached")
-        assert server.request("GET", "tuft/lab/state")["state"]["checkpoints"] == []
+        kept = server.request("GET", "tuft/lab/state")["state"]["checkpoints"]
+        assert {one["name"] for one in kept} == {"as-folder", "as-archive"}
         assert lab.complaints == []

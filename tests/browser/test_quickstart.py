@@ -19,6 +19,7 @@ from playwright.sync_api import Browser
 from tests.browser.jupyterlab import Lab, lab_page, lab_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+LAST_STEP = 60
 READING = "#tuft-panel .jp-Tuft-reading"
 STEP_IS = """step => {
     const text = document.querySelector('#tuft-panel .jp-Tuft-reading')?.textContent ?? '';
@@ -91,14 +92,17 @@ def test_the_loss_curve_moves_while_the_quickstart_runs(lab: Lab) -> None:
     lab.execute("notebook:run-all-cells")
 
     readings, pictures = [], []
-    for step in (1, 15, 30, 45, 60):
+    for step in (1, 15, 30, 45, LAST_STEP):
         lab.wait(STEP_IS, step, seconds=180)
+        if readings and readings[-1][0] == LAST_STEP:
+            break  # on a busy machine a look takes as long as the rest of the training
         readings.append(reading(lab))
         pictures.append(picture(lab))
         if step == 30:
             lab.scroll_to("## Train")
             take_pictures(lab, "panel")
     steps = [step for step, _ in readings]
+    assert len(steps) >= 3
     assert steps == sorted(set(steps)), f"the curve stood still: {readings}"
     assert len(set(pictures)) == len(pictures), "the canvas was not drawn anew"
     assert readings[-1][1] < readings[0][1]
@@ -121,6 +125,7 @@ def test_the_loss_curve_moves_while_the_quickstart_runs(lab: Lab) -> None:
     assert chart is not None
     lab.page.mouse.click(chart["x"] + chart["width"] / 4, chart["y"] + chart["height"] / 2)
     lab.page.wait_for_selector(".jp-Tuft-view .jp-mod-picked")
+    lab.page.wait_for_selector(".jp-Tuft-view .jp-Tuft-sampleAnswer")
     take_pictures(lab, "runs")
     lab.page.click('#tuft-panel button[aria-label="Try pirate-sampler in the playground"]')
     lab.page.fill(".jp-Tuft-playground textarea", "What is your name?")

@@ -84,15 +84,15 @@ def test_each_device_and_each_process_shows_its_use(staged: Staged) -> None:
     page = staged.page
     used = gauges()
     used["gpus"] = [
-        {"name": "NVIDIA H200", "used": 61e9, "total": 150e9, "utilization": 88.0},
-        {"name": "NVIDIA H200 1", "used": 2e9, "total": 150e9, "utilization": 3.0},
+        {"name": "GPU 0 (NVIDIA H200)", "used": 61e9, "total": 150e9, "utilization": 88.0},
+        {"name": "GPU 1 (NVIDIA H200)", "used": 2e9, "total": 150e9, "utilization": 3.0},
     ]
     used["workers"][1]["gpu_memory"] = 60e9
     stage.send(used)
     for name, words in (
-        ("NVIDIA H200", "88 %"),
-        ("NVIDIA H200 memory", "61 / 150 GB"),
-        ("NVIDIA H200 1 memory", "2.0 / 150 GB"),
+        ("GPU 0 (NVIDIA H200)", "88 %"),
+        ("GPU 0 (NVIDIA H200) memory", "61 / 150 GB"),
+        ("GPU 1 (NVIDIA H200) memory", "2.0 / 150 GB"),
     ):
         meter = page.locator(f'#tuft-panel [role=meter][aria-label="{name}"]')
         meter.wait_for()

@@ -6,7 +6,7 @@ import {
   smoothed,
   throughput
 } from '../curves';
-import { ICurve, IRun } from '../model';
+import { ICurve, IRun } from '../objects';
 import { align, extent, nearest, thin } from '../thin';
 import { goldenState } from './support';
 

@@ -1,4 +1,5 @@
-import { apply, emptyState, fromSnapshot, IState, toSnapshot } from '../model';
+import { apply, emptyState, fromSnapshot, toSnapshot } from '../model';
+import { IState } from '../objects';
 import { goldenCopy, goldenFeed, goldenState } from './support';
 
 function fold(from: IState, records = goldenFeed()): IState {

@@ -3,7 +3,7 @@ import { CommandRegistry } from '@lumino/commands';
 import { Widget } from '@lumino/widgets';
 import { Api, ApiError, IStateAnswer } from '../api';
 import { Feed } from '../feed';
-import { ISnapshot } from '../model';
+import { ISnapshot } from '../objects';
 import { TuftPanel } from '../panel';
 import {
   emptyAnswer,

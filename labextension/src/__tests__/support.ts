@@ -2,7 +2,8 @@
 import { readFileSync } from 'fs';
 import { resolve } from 'path';
 import { IApi, IStateAnswer, IStatus } from '../api';
-import { IRecord, ISnapshot } from '../model';
+import { IRecord } from '../model';
+import { ISnapshot } from '../objects';
 
 const GOLDEN = resolve(__dirname, '../../../tests/golden');
 

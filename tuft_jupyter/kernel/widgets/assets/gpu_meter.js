@@ -17,22 +17,10 @@ function bar(label, part, text) {
   );
 }
 
-function gpuBars(gpu, i) {
-  const name = gpu.name ?? `GPU ${i}`;
-  const used = gpu.memory?.used ?? gpu.memory_used ?? 0;
-  const total = gpu.memory?.total ?? gpu.memory_total ?? 0;
-  const busy = gpu.utilization ?? gpu.utilisation ?? null;
+function gpuBars({ name, used, total, utilization }) {
   return [
-    ...(busy === null ? [] : [bar(name, busy / 100, `${Math.round(busy)} %`)]),
-    ...(total
-      ? [
-          bar(
-            `${name} memory`,
-            used / total,
-            `${bytes(used)} of ${bytes(total)}`
-          )
-        ]
-      : [])
+    bar(name, utilization / 100, `${Math.round(utilization)} %`),
+    bar(`${name} memory`, used / total, `${bytes(used)} of ${bytes(total)}`)
   ];
 }
 
