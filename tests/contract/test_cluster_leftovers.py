@@ -99,6 +99,36 @@ def test_what_ray_starts_late_does_not_outlive_the_driver_either(tmp_path: Path)
     _until(lambda: not _writers(logs), 10)
 
 
+def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing_either(tmp_path: Path) -> None:
+    """F3, L7: Ray's agents are up, and the driver has not been told yet that Ray is."""
+    script = (
+        "import asyncio, os, sys, time; from pathlib import Path\n"
+        "from tuft_jupyter.engine import ray_local; from tuft_jupyter.engine.ray_runtime import Runtime\n"
+        "init = ray_local._init\n"
+        "ray_local._init = lambda ray, temp: (init(ray, temp), time.sleep(600))\n"
+        "asyncio.run(Runtime(Path(sys.argv[1]), None).acquire(0))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment) as driver:
+
+        def agents() -> list[psutil.Process]:
+            found = []
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    mine = f"_{driver.pid}/logs/"
+                    if process.name().startswith("ray::") and any(
+                        mine in f.path for f in process.open_files()
+                    ):
+                        found.append(process)
+            return found
+
+        try:
+            _until(lambda: len(agents()) >= 2, 60)
+        finally:
+            driver.kill()
+    _until(lambda: not agents(), 10)
+
+
 def _until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

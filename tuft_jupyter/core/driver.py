@@ -267,7 +267,8 @@ class Driver:
             lane.resident = True  # its first op makes it
             return True
         if run.status in ENDED:  # these were accepted before it was
-            await self._fail_lane(lane, "user", f"model {run.id!r} cannot be used any more: it was unloaded")
+            why = run.error or "it was unloaded"
+            await self._fail_lane(lane, "user", f"model {run.id!r} cannot be used any more: {why}")
             return False
         try:
             await replay(run, self.engine, self.ledger, self.lanes.budget)

@@ -5,7 +5,7 @@ Ray 2.60, and guarded against here:
 
 * ``_node_ip_address="127.0.0.1"`` is silently replaced by the outward address, and then all ports are open to the
   network. Ray's switch for desktop systems keeps it on loopback; we look afterwards.
-* Agents outlive a killed driver by a minute: :mod:`~tuft_jupyter.engine.reaper` ends them.
+* Agents outlive a killed driver, for good if it dies while they start: :mod:`~tuft_jupyter.engine.reaper` ends them.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Guard:
         with contextlib.suppress(psutil.Error):
             self._tell(f"{process.pid} {process.create_time()}")
 
-    def watch_session(self, directory: Path) -> None:
-        """Whatever of Ray writes below its session's directory, also if it starts later."""
-        self._tell(str(directory))
+    def watch_sessions(self, directories: str) -> None:
+        """Whatever of Ray works for a session in such a directory (``*``: any characters), also if it starts later."""
+        self._tell(directories)
 
     def _tell(self, name: str) -> None:
         pipe = self._process.stdin
@@ -74,6 +74,8 @@ class Guard:
             pipe.flush()
 
     def close(self) -> None:
+        """Ray was ended in good order: what is left of it is killed now, and nothing is waited for."""
+        self._tell(reaper.DONE)
         self._process.communicate()
 
 

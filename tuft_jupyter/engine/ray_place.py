@@ -110,6 +110,11 @@ def temp_dir(root: Path | None = None) -> Path:
     return path
 
 
+def own_sessions() -> str:
+    """The directories of all sessions that this process ever starts, as a pattern: their names end with its pid."""
+    return f"{temp_dir()}/session_*_{os.getpid()}"
+
+
 def prune_sessions(temp: Path) -> None:
     """Remove what dead servers left in the temporary directory, but for the newest logs."""
     dead = [

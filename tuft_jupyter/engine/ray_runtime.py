@@ -124,12 +124,16 @@ class Runtime:
         return self._session
 
     def _start(self, place: Place) -> Session:
-        node, temp = ray_local.start(self.home)
-        session = Session(place, _gpus(), Path(node.get_logs_dir_path()), ray_local.Guard())
-        assert session.guard is not None
-        session.guard.watch_session(Path(node.get_session_dir_path()))
+        guard = ray_local.Guard()
+        guard.watch_sessions(ray_place.own_sessions())  # first: we may be killed while Ray starts
+        try:
+            node, temp = ray_local.start(self.home)
+        except BaseException:
+            guard.close()
+            raise
+        session = Session(place, _gpus(), Path(node.get_logs_dir_path()), guard)
         for process in ray_local.processes(temp):
-            session.guard.watch(process)
+            guard.watch(process)
             if process.name() in ray_local.VITAL:
                 watch = threading.Thread(target=_watch, args=(session, process, process.name()), daemon=True)
                 watch.start()
