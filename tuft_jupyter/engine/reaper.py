@@ -19,8 +19,8 @@ from fnmatch import fnmatch
 import psutil
 
 DONE = "done"
-ROUNDS = 15
-"""How often the session's processes are looked for, a second apart."""
+SECONDS = 5.0
+"""How long the sessions' processes are looked for, once a second."""
 
 
 def main(lines: Iterable[str]) -> None:
@@ -33,12 +33,15 @@ def main(lines: Iterable[str]) -> None:
             process = psutil.Process(int(pid))
             if abs(process.create_time() - float(created)) < 0.1:
                 process.kill()
-    for left in reversed(range(1 if DONE in names else ROUNDS)):
+    deadline = time.monotonic() + (SECONDS if sessions and DONE not in names else 0.0)
+    while True:
         for process in psutil.process_iter() if sessions else ():
             with contextlib.suppress(psutil.Error):
                 if _works_for(process, sessions):
                     process.kill()
-        time.sleep(1.0 if left else 0.0)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(1.0)
 
 
 def _works_for(process: psutil.Process, sessions: Iterable[str]) -> bool:
