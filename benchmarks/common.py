@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from marks import MARKS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "server_ext")]
@@ -29,12 +30,20 @@ FOREIGN = ("TUFT_", "TINKER_", "RAY_", "HF_", "JUPYTER_")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table; ``ok`` None has no mark to be held to."""
+    """One line of the table; ``ok`` None has no mark to be held to, ``note`` says what is known of a short one."""
 
     what: str
     measured: str
     mark: str = ""
     ok: bool | None = None
+    note: str = ""
+
+
+def held(mark: str, measured: float, more: str = "") -> Row:
+    """The line of one of the :data:`~marks.MARKS`."""
+    found = MARKS[mark]
+    ok = found.holds(measured)
+    return Row(found.what, f"{measured:.3g}{found.unit}{more}", found.text, ok, "" if ok else found.note)
 
 
 def at_most(what: str, measured: float, mark: float, unit: str = "") -> Row:
@@ -52,6 +61,8 @@ def show(rows: Sequence[Row]) -> bool:
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     for line in lines:
         print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for row in (row for row in rows if row.note):
+        print(f"\nshort: {row.what}\n  {row.note}")
     return all(row.ok is not False for row in rows)
 
 

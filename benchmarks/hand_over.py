@@ -15,7 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MODEL, RANK, Row, SdkLoop, at_most, median_ms, server, service_client, show, tokens_of
+from common import (
+    MODEL,
+    RANK,
+    Row,
+    SdkLoop,
+    at_most,
+    held,
+    median_ms,
+    server,
+    service_client,
+    show,
+    tokens_of,
+)
 
 ROUNDS, WARM = 20, 4
 PROMPT = list(range(3, 19))
@@ -35,7 +47,7 @@ def measure() -> list[Row]:
         client.close("success")
     return [
         *rows,
-        at_most("optimizer step to first token, whole server, median", alone, MARK_MS, " ms"),
+        held("hand-over", alone),
         Row("another tenant's token meanwhile, median", f"{busy:.1f} ms (alone {quiet:.1f} ms)"),
     ]
 

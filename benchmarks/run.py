@@ -8,46 +8,59 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from importlib.metadata import version
 
+import beside_vllm
 import decode
 import fairness
 import hand_over
 import journal
 import protocol
+import restart
 import scaling
 import server_cost
 import step_latency
 import tenants
 import throughput
-from common import show, trainer_threads
+from common import Row, show, trainer_threads
+
+PARTS = (
+    tenants,
+    throughput,
+    scaling,
+    decode,
+    beside_vllm,
+    fairness,
+    hand_over,
+    restart,
+    step_latency,
+    server_cost,
+    protocol,
+    journal,
+)
 
 
 def main() -> int:
-    before = os.getloadavg()[0]
-    rows = [
-        row
-        for part in (
-            tenants,
-            decode,
-            step_latency,
-            throughput,
-            scaling,
-            hand_over,
-            server_cost,
-            protocol,
-            fairness,
-            journal,
-        )
-        for row in part.measure()
-    ]
+    before, began = os.getloadavg()[0], time.perf_counter()
+    rows: list[Row] = []
+    for part in PARTS:
+        started = time.perf_counter()
+        try:
+            rows += part.measure()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - one part does not hide the others
+            rows.append(Row(part.__name__, f"failed: {error}", ok=False))
+        print(f"{part.__name__}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "ray", "tinker")
     )
     print(
         f"{os.cpu_count()} CPUs, trainer threads {trainer_threads()}, Python {platform.python_version()}, {packages}"
     )
-    print(f"load average at the start {before:.1f}; figures on a busy machine say little\n")
+    print(
+        f"load average at the start {before:.1f}, {time.perf_counter() - began:.0f} s in all; "
+        "figures on a busy machine say little\n"
+    )
     return not show(rows)
 
 

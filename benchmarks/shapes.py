@@ -28,8 +28,8 @@ class Shape:
     head_size: int = 64
     tied: bool = True
 
-    def write(self, directory: Path) -> Path:
-        """Make the model in ``directory``/NAME; what is there already is kept."""
+    def write(self, directory: Path, device: str = "cpu") -> Path:
+        """Make the model in ``directory``/NAME, drawn on a device; what is there already is kept."""
         from transformers import Qwen3Config, Qwen3ForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
@@ -50,7 +50,14 @@ class Shape:
             dtype=self.dtype,
         )
         torch.manual_seed(0)
-        Qwen3ForCausalLM(config).to(self.dtype).save_pretrained(target)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype if device != "cpu" else before)  # a large one does not fit twice
+        try:
+            with torch.device(device):
+                model = Qwen3ForCausalLM(config)
+        finally:
+            torch.set_default_dtype(before)
+        model.to(self.dtype).save_pretrained(target)
         return target
 
 

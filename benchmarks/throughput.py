@@ -12,8 +12,8 @@ from common import (
     PlainLoop,
     Row,
     SdkLoop,
-    at_least,
     cpu_seconds,
+    held,
     same_start,
     server,
     service_client,
@@ -24,7 +24,6 @@ from common import (
 
 ROWS, LENGTH = 8, 256
 ROUNDS, STEPS = 6, 5
-RATIO = 1.0
 
 
 def measure() -> list[Row]:
@@ -53,7 +52,7 @@ def measure() -> list[Row]:
     return [
         Row(f"plain PEFT, {ROWS} x {LENGTH} tokens", f"{tokens / plain_cpu:.0f} tokens/CPU-s"),
         Row(f"server tree, {ROWS} x {LENGTH} tokens", f"{tokens / served_cpu:.0f} tokens/CPU-s"),
-        at_least("served / plain, per CPU-second", plain_cpu / served_cpu, RATIO, " x"),
+        held("throughput", plain_cpu / served_cpu),
         Row("served / plain, per second", f"{plain_wall / served_wall:.2f} x"),
     ]
 

@@ -215,3 +215,6 @@ class _Sampling(_Traced[SamplingEngine]):
 
     async def cancel(self, request_id: str) -> None:
         await self._engine.cancel(request_id)
+
+    async def waits_for(self, request_id: str) -> str:
+        return await self._engine.waits_for(request_id)

@@ -200,6 +200,7 @@ class FakeSampler:
         self.faults = faults or Faults()
         self.live: dict[str, tuple[int, SampleRequest, int]] = {}
         self._heard: dict[str, Listener | None] = {}
+        self.held_up = ""
         self._lock = threading.Lock()
 
     def check(self, request: SampleRequest) -> None:
@@ -244,6 +245,9 @@ class FakeSampler:
     def cancel(self, key: str) -> None:
         with self._lock:
             self.live.pop(key, None)
+
+    def waits_for(self, key: str) -> str:
+        return self.held_up
 
 
 def _result(shift: int, request: SampleRequest) -> SampleResult:
@@ -347,6 +351,9 @@ class FakeSamplingEngine:
     async def cancel(self, request_id: str) -> None:
         if self._worker is not None:
             self._worker.cancel(request_id)
+
+    async def waits_for(self, request_id: str) -> str:
+        return self.sampler.held_up
 
     async def stop(self) -> None:
         if self._worker is not None:

@@ -106,6 +106,9 @@ class LocalSampling:
     async def cancel(self, request_id: str) -> None:
         self._ready().cancel(request_id)
 
+    async def waits_for(self, request_id: str) -> str:
+        return self._ready().waits_for(request_id)
+
     async def stop(self) -> None:
         if self._worker is not None:
             await asyncio.to_thread(self._worker.close)

@@ -122,6 +122,7 @@ class ScriptedSampler:
         self.gate.set()
         self.cancelled: list[str] = []
         self.closed = 0
+        self.held_up = ""
 
     async def start(self) -> None: ...
 
@@ -159,6 +160,9 @@ class ScriptedSampler:
 
     async def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
+
+    async def waits_for(self, request_id: str) -> str:
+        return self.held_up
 
     async def stop(self) -> None: ...
 

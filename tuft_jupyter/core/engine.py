@@ -94,6 +94,9 @@ class Sampler(Protocol):
     def cancel(self, key: str) -> None:
         """Drop a request between steps; unknown keys are ignored."""
 
+    def waits_for(self, key: str) -> str:
+        """In words, why nothing of a request is drawn yet; empty if something is. From any thread."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -192,5 +195,8 @@ class SamplingEngine(Protocol):
         """
 
     async def cancel(self, request_id: str) -> None: ...
+
+    async def waits_for(self, request_id: str) -> str:
+        """In words, what the worker has a request wait for; empty if it draws."""
 
     async def stop(self) -> None: ...

@@ -43,6 +43,9 @@ REMEMBERED = 65_536
 """(sampler, seq) pairs remembered, so that a repeated request is not drawn twice."""
 
 
+ASK_SECONDS = 1.0
+"""How long a worker may take to say what a request waits for."""
+
 CANCELLED = "this sample request was cancelled"
 
 
@@ -236,13 +239,18 @@ class Sampling:
             with contextlib.suppress(EngineDied):  # nothing draws where there is no worker
                 await worker.engine.cancel(request_id)
 
-    def reason(self, sampler: str) -> str:
-        """In words, what the requests of a sampler wait for."""
+    async def reason(self, sampler: str, request_id: str) -> str:
+        """In words, what a request of a sampler waits for."""
         found = self.ledger.state.samplers.get(sampler)
         worker = self.workers.get(found.base_model) if found else None
-        if found is None or worker is None or worker.status == "ready":
+        if found is None or worker is None:
             return self._company(found)
-        return worker.detail or "the sampling worker is starting"
+        if worker.status != "ready":
+            return worker.detail or "the sampling worker is starting"
+        held_up = ""
+        with contextlib.suppress(EngineDied, TimeoutError):  # then the requests are sent again, or it is busy
+            held_up = await asyncio.wait_for(worker.engine.waits_for(request_id), ASK_SECONDS)
+        return f"waiting to be drawn: {held_up}" if held_up else self._company(found)
 
     def _company(self, sampler: Sampler | None) -> str:
         """How many draw together."""

@@ -279,13 +279,13 @@ class Service:
         """In the protocol's words, whether something else than work in progress holds a tenant's requests up."""
         return "paused_rate_limit" if self.quotas.paused(principal.tenant) else "active"
 
-    def queue_reason(self, principal: Principal, request_id: str) -> str:
+    async def queue_reason(self, principal: Principal, request_id: str) -> str:
         """In words, what a promise waits for."""
         promise: Promise = self.ledger.promises.get(principal, request_id)
         run = self.ledger.state.runs.get(promise.owner)
         driver = self.drivers.get(run.base_model) if run is not None else None
         if run is None or driver is None:
-            return self.sampling.reason(promise.owner)
+            return await self.sampling.reason(promise.owner, request_id)
         if driver.status != "ready":
             return driver.detail or "the training worker is starting"
         ahead, busy = driver.lanes.position(run.id, request_id)

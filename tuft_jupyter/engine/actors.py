@@ -217,6 +217,9 @@ class SamplingActor(EngineActor):
         self.worker.cancel(request_id)
         self.text.cancel(request_id)
 
+    async def waits_for(self, request_id: str) -> str:
+        return self.worker.waits_for(request_id)
+
     async def complete(
         self,
         request_id: str,

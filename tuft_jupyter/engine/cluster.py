@@ -332,8 +332,10 @@ class ClusterSamplingEngine(_ClusterEngine):
                 actor.handle.cancel.remote(request_id)
 
     async def cancel(self, request_id: str) -> None:
-        actor = self._ready()
-        await self._answer(actor, actor.handle.cancel.remote(request_id))
+        await self._answer(self._ready(), self._ready().handle.cancel.remote(request_id))
+
+    async def waits_for(self, request_id: str) -> str:
+        return str(await self._answer(self._ready(), self._ready().handle.waits_for.remote(request_id)))
 
 
 class Engines:

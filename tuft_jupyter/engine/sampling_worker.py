@@ -85,6 +85,10 @@ class SamplingWorker:
         if self._settle(request_id, UserError("this sample request was cancelled")):
             self.sampler.cancel(request_id)
 
+    def waits_for(self, request_id: str) -> str:
+        """In words, why nothing is drawn for a request yet; empty if something is."""
+        return self.sampler.waits_for(request_id)
+
     def close(self) -> None:
         """End the engine thread after the step it is in."""
         with self._changed:

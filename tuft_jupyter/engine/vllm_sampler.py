@@ -174,6 +174,10 @@ class VllmSampler:
         """Stop drawing for a request; unknown keys are ignored."""
         self._loop.call_soon_threadsafe(self._cancel, key)
 
+    def waits_for(self, key: str) -> str:
+        """Empty: vLLM does not say."""
+        return ""
+
     def busy(self) -> bool:
         """True while any request is with the engine."""
         with self._lock:

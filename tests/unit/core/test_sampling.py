@@ -94,8 +94,11 @@ def test_who_waits_is_told_for_what_and_with_whom(tmp_path: Path) -> None:
             request = w.service.sampling.submit(ALICE, mine, 0, b"{}")
             for seq in range(2):
                 w.service.sampling.submit(BOB, theirs, seq, b"{}")
-            reason = w.service.queue_reason(ALICE, request)
+            reason = await w.service.queue_reason(ALICE, request)
             assert reason == "drawing tokens: 1 requests of yours among 3 share tiny"
+            w.engines.sampler.held_up = "4000 of the 4096 tokens that the KV cache holds are taken"
+            reason = await w.service.queue_reason(ALICE, request)
+            assert reason == f"waiting to be drawn: {w.engines.sampler.held_up}"
             w.engines.sampler.gate.set()
             await w.answer(request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import NotFound, TuftError, UserError
 from tuft_jupyter.core.types import SampleRequest
 from tuft_jupyter.engine import adapter_cache, checkpoint, kv_cache
+from tuft_jupyter.engine.lora import Slot
 from tuft_jupyter.engine.packing import Packed
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 
@@ -265,6 +267,29 @@ def test_more_adapters_than_are_held_are_served_in_turn(model: Path, adapters: l
     jobs = [(adapter, ask(prompt(5), seed=1)) for adapter in [*adapters, *adapters]]
     expected = run(TorchSampler(model), jobs)
     assert [tokens_of(a) for a in run(few, jobs)] == [tokens_of(a) for a in expected]
+
+
+def test_hundreds_of_adapters_are_served_and_few_are_held(
+    model: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    """The one used least recently goes, with all of its memory; its directory is read again when it is asked for."""
+    many = [Path(shutil.copytree(adapters[i % 3], tmp_path / str(i))) for i in range(240)]
+    sampler = TorchSampler(model, max_adapters=8)
+    request = ask(prompt(4), temperature=0.0, max_tokens=3)
+    expected = [tokens_of(answer) for answer in run(sampler, [(adapter, request) for adapter in adapters])]
+
+    def held() -> int:
+        gc.collect()
+        return sum(type(thing) is Slot for thing in gc.get_objects())
+
+    order = np.random.default_rng(0).permutation(len(many))
+    answers = run(sampler, [(many[i], request) for i in order[:40]])
+    before = held()
+    answers += run(sampler, [(many[i], request) for i in order[40:]])
+    assert [tokens_of(answer) for answer in answers] == [expected[i % 3] for i in order]
+    assert held() <= before * 1.5, "what left is gone"
+    (again,) = run(sampler, [(many[order[0]], request)])
+    assert tokens_of(again) == expected[order[0] % 3]
 
 
 def test_an_adapter_is_loaded_once(

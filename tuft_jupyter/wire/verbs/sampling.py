@@ -22,7 +22,7 @@ class SamplingVerbs(Verbs):
                 "type": "try_again",
                 "request_id": asked.request_id,
                 "queue_state": self.service.queue_state(call.principal),
-                "queue_state_reason": self.service.queue_reason(call.principal, asked.request_id),
+                "queue_state_reason": await self.service.queue_reason(call.principal, asked.request_id),
             }
             return reply(waiting, 408)
         return _answer(answer, call)

@@ -1,0 +1,43 @@
+"""How long training stands still when the trainer is killed: from ``kill -9`` to the next answer of its run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import statistics
+import sys
+import time
+
+import psutil
+from common import Row, SdkLoop, held, server, service_client, show, tokens_of, tree
+
+ROUNDS = 3
+
+
+def measure() -> list[Row]:
+    with server() as started:
+        client = service_client(started)
+        loop = SdkLoop(client, tokens_of(1, 16))
+        loop.step()
+        seconds = []
+        for _ in range(ROUNDS):
+            os.kill(trainer(started.pid), signal.SIGKILL)
+            began = time.perf_counter()
+            loop.step()
+            seconds.append(time.perf_counter() - began)
+        client.close("success")
+    return [held("restart", statistics.median(seconds))]
+
+
+def trainer(server_pid: int) -> int:
+    """The process that trains."""
+    for process in tree(server_pid):
+        with contextlib.suppress(psutil.Error):
+            if "TrainingActor" in " ".join(process.cmdline()):
+                return process.pid
+    raise SystemExit("there is no trainer to kill")
+
+
+if __name__ == "__main__":
+    sys.exit(not show(measure()))
