@@ -31,7 +31,9 @@ def run_users(alice: Server, *arguments: str) -> str:
 
 @pytest.mark.parametrize("users", [4, 16])
 def test_users_at_once_all_succeed_with_the_losses_they_get_alone(alice: Server, users: int) -> None:
-    """S4-38, S4-39, S4-40: on the CPU; the report tells each user's time, the mean and the speedup."""
+    """X10, S4-38, S4-39, S4-40: on the CPU, with the default backend; the report tells each user's time, the mean and
+    the speedup.
+    """
     told = run_users(alice, str(users))
     assert f"Successful: {users}, Failed: 0" in told
     assert len(re.findall(r"^user \d+: [\d.]+ s, loss ", told, re.MULTILINE)) == users
@@ -39,12 +41,12 @@ def test_users_at_once_all_succeed_with_the_losses_they_get_alone(alice: Server,
 
 
 def test_twenty_steps_of_four_users_never_mix(alice: Server) -> None:
-    """S4-36: nobody's pass disturbs another's gradients, however their steps interleave."""
+    """X11, S4-36: nobody's pass disturbs another's gradients, however their steps interleave."""
     assert "Successful: 4, Failed: 0" in run_users(alice, "4", "--steps", "20")
 
 
 def test_two_users_with_full_queues_take_turns(alice: Server) -> None:
-    """S4-37: with ten passes of each queued, neither waits until the other's are done."""
+    """X11, S4-37: with ten passes of each queued, neither waits until the other's are done."""
     key = (alice.work / "tuft" / "credentials").read_text().strip()
     client = tinker.ServiceClient(base_url=f"{alice.url.rstrip('/')}/tuft", api_key=key)
     tokens = list(range(200))

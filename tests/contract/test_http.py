@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,16 @@ ROOT = "/user/alice/tuft/api/v1"
 class Server:
     """A host with scripted engines behind real Tornado handlers, below a path prefix."""
 
-    def __init__(self, home: Path, keys: KeyRing | None = None, **overrides: Any) -> None:
+    def __init__(
+        self,
+        home: Path,
+        keys: KeyRing | None = None,
+        groups: Mapping[str, Collection[str]] | None = None,
+        **overrides: Any,
+    ) -> None:
         given = {"authorized_users": {BOB_KEY: "bob"}, **overrides}
         settings = load_settings(None, {"TUFT_HOME": str(home)}, given)
-        self.host = Host(settings, engines=ScriptedEngines(), keys=keys)
+        self.host = Host(settings, engines=ScriptedEngines(), keys=keys, groups=groups)
         self.http = HTTPServer(Application(handlers(ROOT, self.host.api, self.host.keys, 2**22)))
         socket, self.port = bind_unused_port()
         self.http.add_socket(socket)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from tests.contract.test_http import Server, on_server, refusal
+from tuft_jupyter_server.hub import HubKeys, HubUser
 
 
 def step(run: str, seq: int) -> dict[str, object]:
@@ -62,3 +63,34 @@ def test_too_much_at_once_is_answered_429_with_the_time_to_come_back(tmp_path: P
         assert "Input tokens (11) exceed maximum allowed (10)" in json.loads(answer.body)["error"]
 
     on_server(tmp_path, body, rps_limit=0.2, max_input_tokens=10)
+
+
+def test_a_group_of_the_hub_has_limits_of_its_own_and_the_hub_s_word_changes_them(tmp_path: Path) -> None:
+    """S2-29, T12: what a group may hold goes by what the Hub says of its members, token by token."""
+    members = {"5d1": "students", "5d2": "students", "57aff": "staff"}
+    tenants = {"5d1": "eve", "5d2": "eve", "57aff": "ann"}
+
+    class Groups:
+        async def user(self, token: str) -> HubUser | None:
+            return HubUser(tenants[token], groups=frozenset({members[token]})) if token in tenants else None
+
+    async def body(server: Server) -> None:
+        assert await server.new_run("tml-5d1")
+        (session,) = json.loads((await server.ask("GET", "/sessions", key="tml-5d2")).body)["sessions"]
+        made = {
+            "session_id": session,
+            "model_seq_id": 1,
+            "base_model": "tuft/demo",
+            "lora_config": {"rank": 8},
+        }
+        full = await server.ask("POST", "/create_model", made, "tml-5d2")
+        assert "Model limit exceeded: 1/1" in refusal(full)
+        for _ in range(3):
+            assert await server.new_run("tml-57aff")
+        members.update({"5d1": "staff", "5d2": "staff"})
+        assert (await server.ask("POST", "/create_model", made, "tml-5d2")).code == 200
+
+    groups: dict[str, frozenset[str]] = {}
+    keys = HubKeys(Groups(), groups, max_age=0.0)
+    students = {"group": "students", "per_token_model_limit": 1}
+    on_server(tmp_path, body, keys=keys, groups=groups, tenants=[students])

@@ -50,7 +50,7 @@ def models(tmp_path: Path) -> str:
 def test_the_readme_s_command_line_works_as_written(
     served: list[Settings], models: str, tmp_path: Path
 ) -> None:
-    """S1-12, S1-13, S1-14, S1-27: the legacy form; flags win over the file; a missing directory is made."""
+    """X1, S1-12, S1-13, S1-14, S1-27: the legacy form; flags win over the file; a missing directory is made."""
     target = tmp_path / "new" / "checkpoints"
     arguments = ["--port", "8080", "--checkpoint-dir", str(target), "--model-config", models]
     assert cli.main(arguments) == 0
@@ -78,7 +78,7 @@ def test_a_daemon_is_launched_in_every_spelling(form: list[str], served: list[Se
 
 
 def test_flags_reach_the_server(served: list[Settings], models: str) -> None:
-    """S1-15: --host, --log-level; the defaults are the file's and the daemon's own."""
+    """X1, S1-15: --host, --log-level; the defaults are the file's and the daemon's own."""
     cli.main(["launch", "-c", models, "-p", "7", "--host", "10.0.0.1", "--log-level", "debug"])
     assert (served[0].host, served[0].port, served[0].log_level) == ("10.0.0.1", 7, "debug")
     cli.main(["launch"])

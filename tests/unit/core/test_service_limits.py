@@ -75,7 +75,9 @@ def test_a_base_model_with_all_places_taken_says_so_until_one_is_free(tmp_path: 
 
 
 def test_an_idle_run_leaves_the_worker_and_its_place_and_comes_back_whole(tmp_path: Path) -> None:
-    """S2-45: idle is no heartbeat and no op; the state is kept, an active run is never sent away."""
+    """S2-45: idle is no heartbeat and no op; an active run is never sent away. The next op is not refused, as there,
+    but brings the state back; it is refused only where somebody else has the place by then.
+    """
     limits = Limits(idle_timeout=30.0)
 
     async def body() -> None:

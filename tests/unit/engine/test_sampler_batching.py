@@ -221,6 +221,7 @@ def test_samples_of_a_large_request_run_its_prompt_once_though_they_begin_in_tur
 def test_what_is_shared_of_a_prompt_is_shared_within_a_tenant(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """T9: the same prompt of two tenants is run twice, so its time tells neither of the other."""
     sampler = TorchSampler(model)
     rows = rows_of(sampler, monkeypatch)
     mine, theirs = (replace(ask(prompt(20), max_tokens=1), salt=salt) for salt in ("a", "b"))

@@ -145,7 +145,7 @@ def test_a_tinker_server_of_another_make_is_used_as_it_is(hosted: StubServer, to
 
 
 def test_init_is_idempotent(hosted: StubServer, told: Told) -> None:
-    """S0-45, S0-46: a second call is harmless; ignore_reinit_error=False makes it an error."""
+    """X12, S0-45, S0-46: a second call is harmless; ignore_reinit_error=False makes it an error."""
     tuft_jupyter.init(report=told)
     connection = connect.current()
     tuft_jupyter.init(report=told)
