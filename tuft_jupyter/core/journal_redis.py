@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from tuft_jupyter.core import lease
 from tuft_jupyter.core.errors import Overloaded, ServerError
 from tuft_jupyter.core.journal import FOLDED, Durability, ReadOnly, Sink, Unavailable
 from tuft_jupyter.core.redis_scripts import ACQUIRE, APPEND, COMPACT, RELEASE, RENEW
@@ -110,7 +111,7 @@ class RedisJournal:
 
     async def open(self, sink: Sink) -> None:
         self._sink = sink
-        self._token = f"{self.holder} #{uuid.uuid4().hex} {self.address}"
+        self._token = lease.token(self.holder, self.address)
         self._redis = _client(self._url)
         try:
             await self._acquire()
@@ -148,11 +149,11 @@ class RedisJournal:
         except Overloaded as silent:
             raise Unavailable(silent.message) from None
         where = f"the namespace {self.namespace!r}"
-        self.elsewhere = _address(answer[1]) if answer[0] == b"HELD" else ""
+        self.elsewhere = lease.address_of(answer[1]) if answer[0] == b"HELD" else ""
         if answer[0] == b"HELD":
             raise Unavailable(
-                f"{where} in Redis {self.place} is written by {_name(answer[1])}: connect to that server, stop it, or "
-                "choose another persistence.namespace; this one takes over when it is gone"
+                f"{where} in Redis {self.place} is written by {lease.holder_of(answer[1])}: connect to that server, "
+                "stop it, or choose another persistence.namespace; this one takes over when it is gone"
             )
         if answer[0] == b"VANISHED":
             raise Unavailable(
@@ -316,8 +317,8 @@ class RedisJournal:
             with contextlib.suppress(Overloaded):
                 async with self._writing:
                     if not self._uncertain:
-                        lease = int(LEASE_SECONDS * 1000)
-                        self._check(await self._run(RENEW, self._id, self._epoch, self._token, lease, -1))
+                        ms = int(LEASE_SECONDS * 1000)
+                        self._check(await self._run(RENEW, self._id, self._epoch, self._token, ms, -1))
 
     def _check(self, answer: Sequence[Any]) -> None:
         """Overloaded unless the script did its work; what cannot get better by itself stays as ``problem``."""
@@ -325,8 +326,9 @@ class RedisJournal:
             return
         where = f"the namespace {self.namespace!r} in Redis {self.place}"
         if answer[0] == b"FENCED":
-            self.elsewhere = _address(answer[1])
-            what = f"this server was silent too long and {_name(answer[1])} took over {where}: connect to that one"
+            self.elsewhere = lease.address_of(answer[1])
+            heir = lease.holder_of(answer[1])
+            what = f"this server was silent too long and {heir} took over {where}: connect to that one"
         elif answer[0] == b"BEHIND":
             what = (
                 f"Redis lost what it had acknowledged: {where} ends at record {int(answer[1])}, not {self._n}"
@@ -371,19 +373,6 @@ def _client(url: str) -> Redis:
         retry=Retry(NoBackoff(), 0),  # a write is tried again by us, after it was undone
         protocol=2,
     )
-
-
-def _name(token: bytes) -> str:
-    return token.decode().partition(" #")[0] or "another server"
-
-
-def _address(token: bytes) -> str:
-    """Where a lease's holder answers; "" if it did not say, or if that is nowhere when seen from this machine."""
-    name, _, rest = token.decode().partition(" #")
-    address = rest.partition(" ")[2]
-    host = urlsplit(address).hostname or ""
-    loopback = host == "localhost" or host.startswith("127.") or host == "::1"
-    return "" if loopback and not name.endswith(f" on {socket.gethostname()}") else address
 
 
 def _record(n: int, fields: dict[bytes, bytes]) -> Record:

@@ -16,7 +16,7 @@ import redis as client
 
 from tests.support.redis_server import RedisServer
 from tests.support.world import stepped, world
-from tuft_jupyter.core import journal_redis
+from tuft_jupyter.core import journal_redis, lease
 from tuft_jupyter.core.errors import Overloaded, ServerError
 from tuft_jupyter.core.journal import Durability, Unavailable
 from tuft_jupyter.core.journal_redis import RedisJournal
@@ -246,16 +246,21 @@ def test_who_writes_says_where_it_answers_and_who_was_outlived_learns_it(
         ("", True),
     ],
 )
-def test_the_loopback_address_of_another_machine_leads_nowhere(address: str, followed: bool) -> None:
+def test_the_loopback_address_of_another_machine_or_container_leads_nowhere(
+    address: str, followed: bool
+) -> None:
     """S1-52: a key is never sent to whatever listens there on this machine."""
-    told = journal_redis._address(f"process 7 on some-other-machine #0a {address}".encode())
-    assert told == (address if followed else "")
+    networks = (lease.network(), "f00-1")
+    here, there = (f"process 7 on vm #0a {network} {address}".encode() for network in networks)
+    assert lease.address_of(there) == (address if followed else "")
+    assert lease.address_of(here) == address
+    assert lease.address_of(b"process 7 on vm #0a") == ""
 
 
 SLEEPER = """
 import asyncio, sys
 from pathlib import Path
-from tuft_jupyter.core import journal_redis
+from tuft_jupyter.core import journal_redis, lease
 from tuft_jupyter.core.errors import Overloaded
 from tuft_jupyter.core.types import Record
 journal_redis.LEASE_SECONDS = 0.3
