@@ -18,7 +18,7 @@ from tornado.web import Application
 
 from tests.support.fuzz_cases import LOSS
 from tests.support.scripted_engine import ScriptedEngines
-from tuft_jupyter.config import load_settings
+from tuft_jupyter.config import ModelSettings, load_settings
 from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.loss_graph import from_id
 from tuft_jupyter.core.promises import Answer
@@ -243,6 +243,36 @@ def test_bad_input_is_refused_at_once_by_name(tmp_path: Path, path: str, change:
         assert await server.new_run() != run
 
     on_server(tmp_path, body)
+
+
+def test_a_checkpoint_of_another_base_model_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
+    """S1-34: at once, with both models' names and the way out."""
+
+    async def body(server: Server) -> None:
+        session = (await server.post("/create_session", {}))["session_id"]
+        for number, model in enumerate(("other", "tuft/demo")):
+            asked = {
+                "session_id": session,
+                "model_seq_id": number,
+                "base_model": model,
+                "lora_config": {"rank": 8},
+            }
+            promise = await server.post("/create_model", asked)
+            assert "error" not in await server.post("/retrieve_future", {"request_id": promise["request_id"]})
+        there, here = f"{session}:train:0", f"{session}:train:1"
+        promise = await server.post("/save_weights", {"model_id": here, "path": "n", "seq_id": 1})
+        path = (await server.post("/retrieve_future", {"request_id": promise["request_id"]}))["path"]
+        before = public(server.host.ledger.state)
+        told = refusal(
+            await server.ask("POST", "/load_weights", {"model_id": there, "path": path, "seq_id": 1})
+        )
+        assert re.search(
+            "trained on tuft/demo, this model on other: create a training client from the checkpoint", told
+        )
+        assert public(server.host.ledger.state) == before
+
+    models = [ModelSettings("tuft/demo"), ModelSettings("other", model_path="tuft/demo")]
+    on_server(tmp_path, body, supported_models=models)
 
 
 def test_a_body_over_the_limit_is_refused_with_413_also_when_it_is_compressed(tmp_path: Path) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from tinker.cli.__main__ import main_cli
 
 from examples.run_on_server import Server
 from tests.contract.conftest import clean_environment
@@ -94,6 +97,33 @@ def shown(tinker: Tinker, *arguments: str) -> Any:
     done = tinker("-f", "json", *arguments)
     said(done)
     return json.loads(done.stdout)
+
+
+def leaves(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The sub-commands of a command that do something themselves."""
+    if not isinstance(command, click.Group):
+        yield words
+        return
+    context = click.Context(command)
+    for name in command.list_commands(context):
+        found = command.get_command(context, name)
+        assert found is not None
+        yield from leaves(found, (*words, name))
+
+
+def test_every_sub_command_of_this_sdk_is_tried_here() -> None:
+    """A sub-command that a newer SDK brings fails this test until it is tried."""
+    tried: set[tuple[str, ...]] = set()
+    for node in ast.walk(ast.parse(Path(__file__).read_text())):
+        parts = [*node.args] if isinstance(node, ast.Call) else getattr(node, "elts", [])
+        words = [
+            part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)
+        ]
+        tried |= {tuple(words[at : at + size]) for at in range(len(words)) for size in (1, 2)}
+    looped = {("checkpoint", "publish"), ("checkpoint", "unpublish")}  # by one loop over both
+    commands = set(leaves(main_cli))
+    assert len(commands) >= 18
+    assert commands - tried - looped == set()
 
 
 def test_version(tinker: Tinker) -> None:

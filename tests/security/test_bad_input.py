@@ -119,20 +119,44 @@ def with_image(scene: Scene) -> Any:
 
 
 PASSES: list[tuple[str, Callable[[Scene], Any], str]] = [
-    ("unknown loss", lambda s: request(s, "hinge"), "hinge.*cross_entropy"),
-    ("private loss", lambda s: request(s, "stable_reinforce"), "stable_reinforce.*importance_sampling"),
-    ("unknown key", lambda s: with_config(s, "clip_lo", 0.8), "clip_lo.*clip_low_threshold"),
-    ("key not finite", lambda s: with_config(s, "clip_low_threshold", float("nan")), "clip_low_threshold"),
-    ("missing inputs", lambda s: request(s, "importance_sampling"), r"dat(a\[0\]|um 0).*logprobs"),
-    ("lengths", lambda s: request(s, weights=floats(1, 1)), r"dat(a\[1\]|um 1).*weights.*\b[23]\b"),
-    ("token", lambda s: request(s, target_tokens=ints(5, 10**6, 5)), r"dat(a\[1\]|um 1).*1000000.*2048"),
+    ("unknown loss", lambda s: request(s, "hinge"), r"hinge.*not known\. Available: cross_entropy"),
+    (
+        "private loss",
+        lambda s: request(s, "stable_reinforce"),
+        "stable_reinforce.*Use loss_fn=.importance_sampling",
+    ),
+    (
+        "unknown key",
+        lambda s: with_config(s, "clip_lo", 0.8),
+        "no setting .clip_lo.; it takes clip_low_threshold",
+    ),
+    (
+        "key not finite",
+        lambda s: with_config(s, "clip_low_threshold", float("nan")),
+        "clip_low_threshold.*must be a finite number",
+    ),
+    (
+        "missing inputs",
+        lambda s: request(s, "importance_sampling"),
+        r"dat(a\[0\]|um 0).*needs logprobs; add one number per token",
+    ),
+    (
+        "lengths",
+        lambda s: request(s, weights=floats(1, 1)),
+        r"dat(a\[1\]|um 1).*weights has shape \[2\], target_tokens \[3\]; make them equal",
+    ),
+    (
+        "token",
+        lambda s: request(s, target_tokens=ints(5, 10**6, 5)),
+        r"dat(a\[1\]|um 1).*1000000.*2048.*use the tokenizer of this base model",
+    ),
     (
         "not finite",
         lambda s: request(s, weights=floats(1, float("nan"), 1)),
-        r"dat(a\[1\]|um 1).*weights.*finite",
+        r"dat(a\[1\]|um 1).*weights.*finite at element 1 .*use 0 to leave it out",
     ),
-    ("too long", lambda s: request(s, n=65), r"dat(a\[1\]|um 1).*65.*64"),
-    ("image", with_image, r"dat(a\[1\]|um 1).*image"),
+    ("too long", lambda s: request(s, n=65), r"dat(a\[1\]|um 1).*65 tokens.*at most 64; shorten or split"),
+    ("image", with_image, r"dat(a\[1\]|um 1).*read text only, and this is an image"),
 ]
 
 
