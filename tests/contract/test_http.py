@@ -249,25 +249,21 @@ def test_a_checkpoint_of_another_base_model_is_refused_when_it_is_asked_for(tmp_
     """S1-34: at once, with both models' names and the way out."""
 
     async def body(server: Server) -> None:
-        session = (await server.post("/create_session", {}))["session_id"]
-        for number, model in enumerate(("other", "tuft/demo")):
-            asked = {
-                "session_id": session,
-                "model_seq_id": number,
-                "base_model": model,
-                "lora_config": {"rank": 8},
-            }
-            promise = await server.post("/create_model", asked)
-            assert "error" not in await server.post("/retrieve_future", {"request_id": promise["request_id"]})
-        there, here = f"{session}:train:0", f"{session}:train:1"
-        promise = await server.post("/save_weights", {"model_id": here, "path": "n", "seq_id": 1})
-        path = (await server.post("/retrieve_future", {"request_id": promise["request_id"]}))["path"]
+        async def done(verb: str, **asked: Any) -> None:
+            promise = await server.post(verb, asked)
+            told = await server.post("/retrieve_future", {"request_id": promise["request_id"]})
+            assert "error" not in told
+
+        run = await server.new_run()
+        session = run.split(":")[0]
+        await done("/save_weights", model_id=run, path="n", seq_id=1)
+        other = {"session_id": session, "model_seq_id": 1, "base_model": "other"}
+        await done("/create_model", **other, lora_config={"rank": 8})
         before = public(server.host.ledger.state)
-        told = refusal(
-            await server.ask("POST", "/load_weights", {"model_id": there, "path": path, "seq_id": 1})
-        )
-        assert re.search(
-            "trained on tuft/demo, this model on other: create a training client from the checkpoint", told
+        asked = {"model_id": f"{session}:train:1", "path": f"tinker://{run}/weights/n", "seq_id": 1}
+        told = refusal(await server.ask("POST", "/load_weights", asked))
+        assert (
+            "trained on tuft/demo, this model on other: create a training client from the checkpoint" in told
         )
         assert public(server.host.ledger.state) == before
 

@@ -168,14 +168,16 @@ class ScriptedSampler:
 
 
 class ScriptedEngines:
-    """Implements ``core.service.Engines`` with one scripted engine of each kind."""
+    """Implements ``core.service.Engines``: ``trainer`` is that of the first model asked for, others have their own."""
 
     def __init__(self) -> None:
         self.trainer = ScriptedEngine()
         self.sampler = ScriptedSampler()
+        self._trainers: dict[str, ScriptedEngine] = {}
 
     def training(self, card: ModelCard) -> TrainingEngine:
-        return self.trainer
+        first = self.trainer if not self._trainers else ScriptedEngine()
+        return self._trainers.setdefault(card.name, first)
 
     def sampling(self, card: ModelCard) -> SamplingEngine:
         return self.sampler
