@@ -103,7 +103,7 @@ def test_a_kernel_s_server_and_its_workers_end_with_the_kernel(
         "started",
         "is starting ...",
         "loaded",
-        "tuft/demo: loading",
+        "loading tuft/demo",
         "connected",
     ):
         assert phase in told

@@ -64,7 +64,7 @@ def wait_until_ready(client: Client, model: str, report: Report) -> None:
                     f"{model} was not loaded within {LOAD_SECONDS:.0f} s; see `%tuft status`."
                 )
             case "loading":
-                report("loaded", f"{model}: {state.get('detail') or 'loading'} ...")
+                report("loaded", f"{state.get('detail') or f'loading {model}'} ...")
             case _ if seconds > IDLE_SECONDS:  # offered, and loaded when it is first used
                 return
         time.sleep(POLL_SECONDS)

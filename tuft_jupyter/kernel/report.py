@@ -21,6 +21,8 @@ ROWS = "margin: 4px 0; color: inherit; font-size: inherit;"
 FAINT = "color: var(--jp-ui-font-color2, #666); padding-right: 12px; text-align: left; vertical-align: top;"
 PLAIN_CELL = "text-align: left; vertical-align: top;"
 NUMBER = "text-align: right; vertical-align: top; font-variant-numeric: tabular-nums;"
+CLOCK_SECONDS = 1.0
+"""How often the seconds are drawn while something is waited for."""
 BAR = '<progress style="width: 6em; height: 0.7em; vertical-align: middle; accent-color: var(--jp-brand-color1)">'
 
 
@@ -116,21 +118,23 @@ def number(value: float | None) -> str:
 
 class Progress:
     """Reports phases: ``progress("discovered", "http://... (TUFT_ADDRESS)")``. A phase told again is
-    updated; one whose text ends in " ..." is still waited for, and shows a bar.
+    updated; one whose text ends in " ..." is still waited for: it shows a bar, and the clock goes on.
     """
 
     def __init__(self, title: str = "TuFT") -> None:
         self.title = title
         self._phases: dict[str, str] = {}
-        self._began = time.monotonic()
+        self._began = self._drawn = time.monotonic()
         self._handle = None
         self._notebook = in_notebook()
 
     def __call__(self, phase: str, text: str) -> None:
-        told = self._phases.get(phase)
-        if told == text:
+        told, now = self._phases.get(phase), time.monotonic()
+        waits = self._notebook and text.endswith(" ...") and now - self._drawn > CLOCK_SECONDS
+        if told == text and not waits:
             return
-        self._phases[phase] = f"{told}\n{text}" if phase == "note" and told else text
+        self._drawn = now
+        self._phases[phase] = f"{told}\n{text}" if phase == "note" and told and told != text else text
         if not self._notebook:
             sys.stdout.write(f"tuft: {phase}: {text}\n")
             sys.stdout.flush()

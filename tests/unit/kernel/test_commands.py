@@ -171,3 +171,22 @@ def test_what_is_waited_for_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     progress("loaded", "tuft/demo: reading weights ...")
     progress("loaded", "tuft/demo in 1.0 s")
     assert ["<progress" in table._repr_html_() for table in shown] == [True, False]
+
+
+def test_the_clock_goes_on_while_something_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S0-49: the same words again, a second later, are drawn with the seconds that have passed."""
+    shown: list[str] = []
+    clock = [100.0]
+
+    class Handle:
+        def update(self, table: Any) -> None:
+            shown.append(table.title)
+
+    monkeypatch.setattr("tuft_jupyter.kernel.report.in_notebook", lambda: True)
+    monkeypatch.setattr("tuft_jupyter.kernel.report.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("IPython.display.display", lambda table, display_id: Handle())
+    progress = Progress()
+    for _ in range(10):
+        progress("loaded", "loading tuft/demo: starting Ray ...")
+        clock[0] += 0.4
+    assert shown == ["TuFT · 1.2 s", "TuFT · 2.4 s", "TuFT · 3.6 s"]
