@@ -75,7 +75,7 @@ def why(service: Service, run: Run) -> str:
     if driver.status == "failed":
         return f"{run.base_model} cannot be trained: {driver.detail}"
     if driver.status != "ready":
-        return f"{run.base_model} is being loaded: {driver.detail or 'the training worker is starting'}"
+        return driver.detail or f"loading {run.base_model}: the training worker is starting"
     others = sum(1 for lane in driver.lanes.by_run.values() if lane.queue and lane.run != run.id)
     queued = f"{run.pending} of its requests {'is' if run.pending == 1 else 'are'} accepted"
     if others:

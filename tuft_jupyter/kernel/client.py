@@ -22,6 +22,8 @@ from typing import Any
 
 PROBE_SECONDS = 2.0
 CALL_SECONDS = 30.0
+ANSWER_SECONDS = 600.0
+"""Of silence in an answer that is streamed: before it, a worker may have to load a large model."""
 MAX_ANSWER = 256 * 2**20
 CHUNK = 2**20
 
@@ -139,7 +141,7 @@ class Client:
             f"{self.address}/{path}", data=json.dumps(body).encode(), headers=headers, method="POST"
         )
         try:
-            with _opener(self.address).open(request, timeout=CALL_SECONDS) as response:
+            with _opener(self.address).open(request, timeout=ANSWER_SECONDS) as response:
                 for line in response:
                     name, _, value = line.decode().rstrip().partition(": ")
                     if name == "data":

@@ -28,6 +28,8 @@ from tuft_jupyter.kernel.errors import TuftConnectionError
 
 HUB_SECONDS = 30.0
 """The Hub's service is the one place to go, and may be busy when everybody begins at once."""
+REFUSED = "the server there refuses this key"
+OTHER_KEY = "; pass api_key= or set TUFT_API_KEY to a key of that server"
 OUR_COMMANDS = ("tuft", "jupyter-tuft")
 Note = Callable[[str], None]
 
@@ -58,7 +60,7 @@ def discover(
     own.
 
     ``note`` is told, in a sentence each, of places that were named but passed over. TuftConnectionError if an
-    explicit place does not answer or refuses the key.
+    explicit place does not answer or refuses the key, or if a place that was named refuses it and no other answers.
     """
     home = homes.home_dir(env)
     if address:
@@ -80,6 +82,7 @@ def discover(
     key = api_key or _key(home, env)
     given = bool(api_key or env.get("TUFT_API_KEY"))
     tried: set[str] = set()
+    refused: tuple[str, str, str] | None = None
     for place, source in _implicit(home, env):
         may_be_anybody_s = source in ("address file", "default port") and not given
         if place in tried or (may_be_anybody_s and _of_another_user(place)):
@@ -87,9 +90,16 @@ def discover(
         tried.add(place)
         outcome = check(place, key)
         if isinstance(outcome, list):
+            if refused is not None:
+                note(_passed_over(*refused))
             return Found(place, source, outcome, key)
         if source in ("TUFT_ADDRESS", "address file"):
-            note(f"{source} says {place}, but {outcome}; looking further")
+            if refused is None and REFUSED in outcome:
+                refused = place, source, outcome
+            else:
+                note(_passed_over(place, source, outcome))
+    if refused is not None:  # nothing else answers, so this is what is wrong
+        raise TuftConnectionError(_sentence(*refused, OTHER_KEY))
     return None
 
 
@@ -113,7 +123,7 @@ def check(address: str, key: str, seconds: float = PROBE_SECONDS) -> list[str] |
         return client.models(timeout=seconds)
     except Refused as error:
         if error.status in (401, 403):
-            return f"the server there refuses this key ({error})"
+            return f"{REFUSED} ({error})"
         return "what answers there is not a TuFT server"
     except Unreachable:
         return "the server there does not answer in time"
@@ -123,11 +133,19 @@ def _explicit(address: str, source: str, key: str, remedy: str = "") -> Found:
     outcome = check(address, key)
     if isinstance(outcome, list):
         return Found(address, source, outcome, key)
-    if "key" in outcome:
-        remedy = "; pass api_key= or set TUFT_API_KEY to a key of that server"
+    if REFUSED in outcome:
+        remedy = OTHER_KEY
     elif not remedy:
         remedy = "; start one there with `tuft launch`, or leave the address out: `%tuft init` finds one"
-    raise TuftConnectionError(f"Cannot connect to TuFT at {address} (from {source}): {outcome}{remedy}.")
+    raise TuftConnectionError(_sentence(address, source, outcome, remedy))
+
+
+def _passed_over(address: str, source: str, outcome: str) -> str:
+    return f"{source} says {address}, but {outcome}; looking further"
+
+
+def _sentence(address: str, source: str, outcome: str, remedy: str) -> str:
+    return f"Cannot connect to TuFT at {address} (from {source}): {outcome}{remedy}."
 
 
 def _hub_service(env: Mapping[str, str]) -> tuple[str, str] | None:

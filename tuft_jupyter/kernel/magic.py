@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="%tuft", description="Fine-tuning as a notebook primitive.")
     verbs = top.add_subparsers(dest="verb", metavar="{" + ",".join(VERBS) + "}", parser_class=_Parser)
     for command in COMMANDS:
-        example = f"Example: {command.example}".replace("%", "%%") if command.example else None
+        example = f"Example: {command.example}" if command.example else None
         below = verbs.add_parser(
             command.name, help=command.help, description=command.description or command.help, epilog=example
         )
@@ -63,11 +63,15 @@ def run(line: str) -> Any:
     except ValueError as error:
         raise TuftConnectionError(f"%tuft {line}: {error}. Close the quotation.") from None
     try:
-        arguments = parser().parse_args(
+        arguments, unknown = parser().parse_known_args(
             [word.replace("model=", "--model=", 1) if word.startswith("model=") else word for word in words]
         )
     except _Help as text:
         return Text(str(text))
+    if unknown:
+        raise TuftConnectionError(
+            f"unrecognized arguments: {' '.join(unknown)}; `%tuft {arguments.verb or ''} --help` lists what it takes."
+        )
     if arguments.verb is None:
         return Text(parser().format_help())
     return VERBS[arguments.verb].run(arguments)

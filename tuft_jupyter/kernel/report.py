@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import html
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 CARD = (
@@ -149,6 +151,29 @@ class Progress:
 
     def _headline(self) -> str:
         return f"{self.title} · {time.monotonic() - self._began:.1f} s"
+
+
+@contextmanager
+def meanwhile(report: Callable[[str, str], None], phase: str, what: Callable[[], str]) -> Iterator[None]:
+    """While the block lasts, and longer than a second, tell ``report`` what is waited for."""
+    began, over = time.monotonic(), threading.Event()
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        while not over.wait(CLOCK_SECONDS):
+            report(phase, f"{what()} ...")
+            told = True
+
+    thread = threading.Thread(target=tell, name="meanwhile", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        if told:
+            report(phase, f"after {time.monotonic() - began:.1f} s")
 
 
 def status_table(address: str, source: str, status: Mapping[str, Any] | None, owned: bool) -> Table:

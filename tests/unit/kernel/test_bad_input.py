@@ -88,6 +88,13 @@ def wrong_key(world: World) -> Asked:
     return Asked(says, f"init --address {at}", {"address": at}, ("keys", "list", "--address", at))
 
 
+def wrong_key_for_what_is_found(world: World) -> Asked:
+    """S0-34: that a server runs is not passed over in silence, and none is started beside it."""
+    world.set("TUFT_API_KEY", "tml-wrong")
+    says = (world.server.address, "refuses this key", "set TUFT_API_KEY to a key of that server")
+    return Asked(says, "init tuft/demo", {"model": "tuft/demo"}, ("runs",))
+
+
 def missing_key(world: World) -> Asked:
     """S0-34: nothing is set, so that the user's own is tried."""
     world.set("TUFT_API_KEY", "")
@@ -209,9 +216,9 @@ def nothing_runs(world: World) -> Asked:
 
 
 SITUATIONS = (
-    wrong_address, silent_server, wrong_key, missing_key, key_the_sdk_refuses, no_such_model,
-    no_such_model_to_start_with, port_in_use, misspelt_key, missing_configuration, a_run_of_somebody_else, loading,
-    sdk_too_old, sdk_too_new, no_backend, environments_that_differ, nothing_runs,
+    wrong_address, silent_server, wrong_key, wrong_key_for_what_is_found, missing_key, key_the_sdk_refuses,
+    no_such_model, no_such_model_to_start_with, port_in_use, misspelt_key, missing_configuration,
+    a_run_of_somebody_else, loading, sdk_too_old, sdk_too_new, no_backend, environments_that_differ, nothing_runs,
 )  # fmt: skip
 NOT_MET: dict[Callable[[World], Asked], tuple[str, ...]] = {
     key_the_sdk_refuses: ("terminal",),  # it has no SDK

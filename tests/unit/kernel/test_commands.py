@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,7 +16,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from tests.support.stub_server import KEY, StubServer
 from tuft_jupyter.kernel.commands.serving import PANEL_COMMAND
 from tuft_jupyter.kernel.commands.table import COMMANDS
-from tuft_jupyter.kernel.report import Grid, Progress, ago, number, size
+from tuft_jupyter.kernel.report import Grid, Progress, ago, meanwhile, number, size
 
 ROOT = Path(__file__).parents[3]
 ONE, TWO = "6f1c2a52-0000-4000-8000-000000000001:train:0", "9a1c2a52-0000-4000-8000-000000000002:train:1"
@@ -139,6 +140,7 @@ def test_every_command_helps(name: str, shell: InteractiveShell) -> None:
     result, shown = cell(shell, f"%tuft {name} --help")
     assert result.success
     assert f"usage: %tuft {name}" in shown
+    assert "%%tuft" not in shown
 
 
 def test_open_is_a_button_in_the_lab_and_words_elsewhere(shell: InteractiveShell) -> None:
@@ -190,3 +192,24 @@ def test_the_clock_goes_on_while_something_is_waited_for(monkeypatch: pytest.Mon
         progress("loaded", "loading tuft/demo: starting Ray ...")
         clock[0] += 0.4
     assert shown == ["TuFT · 1.2 s", "TuFT · 2.4 s", "TuFT · 3.6 s"]
+
+
+def test_a_long_wait_is_told_and_a_short_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S0-49: what is waited for is said after a moment, and that it is over."""
+    monkeypatch.setattr("tuft_jupyter.kernel.report.CLOCK_SECONDS", 0.01)
+    told: list[tuple[str, str]] = []
+    heard = threading.Event()
+
+    def report(phase: str, text: str) -> None:
+        told.append((phase, text))
+        heard.set()
+
+    with meanwhile(report, "answer", lambda: "loading tuft/demo for sampling"):
+        assert heard.wait(10)
+    assert told[0] == ("answer", "loading tuft/demo for sampling ...")
+    assert told[-1][1].startswith("after ")
+    told.clear()
+    monkeypatch.setattr("tuft_jupyter.kernel.report.CLOCK_SECONDS", 60.0)
+    with meanwhile(report, "answer", lambda: "nothing"):
+        pass
+    assert told == []

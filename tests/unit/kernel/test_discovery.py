@@ -197,7 +197,8 @@ def test_running_notebook_servers_are_read_from_jupyter_s_own_files(
 
 def test_each_place_is_asked_once(server: StubServer, env: dict[str, str]) -> None:
     homes.write_address(homes.home_dir(env), server.address)
-    assert discover(None, None, env | {"TUFT_ADDRESS": server.address, "TUFT_API_KEY": "tml-wrong"}) is None
+    with pytest.raises(TuftConnectionError, match=r"from TUFT_ADDRESS\).*refuses this key.*set TUFT_API_KEY"):
+        discover(None, None, env | {"TUFT_ADDRESS": server.address, "TUFT_API_KEY": "tml-wrong"})
     assert [route for route, _ in server.asked].count("GET /healthz") == 1
 
 

@@ -7,9 +7,10 @@ import sys
 
 from tuft_jupyter.kernel import connect, continuity, models
 from tuft_jupyter.kernel.answers import Drawing, answer
-from tuft_jupyter.kernel.client import Client
+from tuft_jupyter.kernel.client import Client, Refused, Unreachable
 from tuft_jupyter.kernel.commands.command import Command
 from tuft_jupyter.kernel.errors import TuftConnectionError, in_a_sentence
+from tuft_jupyter.kernel.report import Progress, meanwhile
 
 
 def named(client: Client, name: str) -> str:
@@ -29,16 +30,25 @@ def _sample(arguments: argparse.Namespace) -> None:
     with in_a_sentence(client):
         asked = [named(client, name) for name in arguments.model or []]
         for model in asked or [connection.model or models.only_model(client)]:
-            head = f"{model}: "
-            for piece in answer(client, model, prompt, drawing):
-                sys.stdout.write(head + piece)
+            pieces = answer(client, model, prompt, drawing)
+            with meanwhile(Progress("TuFT sample"), "answer", lambda: _waits_for(client)):
+                first = next(pieces, "")
+            sys.stdout.write(f"{model}: {first}")
+            for piece in pieces:
+                sys.stdout.write(piece)
                 sys.stdout.flush()
-                head = ""
-            sys.stdout.write(f"{head}\n")
+            sys.stdout.write("\n")
+
+
+def _waits_for(client: Client) -> str:
+    try:
+        return str(client.status().get("waiting_for") or "the answer is being drawn")
+    except (Refused, Unreachable):  # the request itself will say what is wrong
+        return "the server is asked"
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="+", help="what is asked")
+    parser.add_argument("prompt", nargs="+", help="what is asked, in quotation marks")
     parser.add_argument(
         "--model",
         "-m",

@@ -14,6 +14,7 @@ from tuft_jupyter.kernel.errors import TuftConnectionError, in_a_sentence
 from tuft_jupyter.kernel.report import Grid, Table, ago, number
 
 COLUMNS = ("run", "base model", "state", "step", "loss", "tokens/s", "last request")
+NONE = "tuft_jupyter.create_training_client(rank=8) starts one"
 HERE = "in this notebook: training = %tuft resume RUN"
 
 
@@ -38,7 +39,7 @@ def _row(run: Mapping[str, Any], now: float) -> tuple[object, ...]:
 
 def _runs(_: argparse.Namespace) -> Grid:
     found = continuity.runs()
-    return run_grid(found, f"{len(found)} run{'' if len(found) == 1 else 's'}", HERE if found else "")
+    return run_grid(found, f"{len(found)} run{'' if len(found) == 1 else 's'}", HERE if found else NONE)
 
 
 def _attach(_: argparse.Namespace) -> Grid:
@@ -69,9 +70,12 @@ def _why(arguments: argparse.Namespace) -> Table:
         raise TuftConnectionError(
             f"{connection.address} is no TuFT server of this kind; it does not say why it waits."
         )
-    rows = list(_of_server(status))
     with in_a_sentence(connection.client):
         runs = _meant(connection.client, arguments.run)
+    waits = str(status.get("waiting_for") or "")
+    if any(run["pending"] and run["why"] in waits for run in runs):
+        status = {**status, "waiting_for": None}  # the run says it
+    rows = list(_of_server(status))
     rows += [(f"run {continuity.short(run['id'])}", run["why"]) for run in runs]
     return Table("Why", rows or [("runs", "there is none of yours yet: nothing was asked of this server")])
 
