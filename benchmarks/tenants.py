@@ -23,7 +23,7 @@ from common import Row, held, show
 from shapes import SMALL, TINY, Shape, batches, tokens_in
 
 from tuft_jupyter.core.types import AdamParams, ForwardBackward, ForwardBackwardResult, LoraSpec
-from tuft_jupyter.engine.cluster import CPU_MALLOC
+from tuft_jupyter.engine.actors import CPU_MALLOC
 from tuft_jupyter.engine.trainer import PeftTrainer
 
 T = TypeVar("T")

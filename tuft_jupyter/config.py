@@ -96,6 +96,7 @@ class ModelSettings:
     ``min_response_tokens`` are the sampler's defaults, ``max_lora_rank`` and ``max_loras`` its limits. Names
     and defaults are those of TuFT 0.1. ``trust_remote_code`` None: as the server's setting of that name.
     ``sampler_type`` None likewise; ``gpu_memory_utilization`` is the share of each GPU's memory that vLLM takes.
+    ``data_parallel`` is how many processes train together, each with a GPU of its own where there are any.
     """
 
     model_name: str
@@ -113,13 +114,14 @@ class ModelSettings:
     trust_remote_code: bool | None = None
     sampler_type: str | None = None
     gpu_memory_utilization: float = 0.4
+    data_parallel: int = 1
 
     def __post_init__(self) -> None:
         if not self.model_name:
             raise ConfigError("model_name must not be empty")
         if not self.model_path:
             object.__setattr__(self, "model_path", self.model_name)
-        for name in ("max_model_len", "tensor_parallel_size", "max_lora_rank", "max_loras"):
+        for name in ("max_model_len", "tensor_parallel_size", "max_lora_rank", "max_loras", "data_parallel"):
             at_least(name, getattr(self, name), 1)
         if self.sampler_type is not None:
             _check_sampler(self.sampler_type)

@@ -28,8 +28,8 @@ from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.types import PROTOBUF, ModelCard, OpKind
 from tuft_jupyter.engine import ray_place
+from tuft_jupyter.engine.actors import SECRETS
 from tuft_jupyter.engine.cluster import (
-    SECRETS,
     ClusterSamplingEngine,
     ClusterTrainingEngine,
     Engines,

@@ -24,9 +24,18 @@ from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.worker import TrainingWorker
 
 if TYPE_CHECKING:
+    from tuft_jupyter.engine.parallel import Group
     from tuft_jupyter.engine.text_worker import Part, TextWorker
 
 log = logging.getLogger(__name__)
+
+CPU_MALLOC = {
+    # Freed memory stays with the process: returning and faulting it in again costs a third of a training step
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
 
 SECRETS = (
     "TUFT_API_KEY",
@@ -56,16 +65,26 @@ class VllmOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Which of a data-parallel trainer's ``ranks`` processes an actor is, and the file at which they meet."""
+
+    rank: int
+    ranks: int
+    meeting: Path
+
+
+@dataclass(frozen=True, slots=True)
 class ActorOptions:
     """``threads`` for torch on the CPU; ``options`` are further keywords of the trainer or sampler.
 
-    ``vllm`` is there if that is the sampler.
+    ``vllm`` is there if that is the sampler, ``place`` if the trainer is several processes.
     """
 
     card: ModelCard
     threads: int
     options: Mapping[str, Any] = field(default_factory=dict)
     vllm: VllmOptions | None = None
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +182,29 @@ class EngineActor:
 
 
 class TrainingActor(EngineActor):
-    """One base model with all adapters in training on it."""
+    """One base model with all adapters in training on it; ``group`` is there if it is one of several processes."""
 
     worker: TrainingWorker
+    group: Group | None = None
 
     def make(self) -> None:
-        self.worker = TrainingWorker(self.trainer(), self._check_device)
+        self.worker = TrainingWorker(self.trainer(), self._check)
+
+    def _check(self) -> None:
+        self._check_device()
+        if self.group is not None:
+            self.group.check()
 
     def trainer(self) -> Trainer:
-        from tuft_jupyter.engine.trainer import PeftTrainer
+        place = self.options.place
+        if place is None:
+            from tuft_jupyter.engine.trainer import PeftTrainer
 
-        return PeftTrainer(self.options.card.path, **self.model_options())
+            return PeftTrainer(self.options.card.path, **self.model_options())
+        from tuft_jupyter.engine.parallel import Group, ParallelTrainer
+
+        group = self.group = Group(place.rank, place.ranks, place.meeting, self.device)
+        return ParallelTrainer(self.options.card.path, group=group, **self.model_options())
 
     def step(self, tasks: Sequence[Task], trace: str = "") -> tuple[list[Outcome], int]:
         """(the outcomes, GPU bytes held). The process ends if its trainer can never work again."""

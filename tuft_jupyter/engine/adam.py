@@ -32,6 +32,11 @@ class Adam:
         return self._moments
 
     @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The moments if there are any yet."""
+        return self._moments or ()
+
+    @property
     def steps(self) -> int:
         return int(self._step)
 

@@ -11,10 +11,9 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
-import os
+import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -24,15 +23,20 @@ from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.errors import ServerError, failure
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actors import (
+    CPU_MALLOC,
     SECRETS,
     ActorOptions,
     EngineActor,
     Loaded,
+    Place,
     SamplingActor,
     TrainingActor,
     VllmOptions,
 )
+from tuft_jupyter.engine.group import TrainingGroup
 from tuft_jupyter.engine.pretrained import TRUST
+from tuft_jupyter.engine.ray_local import cpus as cpus
+from tuft_jupyter.engine.ray_local import log_tail as log_tail
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
 from tuft_jupyter.tracing import carried
 
@@ -43,23 +47,11 @@ log = logging.getLogger(__name__)
 
 GPU_SHARE = 0.2
 """Of one GPU, asked for by every actor: enough for a trainer and a sampler of two base models on one GPU."""
+RANK_GPU_SHARE = 0.6
+"""Of each GPU of a data-parallel trainer: more than half, so that every process gets one of its own."""
 PLACEMENT_SECONDS = 60.0
 SAMPLES_AT_ONCE = 4096
 END_SECONDS = 10.0
-LOG_LINES = 20
-
-CPU_MALLOC = {
-    # Freed memory stays with the process: returning and faulting it in again costs a third of a training step
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
-
-
-def cpus() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(eq=False)
@@ -89,13 +81,14 @@ class _ClusterEngine:
         options: Mapping[str, Any] | None = None,
         *,
         trusted: bool = False,
+        place: Place | None = None,
     ) -> None:
         self.card = card
         self.threads = threads
         self.trusted = trusted
         self.say: Callable[[str], None] = lambda _: None
         self._runtime = runtime
-        self._options = ActorOptions(card, threads, options or {})
+        self._options = ActorOptions(card, threads, options or {}, place=place)
         self._actor: _Actor | None = None
         self._process: psutil.Process | None = None
 
@@ -111,7 +104,7 @@ class _ClusterEngine:
 
     async def start(self) -> None:
         """Bring up a (new) actor with the model loaded; TuftError says why it cannot be."""
-        await self._end()
+        await self.end()
         self.say("starting a worker" if self._runtime.running else "starting Ray, then a worker")
         session = await self._runtime.acquire(self)
         loop = asyncio.get_running_loop()
@@ -127,17 +120,17 @@ class _ClusterEngine:
         try:
             await self._load(actor)
         except EngineDied as death:
-            await self._end()
+            await self.end()
             raise ServerError(
                 f"the {self.kind} worker died while loading {self.card.name}: {death}"
             ) from None
         except BaseException:
-            await self._end()
+            await self.end()
             raise
 
     async def stop(self) -> None:
         """End the actor; Ray goes with the last engine."""
-        await self._end()
+        await self.end()
         await self._runtime.release(self)
 
     def resources(self) -> dict[str, Any]:
@@ -161,6 +154,8 @@ class _ClusterEngine:
     def _create(self, session: Session) -> Any:
         import ray
 
+        if self._options.place is not None and not session.place.local:
+            raise ServerError("data_parallel needs all processes on one machine: leave ray_address out")
         on_gpu = session.gpus > 0
         environment = dict.fromkeys(SECRETS, "") | {"OMP_NUM_THREADS": str(self.threads)}
         environment[TRUST] = "1" if self.trusted else "0"
@@ -224,7 +219,7 @@ class _ClusterEngine:
             raise EngineDied(f"the {self.kind} worker of {self.card.name} is not running")
         return self._actor
 
-    async def _end(self) -> None:
+    async def end(self) -> None:
         """Kill the actor and wait until its memory is free again."""
         actor, self._actor = self._actor, None
         if actor is None:
@@ -259,6 +254,14 @@ class ClusterTrainingEngine(_ClusterEngine):
 
     kind = "training"
     actor_class = TrainingActor
+
+    @property
+    def name(self) -> str:
+        place = self._options.place
+        return super().name if place is None else f"{super().name} {place.rank + 1}/{place.ranks}"
+
+    def gpus(self) -> float:
+        return GPU_SHARE if self._options.place is None else RANK_GPU_SHARE
 
     @property
     def grain(self) -> int:
@@ -346,17 +349,26 @@ class Engines:
         self._runtime = Runtime(settings.home, settings.ray_address)
         self._made: list[_ClusterEngine] = []
 
-    def training(self, card: ModelCard) -> ClusterTrainingEngine:
+    def training(self, card: ModelCard) -> ClusterTrainingEngine | TrainingGroup:
         settings = self.settings
-        threads = settings.trainer_threads or max(1, cpus() - 1)
+        ranks = settings.model(card.name).data_parallel
+        threads = max(1, (settings.trainer_threads or cpus() - 1) // ranks)
         options = {
             "max_rank": settings.rank_limit(card.name),
             "max_length": card.max_context_length,
             "micro_batch_tokens": settings.micro_batch_tokens,
             "custom_loss": settings.custom_loss_server_side,
+            "spill": settings.home,
         }
         trusted = settings.trusts_code(card.name)
-        return self._keep(ClusterTrainingEngine(card, self._runtime, threads, options, trusted=trusted))
+        meeting = settings.home / f"ranks-{uuid.uuid4().hex}"
+        places = [Place(rank, ranks, meeting) for rank in range(ranks)] if ranks > 1 else [None]
+        made = [
+            ClusterTrainingEngine(card, self._runtime, threads, options, trusted=trusted, place=place)
+            for place in places
+        ]
+        self._made += made
+        return made[0] if ranks == 1 else TrainingGroup(made, meeting)
 
     def sampling(self, card: ModelCard) -> ClusterSamplingEngine:
         options = {"max_context": card.max_context_length, "kv_tokens": self.settings.kv_tokens}
@@ -369,29 +381,18 @@ class Engines:
             tensor_parallel=model.tensor_parallel_size,
         )
         asked = model.sampler_type or self.settings.sampler_type
-        return self._keep(
-            ClusterSamplingEngine(card, self._runtime, 1, options, trusted=trusted, asked=asked, vllm=vllm)
-        )
+        made = ClusterSamplingEngine(card, self._runtime, 1, options, trusted=trusted, asked=asked, vllm=vllm)
+        self._made.append(made)
+        return made
 
     def workers(self) -> list[tuple[str, int]]:
         """(name, pid) of the worker processes on this machine."""
         return [(engine.name, engine.pid) for engine in self._made if engine.pid is not None]
 
-    def _keep(self, engine: Any) -> Any:
-        self._made.append(engine)
-        return engine
 
-
-def log_tail(logs: Path | None, pid: int, lines: int = LOG_LINES) -> list[str]:
-    """The last lines that a worker process wrote, if its log is on this machine."""
-    if logs is None or not pid:
-        return []
-    found: list[str] = []
-    for path in sorted(logs.glob(f"worker-*-{pid}.out")) + sorted(logs.glob(f"worker-*-{pid}.err")):
-        with contextlib.suppress(OSError):
-            found += path.read_text(encoding="utf-8", errors="replace").splitlines()
-    # Ray's own marks begin with a colon
-    return [line for line in found if line.strip() and not line.startswith(":")][-lines:]
+def engines(settings: Settings) -> Engines:
+    """The engines of one server; a process has one Ray and so should have one of these."""
+    return Engines(settings)
 
 
 def _say(gone: asyncio.Future[str], reason: str) -> None:

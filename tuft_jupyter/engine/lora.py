@@ -6,8 +6,8 @@ does one base matmul for all tokens and two thin ones per segment, and in the ba
 of A and B straight into the adapter's own fp32 accumulator: an adapter that has no tokens in the row costs
 nothing.
 
-Each adapter lives in one flat fp32 vector (weights) and, if trainable, a second one (gradients); the A and B
-that PEFT sees are views of it, so an optimizer step, a norm or a copy is one operation per adapter. Knows
+Each adapter lives in one flat fp32 vector (weights) and, if trainable, a second one (gradients); its A and B
+are views of that, so an optimizer step, a norm or a copy is one operation per adapter. Knows
 nothing of losses, optimizers, files or requests.
 
 Shapes: N tokens of the row, I input and O output features, R rank, P elements of one adapter.
@@ -16,8 +16,10 @@ Reference: Hu et al. 2021, LoRA (arXiv 2106.09685).
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 _ALIGN = 16  # elements: A and B start on cache lines
 _PAIR = ("lora_A", "lora_B")
+_IDLE_GEOMETRIES = 8
+_NO_GEOMETRY = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -127,7 +131,7 @@ class _FusedLora(torch.autograd.Function):
 class MultiLoraLinear(PeftLinear):
     """A linear layer with any number of adapters, of any ranks; over a packed row each segment gets its own.
 
-    Outside of a packed row it is PEFT's own layer.
+    Outside of a packed row it fails, as attention does: PEFT's own copies of A and B are never filled.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -142,7 +146,7 @@ class MultiLoraLinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         packed = packing.current()
         if packed is None:
-            return super().forward(x, *args, **kwargs)
+            raise RuntimeError("a packed model was called outside of Packed.active()")
         if x.shape[:-1].numel() != packed.tokens:
             raise RuntimeError(f"{x.shape[:-1].numel()} tokens in a packed row of {packed.tokens}")
         base: Any = self.base_layer
@@ -170,23 +174,39 @@ class Adapter:
         """Views of a vector [P] (weights, gradients, moments) by tensor name."""
         return {name: _view(vector, *place) for name, place in self.layout.items()}
 
+    def drop_masters(self) -> None:
+        """Of an adapter that is only read, keep no more than the layers compute with."""
+        self.weights = self.compute
+
     def refresh(self) -> None:
         """Carry changed weights over to the copy that the layers compute with."""
         if self.compute is not self.weights:
             self.compute.copy_(self.weights)
 
 
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    """What PEFT made of one configuration: the layers it names, where each A and B lies in a flat vector [P]."""
+
+    peft_name: str
+    layers: tuple[tuple[MultiLoraLinear, tuple[str, str], float], ...]  # layer, file names of A and B, scale
+    layout: Mapping[str, tuple[int, torch.Size]]
+    size: int
+
+
 class AdapterBank:
     """All adapters over one base model, by name.
 
-    Adding or removing one leaves the others' memory where it is; segments of a packed row name adapters of
-    the bank.
+    PEFT resolves each configuration once (it takes time in proportion to all that it holds); adapters of the same
+    geometry are then only vectors and slots, added and removed in a millisecond however many there are. Adding or
+    removing one leaves the others' memory where it is; segments of a packed row name adapters of the bank.
     """
 
     def __init__(self, base: BaseModel) -> None:
         self.base = base
         self._peft: PeftModel | None = None
         self._adapters: dict[str, Adapter] = {}
+        self._geometries: OrderedDict[str, _Geometry] = OrderedDict()  # least recently used first
         self._serial = 0
 
     def __contains__(self, name: str) -> bool:
@@ -196,43 +216,39 @@ class AdapterBank:
         return self._adapters[name]
 
     def add(self, name: str, config: LoraConfig, *, trainable: bool) -> Adapter:
-        """Inject a new adapter with A = B = 0.
+        """A new adapter with A = B = 0.
 
         UserError if its target modules are not in the base model or are of a kind that cannot be adapted.
         """
         if name in self._adapters:
             raise UserError(f"adapter {name!r} exists already")
-        self._serial += 1
-        peft_name = f"tuft{self._serial}"
-        config._register_custom_module({nn.Linear: MultiLoraLinear})
-        with warnings.catch_warnings():
-            # PEFT warns that an adapter on a tied unembedding cannot be merged; ours never are.
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-            try:
-                if self._peft is None:
-                    self._peft = PeftModel(
-                        self.base.hf, config, adapter_name=peft_name, low_cpu_mem_usage=True
-                    )
-                else:
-                    self._peft.add_adapter(peft_name, config, low_cpu_mem_usage=True)
-            except ValueError as error:
-                raise UserError(f"target_modules cannot be adapted: {error}") from error
-        adapter = self._allocate(peft_name, config, trainable)
-        self._bind(name, adapter)
+        geometry = self._geometry(config)
+        device, dtype = self.base.device, self.base.dtype
+        weights = torch.zeros(geometry.size, device=device)
+        adapter = Adapter(
+            name=name,
+            config=config,
+            layout=geometry.layout,
+            weights=weights,
+            grads=torch.zeros_like(weights) if trainable else None,
+            compute=weights if dtype == torch.float32 else torch.zeros_like(weights, dtype=dtype),
+        )
+        for layer, pair, scale in geometry.layers:
+            places = [geometry.layout[key] for key in pair]
+            a, b = (_view(adapter.compute, *place) for place in places)
+            grad_a, grad_b = (
+                None if adapter.grads is None else _view(adapter.grads, *place) for place in places
+            )
+            layer.slots[name] = Slot(a, b, scale, grad_a, grad_b)
         self._adapters[name] = adapter
         return adapter
 
     def remove(self, name: str) -> None:
         """Forget an adapter; unknown names are ignored."""
         adapter = self._adapters.pop(name, None)
-        if adapter is None or self._peft is None:
-            return
-        for layer in self._layers().values():
-            layer.slots.pop(name, None)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
-            self._peft.delete_adapter(adapter.name)
+        if adapter is not None:
+            for layer, _, _ in self._geometry(adapter.config).layers:
+                del layer.slots[name]
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors under the names PEFT gives them in a file (views, fp32)."""
@@ -246,44 +262,63 @@ class AdapterBank:
             view.copy_(tensors[key])
         adapter.refresh()
 
-    def _layers(self) -> dict[str, MultiLoraLinear]:
-        return {path: m for path, m in self.base.hf.named_modules() if isinstance(m, MultiLoraLinear)}
+    def _geometry(self, config: LoraConfig) -> _Geometry:
+        """The geometry of a configuration, injected by PEFT if it is not known."""
+        shape = {key: value for key, value in config.to_dict().items() if key not in _NO_GEOMETRY}
+        key = json.dumps(shape, sort_keys=True, default=lambda value: sorted(map(str, value)))
+        if key not in self._geometries:
+            self._geometries[key] = self._inject(config)
+            self._forget_geometries()
+        self._geometries.move_to_end(key)
+        return self._geometries[key]
 
-    def _allocate(self, peft_name: str, config: LoraConfig, trainable: bool) -> Adapter:
+    def _forget_geometries(self) -> None:
+        """Of those that no adapter has, only a few are kept."""
+        used = {id(adapter.layout) for adapter in self._adapters.values()}
+        *others, _ = self._geometries.items()
+        idle = [(key, geometry) for key, geometry in others if id(geometry.layout) not in used]
+        for key, geometry in idle[: max(0, len(idle) - _IDLE_GEOMETRIES)]:
+            del self._geometries[key]
+            assert self._peft is not None
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
+                self._peft.delete_adapter(geometry.peft_name)
+
+    def _inject(self, config: LoraConfig) -> _Geometry:
+        self._serial += 1
+        name = f"tuft{self._serial}"
+        config._register_custom_module({nn.Linear: MultiLoraLinear})
+        with warnings.catch_warnings():
+            # PEFT warns that an adapter on a tied unembedding cannot be merged; ours never are.
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            try:
+                # On the meta device, so that what PEFT would initialize takes neither time nor memory.
+                if self._peft is None:
+                    self._peft = PeftModel(self.base.hf, config, adapter_name=name, low_cpu_mem_usage=True)
+                else:
+                    self._peft.add_adapter(name, config, low_cpu_mem_usage=True)
+            except ValueError as error:
+                raise UserError(f"target_modules cannot be adapted: {error}") from error
+        modules = self.base.hf.named_modules()
+        adapted = {
+            path: module
+            for path, module in modules
+            if isinstance(module, MultiLoraLinear) and name in module.lora_A
+        }
         layout: dict[str, tuple[int, torch.Size]] = {}
         total = 0
-        adapted = {path: layer for path, layer in self._layers().items() if peft_name in layer.lora_A}
         for _, block in groupby(adapted, key=lambda path: path.rpartition(".")[0]):
             # All A of a block before all B: layers that share their input find their A side by side.
             for which, path in product(_PAIR, list(block)):
-                shape = getattr(adapted[path], which)[peft_name].weight.shape
+                shape = getattr(adapted[path], which)[name].weight.shape
                 layout[_file_name(path, which)] = (total, shape)
                 total += -(-shape.numel() // _ALIGN) * _ALIGN
-        device, dtype = self.base.device, self.base.dtype
-        weights = torch.zeros(total, device=device)
-        return Adapter(
-            name=peft_name,
-            config=config,
-            layout=layout,
-            weights=weights,
-            grads=torch.zeros(total, device=device) if trainable else None,
-            compute=weights if dtype == torch.float32 else torch.zeros(total, device=device, dtype=dtype),
+        layers = tuple(
+            (layer, (_file_name(path, _PAIR[0]), _file_name(path, _PAIR[1])), layer.scaling[name])
+            for path, layer in adapted.items()
         )
-
-    def _bind(self, name: str, adapter: Adapter) -> None:
-        """Point PEFT's parameters and the layers' slots into the flat vectors."""
-        for path, layer in self._layers().items():
-            if adapter.name not in layer.lora_A:
-                continue
-            places = [adapter.layout[_file_name(path, which)] for which in _PAIR]
-            for which, place in zip(_PAIR, places, strict=True):
-                weight = nn.Parameter(_view(adapter.weights, *place), requires_grad=False)
-                getattr(layer, which)[adapter.name].weight = weight
-            a, b = (_view(adapter.compute, *place) for place in places)
-            grad_a, grad_b = (
-                None if adapter.grads is None else _view(adapter.grads, *place) for place in places
-            )
-            layer.slots[name] = Slot(a, b, layer.scaling[adapter.name], grad_a, grad_b)
+        return _Geometry(name, layers, layout, total)
 
 
 def _view(vector: Tensor, offset: int, shape: torch.Size) -> Tensor:

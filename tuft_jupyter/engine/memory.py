@@ -7,9 +7,12 @@ arXiv 1604.06174).
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 
 if TYPE_CHECKING:
     from tuft_jupyter.engine.base import BaseModel
@@ -21,6 +24,18 @@ KV_SHARE = 0.25
 """Of the free memory, what a sampler's keys and values may take: a trainer may be beside it."""
 
 _FEWEST = 4096  # positions, however little memory there is
+_WIDTHS = {
+    "F64": 8,
+    "I64": 8,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -58,6 +73,28 @@ def kv_positions(base: BaseModel) -> int:
     groups = getattr(config, "num_key_value_heads", None) or heads
     each = 2 * config.num_hidden_layers * groups * size * base.dtype.itemsize
     return max(_FEWEST, int(KV_SHARE * available(base.device)) // each)
+
+
+def weights(directory: Path, dtype: torch.dtype | None) -> int:
+    """Bytes of the weights in a model directory once they are loaded; ``dtype`` None keeps that of the files."""
+    total = 0
+    for path in directory.glob("model*.safetensors"):  # as transformers names them
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                tensor = file.get_slice(key)
+                width = _WIDTHS.get(tensor.get_dtype(), 4) if dtype is None else dtype.itemsize
+                total += math.prod(tensor.get_shape()) * width
+    return total
+
+
+def for_adapters(device: torch.device) -> tuple[int, int]:
+    """Bytes for adapters in training: in the model, and in host memory for those that are idle."""
+    import psutil
+
+    share = psutil.virtual_memory().total // 8
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4, share
+    return share, 0
 
 
 def is_tight(base: BaseModel, tokens: int) -> bool:

@@ -189,3 +189,20 @@ def _apply(changes: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def log_tail(logs: Path | None, pid: int, lines: int = 20) -> list[str]:
+    """The last lines that a worker process wrote, if its log is on this machine."""
+    if logs is None or not pid:
+        return []
+    found: list[str] = []
+    for path in sorted(logs.glob(f"worker-*-{pid}.out")) + sorted(logs.glob(f"worker-*-{pid}.err")):
+        with contextlib.suppress(OSError):
+            found += path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Ray's own marks begin with a colon
+    return [line for line in found if line.strip() and not line.startswith(":")][-lines:]
+
+
+def cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,29 +27,16 @@ from tuft_jupyter.core.types import (
     LoraSpec,
 )
 from tuft_jupyter.engine import checkpoint, memory
-from tuft_jupyter.engine.adam import Adam
+from tuft_jupyter.engine.attic import Attic
 from tuft_jupyter.engine.base import load_base
 from tuft_jupyter.engine.checks import check_adam, check_request
-from tuft_jupyter.engine.lora import Adapter, AdapterBank, initialize, lora_config
+from tuft_jupyter.engine.held import Held
+from tuft_jupyter.engine.lora import AdapterBank, initialize, lora_config
 from tuft_jupyter.engine.passes import Item, Pass
 
 _MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # more spills the CPU's caches, fewer leaves a GPU idle
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Run:
-    spec: LoraSpec
-    adapter: Adapter
-    adam: Adam
-    dirty: bool = False
-    """True while ``adapter.grads`` may hold anything but zeros."""
-
-    @property
-    def grads(self) -> Tensor:
-        assert self.adapter.grads is not None
-        return self.adapter.grads
 
 
 class PeftTrainer:
@@ -59,7 +45,8 @@ class PeftTrainer:
     ``name`` is what users call the model (written into checkpoints), by default its path.
     ``micro_batch_tokens`` bounds the tokens in one pass, and with it memory. ``max_length`` bounds a datum,
     by default and at most the model's own limit. ``custom_loss``: whether losses that users wrote are computed.
-    UserError if the model cannot be served.
+    ``adapter_bytes`` bounds what idle runs may take in the model and in host memory, by default a share of what there
+    is; the rest lies in a file in ``spill``. UserError if the model cannot be served.
     """
 
     def __init__(
@@ -73,6 +60,8 @@ class PeftTrainer:
         max_rank: int = 64,
         max_length: int | None = None,
         custom_loss: bool = False,
+        adapter_bytes: tuple[int, int] | None = None,
+        spill: Path | None = None,
     ) -> None:
         self.base = load_base(model_path, name=name, dtype=dtype, device=device)
         self.bank = AdapterBank(self.base)
@@ -80,14 +69,17 @@ class PeftTrainer:
         self.max_length = min(max_length or self.base.max_length, self.base.max_length)
         self.custom_loss = custom_loss
         self.micro_batch_tokens = micro_batch_tokens or _MICRO_BATCH_TOKENS[self.base.device.type]
-        self._runs: dict[str, _Run] = {}
+        room, host = adapter_bytes or memory.for_adapters(self.base.device)
+        self._runs = Held(self.bank, Attic(host, spill), room)
 
     def create(self, run: str, lora: LoraSpec) -> None:
         """Add a fresh adapter (B = 0, A from ``lora.seed``). UserError if the geometry is impossible."""
         self._check_geometry(lora)
+        if run in self._runs:
+            raise UserError(f"run {run!r} exists already")
         adapter = self.bank.add(run, lora_config(self.base, lora), trainable=True)
         initialize(adapter, lora.seed)
-        self._admit(run, lora, adapter)
+        self._runs.admit(run, lora, adapter)
 
     def load(self, run: str, source: Path, *, optimizer: bool) -> LoraSpec:
         """Replace (or create) the run's adapter by a checkpoint directory; gradients are cleared.
@@ -95,8 +87,10 @@ class PeftTrainer:
         UserError names what does not fit, before anything is touched.
         """
         saved = checkpoint.read(source, self.base, optimizer=optimizer)
-        live = self._runs.get(run)
-        if live is None:
+        if run in self._runs:
+            live = self._runs[run]
+            saved.check_fits(live.adapter)
+        else:
             self._check_geometry(saved.spec)
             adapter = self.bank.add(run, saved.config, trainable=True)
             try:
@@ -104,9 +98,7 @@ class PeftTrainer:
             except UserError:
                 self.bank.remove(run)
                 raise
-            live = self._admit(run, saved.spec, adapter)
-        else:
-            saved.check_fits(live.adapter)
+            live = self._runs.admit(run, saved.spec, adapter)
         self.bank.load_state_dict(run, saved.weights)
         live.grads.zero_()
         live.dirty = False
@@ -119,7 +111,7 @@ class PeftTrainer:
 
     def save(self, run: str, target: Path, *, optimizer: bool, durable: bool = True) -> int:
         """Write a plain PEFT directory atomically; returns its size in bytes."""
-        live = self._run(run)
+        live = self._runs[run]
         return checkpoint.write(
             target,
             self.base,
@@ -133,8 +125,7 @@ class PeftTrainer:
 
     def remove(self, run: str) -> None:
         """Forget the adapter and its optimizer; unknown runs are ignored."""
-        if self._runs.pop(run, None) is not None:
-            self.bank.remove(run)
+        self._runs.drop(run)
 
     def check(self, request: ForwardBackward) -> None:
         """UserError naming the datum, the field and the limit if any part of the request cannot be run."""
@@ -155,7 +146,9 @@ class PeftTrainer:
         for run, params in batch:
             try:
                 check_adam(params)
-                live = self._run(run)
+                live = self._runs[run]
+                if live.dirty:
+                    self._sum_gradients(live.grads)
                 live.dirty = False
                 results.append(live.adam.step(params))
                 live.adapter.refresh()
@@ -169,6 +162,7 @@ class PeftTrainer:
             NotFound(f"run {run!r} is not in training here") for run, _ in batch
         ]
         known = [i for i, (run, _) in enumerate(batch) if run in self._runs]
+        self._runs.use([batch[i][0] for i in known])
         for i, result in zip(known, self._guarded([batch[i] for i in known]), strict=True):
             results[i] = result
         return results
@@ -189,7 +183,7 @@ class PeftTrainer:
         try:
             for run in before:
                 self._runs[run].dirty = True
-            return list(Pass(self.base, batch, budget, recompute=halved).run())
+            return list(self._together(batch, budget, recompute=halved))
         except Exception as error:  # noqa: BLE001 - whatever it was, gradients go back to what they were
             for run, grads in before.items():
                 live = self._runs[run]
@@ -206,6 +200,15 @@ class PeftTrainer:
             return [self._guarded([item], halved=halved)[0] for item in batch]
         return [self._refusal(batch[0], failure, budget)]
 
+    def _together(
+        self, batch: Sequence[Item], budget: int, *, recompute: bool
+    ) -> list[ForwardBackwardResult]:
+        """All of the batch in common passes, or an error that says nothing of who is guilty."""
+        return Pass(self.base, batch, budget, recompute=recompute).run()
+
+    def _sum_gradients(self, grads: Tensor) -> None:
+        """Make ``grads`` [P] whole before it is used; here it is."""
+
     def _refusal(self, item: Item, failure: Exception, budget: int) -> TuftError:
         """What is told of a request that cannot be run even alone."""
         run, request = item
@@ -220,17 +223,6 @@ class PeftTrainer:
             )
         log.error("forward_backward of %s failed", run, exc_info=failure)
         return ServerError(f"forward_backward failed in the trainer: {type(failure).__name__}: {failure}")
-
-    def _run(self, run: str) -> _Run:
-        live = self._runs.get(run)
-        if live is None:
-            raise NotFound(f"run {run!r} is not in training here")
-        return live
-
-    def _admit(self, run: str, spec: LoraSpec, adapter: Adapter) -> _Run:
-        assert adapter.grads is not None
-        live = self._runs[run] = _Run(spec, adapter, Adam(adapter.weights, adapter.grads))
-        return live
 
     def _check_geometry(self, lora: LoraSpec) -> None:
         if not 1 <= lora.rank <= self.max_rank:

@@ -19,7 +19,7 @@ from tests.support.sampling import ask, drain, prompt, run, tokens_of
 from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import NotFound, TuftError, UserError
 from tuft_jupyter.core.types import SampleRequest
-from tuft_jupyter.engine import adapter_cache, checkpoint, kv_cache
+from tuft_jupyter.engine import checkpoint, kv_cache, lora
 from tuft_jupyter.engine.lora import Slot
 from tuft_jupyter.engine.packing import Packed
 from tuft_jupyter.engine.torch_sampler import TorchSampler
@@ -317,7 +317,7 @@ def test_more_geometries_than_are_remembered_are_served(
 ) -> None:
     jobs = [(adapter, ask(prompt(5), seed=1)) for adapter in [*adapters, *adapters]]
     expected = run(TorchSampler(model), jobs)
-    monkeypatch.setattr(adapter_cache, "_MOULDS", 1)
+    monkeypatch.setattr(lora, "_IDLE_GEOMETRIES", 0)
     assert [tokens_of(a) for a in run(TorchSampler(model, max_adapters=2), jobs)] == [
         tokens_of(a) for a in expected
     ]

@@ -1,0 +1,100 @@
+"""A model with ``data_parallel: 2``: two actors train it, and live and die as one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tinker import types as sdk
+from tinker.proto.response_conv import deserialize_forward_backward_output
+
+from tests.support.sdk_bodies import sdk_body
+from tests.support.tiny_models import make_model
+from tuft_jupyter import models
+from tuft_jupyter.config import ModelSettings, Settings
+from tuft_jupyter.core.engine import EngineDied, Outcome, Task
+from tuft_jupyter.core.types import PROTOBUF, ModelCard, OpKind
+from tuft_jupyter.engine.cluster import Engines
+from tuft_jupyter.engine.group import TrainingGroup
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+RUN = "s:train:0"
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> ModelCard:
+    return models.resolve(str(make_model(tmp_path / "tiny")))
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture
+def engines(card: ModelCard, tmp_path: Path) -> Engines:
+    served = ModelSettings(model_name=card.name, model_path=card.path, max_lora_rank=8, data_parallel=2)
+    home = tmp_path / "home"
+    return Engines(Settings(home=home, checkpoint_dir=home / "checkpoints", supported_models=(served,)))
+
+
+@pytest.fixture
+def group(engines: Engines, card: ModelCard, runner: asyncio.Runner) -> Iterator[TrainingGroup]:
+    group = engines.training(card)
+    assert isinstance(group, TrainingGroup)
+    yield group
+    runner.run(group.stop())
+
+
+def steps() -> list[Task]:
+    data = [
+        sdk.Datum(model_input=sdk.ModelInput.from_ints(ids), loss_fn_inputs={"target_tokens": ids})
+        for ids in ([5, 6, 7, 8], [9, 3], [4, 4, 4, 1, 2])
+    ]
+    tasks = [Task("create", RUN, OpKind.CREATE_MODEL, {"lora": {"rank": 4, "alpha": 8.0, "seed": 1}})]
+    for i in range(2):
+        tasks.append(Task(f"pass{i}", RUN, OpKind.FORWARD_BACKWARD, {}, sdk_body(data), PROTOBUF, 1 << 20))
+        tasks.append(Task(f"step{i}", RUN, OpKind.OPTIM_STEP, {"adam": {"learning_rate": 1e-2}}))
+    return tasks
+
+
+def losses(outcomes: list[Outcome]) -> list[float]:
+    assert [outcome.error for outcome in outcomes if outcome.category] == []
+    return [deserialize_forward_backward_output(outcomes[i].result).metrics["loss:sum"] for i in (1, 3)]
+
+
+def test_two_actors_train_as_one_and_the_death_of_either_is_the_death_of_both(
+    group: TrainingGroup, engines: Engines, card: ModelCard, runner: asyncio.Runner
+) -> None:
+    """S2-41: numbers of one process; a killed rank is a dead trainer, which starts again and answers the same."""
+    import torch
+
+    from tuft_jupyter.engine.trainer import PeftTrainer
+    from tuft_jupyter.engine.worker import TrainingWorker
+
+    alone = TrainingWorker(PeftTrainer(card.path, name=card.name, dtype=torch.float32, device="cpu"))
+    wanted = losses(alone.step(steps()))
+
+    async def scenario() -> None:
+        await group.start()
+        assert losses(await group.step(steps())) == pytest.approx(wanted, rel=1e-5)
+        pids = [pid for _, pid in engines.workers()]
+        assert len(pids) == 2
+        os.kill(pids[1], signal.SIGSTOP)  # so that it cannot answer before it dies
+        waiting = asyncio.ensure_future(group.step(steps()))
+        await asyncio.sleep(0)
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(EngineDied):
+            await waiting
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        await group.start()
+        assert losses(await group.step(steps())) == pytest.approx(wanted, rel=1e-5)
+
+    runner.run(scenario())

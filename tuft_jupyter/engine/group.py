@@ -1,0 +1,92 @@
+"""Several training engines that are one: the ranks of a data-parallel trainer, started, stepped and ended together.
+
+Every rank is sent the same tasks and gives the same outcomes (:mod:`~tuft_jupyter.engine.parallel` says why); those of
+the first are told. The death of one is the death of all: the others could only wait for it. Knows neither Ray nor
+torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tuft_jupyter.core.engine import Outcome, Task, TrainingEngine
+
+
+class Rank(TrainingEngine, Protocol):
+    """An engine that can also be ended without giving up its place."""
+
+    async def end(self) -> None: ...
+
+    def resources(self) -> dict[str, Any]: ...
+
+
+class TrainingGroup:
+    """Implements ``core.engine.TrainingEngine`` over one engine per rank.
+
+    ``meeting`` is the file at which the ranks find each other.
+    """
+
+    def __init__(self, ranks: Sequence[Rank], meeting: Path) -> None:
+        self.ranks = ranks
+        self._meeting = meeting
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        return self.ranks[0].say
+
+    @say.setter
+    def say(self, told: Callable[[str], None]) -> None:
+        self.ranks[0].say = told
+
+    @property
+    def grain(self) -> int:
+        """As many tokens as all ranks together take in one pass."""
+        return len(self.ranks) * self.ranks[0].grain
+
+    async def start(self) -> None:
+        """Bring all ranks up; if one cannot be, none is."""
+        await self._end()
+        self._meeting.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            await _all([rank.start() for rank in self.ranks])
+        except BaseException:
+            await self._end()
+            raise
+
+    async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Run one batch on all ranks. EngineDied, and nothing left of the others, if one went away."""
+        try:
+            outcomes: list[list[Outcome]] = await _all([rank.step(tasks) for rank in self.ranks])
+        except Exception:
+            await self._end()
+            raise
+        return outcomes[0]
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(rank.stop() for rank in self.ranks))
+        self._meeting.unlink(missing_ok=True)
+
+    def resources(self) -> dict[str, Any]:
+        """The first rank's process as the lab shows it."""
+        return self.ranks[0].resources()
+
+    async def _end(self) -> None:
+        await asyncio.gather(*(rank.end() for rank in self.ranks))
+        self._meeting.unlink(missing_ok=True)
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """The values of all; as soon as one fails, its error, and the rest is cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
