@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab binder test unit check fault format hub-trial bench load cycles continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
+.PHONY: help properties demo lab binder test unit check fault format hub-trial bench load cycles continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

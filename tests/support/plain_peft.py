@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +40,21 @@ def plain_peft(
     return peft
 
 
+def in_double(peft: PeftModel) -> PeftModel:
+    """The same model computing in fp64 throughout: what all fp32 gradients are roundings of."""
+    peft.double()
+    peft.base_model.model.set_attn_implementation("sdpa")  # eager attention takes its softmax in fp32
+    for module in peft.modules():
+        if type(module).__name__.endswith("RMSNorm"):  # so do these their mean
+            module.forward = partial(_norm, module)
+    return peft
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    scaled: Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * scaled
+
+
 def adapter_parameters(peft: PeftModel) -> dict[str, torch.nn.Parameter]:
     """The trainable tensors under their names in a file."""
     return {n.replace(".default", ""): p for n, p in peft.named_parameters() if "lora_" in n}
@@ -47,7 +64,7 @@ def target_logprobs(peft: PeftModel, datum: Datum) -> Tensor:
     """Log-probabilities of the datum's target_tokens, shaped like them."""
     logits = peft(input_ids=torch.from_numpy(datum.tokens.astype(np.int64))[None], use_cache=False).logits[0]
     targets = torch.from_numpy(datum.inputs["target_tokens"].astype(np.int64))
-    logprobs = logits.float().log_softmax(-1)
+    logprobs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
     return logprobs.gather(1, targets.view(len(targets), -1)).view(targets.shape)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.datums import ask, make_datum, make_policy_datum
-from tests.support.plain_peft import adapter_parameters, plain_peft, target_logprobs
+from tests.support.plain_peft import adapter_parameters, in_double, plain_peft, target_logprobs
 from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import Datum, ForwardBackward, LoraSpec
@@ -31,6 +32,9 @@ TARGETS = (
 )
 LIMIT = 2e-6
 """Relative L2 in fp32, of the sum of a tenant's gradients."""
+OWN_ERROR = 4.0
+"""Where PEFT itself is further than that from the gradient in fp64 (a large alpha over a small rank: terms cancel),
+ours may be this many times as far as PEFT; both are draws from the same roundings."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Tenant:
 tenants = st.builds(
     Tenant,
     rank=st.integers(1, 9),
-    scale=st.sampled_from([0.5, 1.0, 2.0]),
+    scale=st.sampled_from([0.5, 1.0, 2.0, 12.0]),
     targets=st.sampled_from(TARGETS),
     loss=st.sampled_from(sorted(REGISTRY)),
     lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(120, 150)), min_size=1, max_size=4).map(tuple),
@@ -112,25 +116,36 @@ def test_tenants_at_random_get_their_own_numbers(model: Path, drawn: list[Tenant
         assert result.loss_sum == pytest.approx(total, rel=1e-5, abs=1e-6 * terms)
         for ours, expected in zip(result.logprobs, logprobs, strict=True):
             assert float((torch.from_numpy(ours) - expected).norm()) <= LIMIT * float(expected.norm())
-        views = adapter.split(adapter.grads)
-        gap = torch.cat([(views[name] - gradient).flatten() for name, gradient in theirs.items()])
-        size = torch.cat([gradient.flatten() for gradient in theirs.values()])
-        assert float(gap.norm()) <= LIMIT * float(size.norm())
+        ours_ = adapter.split(adapter.grads)
+        if distance(ours_, theirs) > LIMIT:
+            *_, exact = alone(model, tenant.spec, trainer.bank.state_dict(str(i)), request, double=True)
+            assert distance(ours_, exact) <= max(LIMIT, OWN_ERROR * distance(theirs, exact))
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Relative L2 between two gradients over all tensors of the other."""
+    gap = torch.cat([(one[name].double() - gradient).flatten() for name, gradient in other.items()])
+    size = torch.cat([gradient.double().flatten() for gradient in other.values()])
+    return float(gap.norm() / size.norm()) if gap.any() else 0.0
 
 
 def alone(
-    model: Path, spec: LoraSpec, weights: dict[str, Tensor], request: ForwardBackward
+    model: Path, spec: LoraSpec, weights: dict[str, Tensor], request: ForwardBackward, *, double: bool = False
 ) -> tuple[float, float, list[Tensor], dict[str, Tensor]]:
     """Loss sum, the sum of its terms' sizes, log-probabilities and gradients by PEFT, one datum at a time."""
     peft = plain_peft(model, spec, weights)
+    if double:
+        in_double(peft)
     loss, config = resolve(request.loss_fn, {})
     total = terms = 0.0
     logprobs = []
     for datum in request.data:
         found = target_logprobs(peft, datum)
-        given_ = {n: torch.from_numpy(v) for n, v in datum.inputs.items() if n != "target_tokens"}
+        given_ = {
+            n: torch.from_numpy(v).to(found.dtype) for n, v in datum.inputs.items() if n != "target_tokens"
+        }
         inputs = {
-            name: given_.get(name, torch.ones(found.shape)) for name in loss.inputs if name not in config
+            name: given_.get(name, torch.ones_like(found)) for name in loss.inputs if name not in config
         }
         values, slopes = loss.formula(found.detach(), inputs, config)
         total, terms = total + float(values.sum()), terms + float(values.abs().sum())
