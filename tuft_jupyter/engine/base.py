@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.engine import llama, packing
+from tuft_jupyter.engine import llama, memory, packing
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.llama import LlamaDecoder
 from tuft_jupyter.engine.pretrained import reading, refusal
@@ -75,6 +76,7 @@ def load_base(
         raise refusal(path, "read", error) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"base model {path!r} is quantized; use its unquantized weights")
+    _check_memory(path, dtype, device)
     try:
         hf: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -98,6 +100,19 @@ def load_base(
         max_length=int(text.max_position_embeddings),
         fingerprint=_fingerprint(hf),
     )
+
+
+def _check_memory(path: str, dtype: torch.dtype | None, device: torch.device) -> None:
+    """UserError if the weights alone are more than there is: said now, for afterwards the whole machine suffers."""
+    try:
+        need, free = memory.weights(Path(path), dtype), memory.available(device)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"base model {path!r}: its weights cannot be read: {error}") from error
+    if need > free:
+        raise UserError(
+            f"base model {path!r} takes {need / 1e9:.1f} GB of memory on {device.type}, and {free / 1e9:.1f} GB are "
+            "free: end other work, or serve a smaller model"
+        )
 
 
 def _fingerprint(hf: PreTrainedModel) -> str:
