@@ -93,10 +93,9 @@ class ModelSettings:
     """One base model: ``model_name`` on the wire, ``model_path`` a directory or a hub id (default: the name).
 
     ``max_model_len`` in tokens; None: as far as the model itself goes. ``temperature`` to
-    ``min_response_tokens`` are the sampler's defaults, ``max_lora_rank`` and ``max_loras`` its limits. Names
-    and defaults are those of TuFT 0.1. ``trust_remote_code`` None: as the server's setting of that name.
-    ``sampler_type`` None likewise; ``gpu_memory_utilization`` is the share of each GPU's memory that vLLM takes.
-    ``data_parallel`` is how many processes train together, each with a GPU of its own where there are any.
+    ``min_response_tokens`` are the sampler's defaults, ``max_lora_rank`` and ``max_loras`` its limits. Names and
+    defaults are those of TuFT 0.1. ``trust_remote_code``, ``sampler_type`` None: the server's. Of each GPU's memory
+    vLLM takes ``gpu_memory_utilization``; ``data_parallel`` processes train together, each on a GPU if there are any.
     """
 
     model_name: str
