@@ -145,8 +145,8 @@ class KVCache:
         rack, last = place.rack, place.rack.places.pop()
         if last is not place:
             for k_CGSD, v_CGSD in rack.layers.values():
-                k_CGSD[place.slot, :, : last.length] = k_CGSD[last.slot, :, : last.length]
-                v_CGSD[place.slot, :, : last.length] = v_CGSD[last.slot, :, : last.length]
+                k_CGSD[place.slot] = k_CGSD[last.slot]
+                v_CGSD[place.slot] = v_CGSD[last.slot]
             rack.places[place.slot] = last
             last.slot = place.slot
         self.give(rack.size)
@@ -162,6 +162,7 @@ class KVCache:
         for layer, pair in layers.items():
             for storage_CGSD, filled_GPD in zip(rack.layers[layer], pair, strict=True):
                 storage_CGSD[place.slot, :, :length] = filled_GPD[:, :length]
+                storage_CGSD[place.slot, :, length:] = 0  # who was here before may have left NaN
         return place
 
     def _widen(self, rack: Rack, like: Layers) -> None:
@@ -319,6 +320,10 @@ class DecodeAttention:
         """[C, H, D]. Two matmuls over all slots: the CPU's flash kernel takes two to three times as long here."""
         count, groups = q_CGRD.shape[:2]
         span = max(place.length for place in rack.places) + 1
+        if span * 2 > rack.size:
+            span = (
+                rack.size
+            )  # matmuls over whole slots need no strides, which is worth more than the rest of them
         k_XSD, v_XSD = (t[:count].flatten(0, 1)[:, :span] for t in (k_CGSD, v_CGSD))
         scores_XRS = torch.bmm(q_CGRD.flatten(0, 1), k_XSD.transpose(1, 2))
         mask = self._mask(rack, at, span, window, scores_XRS.dtype)

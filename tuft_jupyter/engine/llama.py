@@ -134,7 +134,10 @@ class _Layer:
 
     def __call__(self, x_ND: Tensor, packed: Packed, rope: _Rope, keep: bool) -> tuple[Tensor, _Kept]:
         n, h, j = len(x_ND), self.queries, self.queries + self.keys
-        parts = [linears.parts(packed.segments) for linears in (self.qkv, self.out, self.gate_up, self.down)]
+        parts = packed.memo.get(self)
+        if parts is None:
+            all_linears = (self.qkv, self.out, self.gate_up, self.down)
+            parts = packed.memo[self] = [linears.parts(packed.segments) for linears in all_linears]
         n1_ND, unit1, scale1 = self.norm1(x_ND)
         qkv_NX, h_qkv = self.qkv(n1_ND, parts[0])
         qkv_NCE = qkv_NX.view(n, -1, self.head_size)

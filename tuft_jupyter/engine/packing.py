@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
@@ -62,11 +62,15 @@ _thread = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One flat row: ``cu`` are the S + 1 sequence boundaries, ``segments`` cover [0, N) in order."""
+    """One flat row: ``cu`` are the S + 1 sequence boundaries, ``segments`` cover [0, N) in order.
+
+    ``memo`` is for layers: what they worked out about the row, if it is run more than once.
+    """
 
     cu: tuple[int, ...]
     segments: tuple[Segment, ...]
     attention: Attention
+    memo: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def tokens(self) -> int:

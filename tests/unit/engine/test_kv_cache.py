@@ -108,6 +108,19 @@ def test_attention_over_the_cache_equals_attention_over_the_whole_past(data: st.
             world.drop(data.draw(st.sampled_from(list(world.past))))
 
 
+def test_what_diverged_leaves_nothing_to_who_comes_after() -> None:
+    world = World(3)
+    world.prefill([100, 90, 80], 1, 999, None)
+    first, second, _ = world.past
+    for place in (first, second):
+        for tensor in place.rack.layers[0]:
+            tensor[place.slot] = torch.nan
+    world.drop(first)
+    world.drop(second)
+    world.prefill([10, 20], 1, 999, None)
+    world.decode(list(world.past), 3, None)
+
+
 def test_a_sequence_that_outgrows_its_slot_moves_to_a_larger_one() -> None:
     world = World(1)
     world.prefill([126, 30], 2, 999, None)
