@@ -24,12 +24,11 @@ def named() -> Iterator[str]:
 
 
 def rows(page: str) -> set[str]:
-    """The ids at the heads of table rows; ``H1-H9`` is all of them."""
+    """The ids in the first cells of table rows; ``H1-H9`` is all of them."""
     found: set[str] = set()
-    for first, last in re.findall(
-        r"^\| ([A-Z]\d+)(?:-[A-Z](\d+))? \|", (ROOT / page).read_text(), re.MULTILINE
-    ):
-        found |= {f"{first[0]}{i}" for i in range(int(first[1:]), int(last or first[1:]) + 1)}
+    for cell in re.findall(r"^\| ([^|]*) \|", (ROOT / page).read_text(), re.MULTILINE):
+        for letter, first, last in re.findall(r"\b([A-Z])(\d+)(?:-[A-Z](\d+))?\b", cell):
+            found |= {f"{letter}{i}" for i in range(int(first), int(last or first) + 1)}
     return found
 
 
