@@ -17,7 +17,12 @@ import { adapterOf, chooseFiles } from './upload';
 const DAY = 86400;
 
 /** What a command can be told in its arguments; what is not told is asked. */
-type Argument = 'checkpoint' | 'run' | 'runs' | 'metric' | 'format';
+type Argument = 'checkpoint' | 'run' | 'runs' | 'metric' | 'picked' | 'format';
+
+const TYPES: { [name in Argument]?: string } = {
+  runs: 'array',
+  picked: 'object'
+};
 
 function argumentWord(name: Argument, trans: TranslationBundle): string {
   switch (name) {
@@ -29,6 +34,8 @@ function argumentWord(name: Argument, trans: TranslationBundle): string {
       return trans.__('The ids of several runs');
     case 'metric':
       return trans.__('What the chart shows');
+    case 'picked':
+      return trans.__('The run and the step to begin with');
     case 'format':
       return trans.__('csv, jsonl or tensorboard');
   }
@@ -58,7 +65,7 @@ export class Commands {
       [name: string]: { type: string; description: string };
     } = {};
     for (const name of command.takes ?? []) {
-      const type = name === 'runs' ? 'array' : 'string';
+      const type = TYPES[name] ?? 'string';
       properties[name] = { type, description: argumentWord(name, trans) };
     }
     const options: CommandRegistry.ICommandOptions = {

@@ -16,14 +16,13 @@ import { IPicked, IRunViewProps } from './runviewstate';
 /** Props of {@link Figure}. */
 export interface IFigureProps extends IRunViewProps {
   chosen: readonly IIndexed[];
-  picked: IPicked | null;
   onPick: (picked: IPicked) => void;
   theme: number;
 }
 
 /** See the head of the file. */
 export function Figure(props: IFigureProps): JSX.Element {
-  const { chosen, picked, view, names, now, trans, onPick } = props;
+  const { chosen, view, names, now, trans, onPick } = props;
   const [asTable, setAsTable] = React.useState(false);
   const [zoomed, setZoomed] = React.useState(false);
   const chart = React.useRef<Chart | null>(null);
@@ -89,7 +88,7 @@ export function Figure(props: IFigureProps): JSX.Element {
         <Canvas
           lines={lines}
           options={options}
-          picked={pickOf(chosen, picked)}
+          picked={pickOf(chosen, view.picked)}
           theme={props.theme}
           label={label}
           describedBy={summary}

@@ -118,7 +118,7 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
       label: trans.__('Compare Runs'),
       caption: trans.__('Open a large chart of fine-tuning runs'),
       icon: tuftIcon,
-      takes: ['runs', 'metric'],
+      takes: ['runs', 'metric', 'picked'],
       execute: args => {
         const newest = [...feed.state.runs.keys()].slice(-4);
         return showRuns(new RunView(context, { runs: newest, ...args }));

@@ -71,10 +71,11 @@ export class TuftPanel extends LiveWidget {
               shown={shown}
               metric={this._metric}
               onMetric={metric => this._setMetric(metric)}
-              onOpen={() =>
+              onOpen={picked =>
                 void commands.execute(CommandIDs.openRuns, {
                   runs: [...shown],
-                  metric: this._metric
+                  metric: this._metric,
+                  picked
                 })
               }
               theme={this.theme}

@@ -21,7 +21,8 @@ export interface ICurvesProps {
   shown: ReadonlySet<string>;
   metric: Metric;
   onMetric: (metric: Metric) => void;
-  onOpen: () => void;
+  /** Open the shown runs in a large chart, at a point if one was clicked. */
+  onOpen: (picked?: { run: string; step: number }) => void;
   /** Counts theme changes. */
   theme: number;
   now: number;
@@ -37,9 +38,14 @@ export function Curves(props: ICurvesProps): JSX.Element {
   const lines = chosen.map(({ run, index }) =>
     lineOfRun(run, index, names.get(run.id) ?? run.id, now, metric)
   );
+  // The chart calls back long after it was made, when other runs may be shown.
+  const clicked = React.useRef<IChartOptions['onPick']>();
+  clicked.current = ({ line, index }) =>
+    props.onOpen({ run: runs[line].id, step: lines[line].x[index] });
   const options = React.useMemo(
     (): IChartOptions => ({
       height: HEIGHT,
+      onPick: pick => clicked.current?.(pick),
       xLabel: step => trans.__('step %1', formatCount(step)),
       xTick: stepTick,
       wholeX: true
@@ -69,7 +75,7 @@ export function Curves(props: ICurvesProps): JSX.Element {
       <button
         className="jp-Tuft-textButton"
         title={trans.__('Open these runs beside your notebook')}
-        onClick={props.onOpen}
+        onClick={() => props.onOpen()}
       >
         {trans.__('Enlarge')}
       </button>

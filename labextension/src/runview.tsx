@@ -19,7 +19,8 @@ export interface IRunViewBodyProps extends IRunViewProps {
 /** See the head of the file. */
 export function RunViewBody(props: IRunViewBodyProps): JSX.Element {
   const { view, state, trans, onView } = props;
-  const [picked, setPicked] = React.useState<IPicked | null>(null);
+  const { picked } = view;
+  const setPicked = (picked: IPicked) => onView({ picked });
   const chosen = chosenRuns(state, new Set(view.runs));
   const about =
     chosen.find(({ run }) => run.id === picked?.run) ??
@@ -38,12 +39,7 @@ export function RunViewBody(props: IRunViewBodyProps): JSX.Element {
         <>
           <Tiles {...props} chosen={chosen} />
           <div className="jp-Tuft-viewBody">
-            <Figure
-              {...props}
-              chosen={chosen}
-              picked={picked}
-              onPick={setPicked}
-            />
+            <Figure {...props} chosen={chosen} onPick={setPicked} />
             <RunFacts
               {...props}
               {...about}

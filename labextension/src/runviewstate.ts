@@ -3,6 +3,12 @@ import { ReadonlyPartialJSONObject } from '@lumino/coreutils';
 import { Axis, Metric, METRICS } from './curves';
 import { IShown } from './shown';
 
+/** The run of which facts are shown, and the step that was picked on its line. */
+export interface IPicked {
+  run: string;
+  step: number | null;
+}
+
 /** See the head of the file. */
 export interface IRunViewState {
   runs: string[];
@@ -11,12 +17,7 @@ export interface IRunViewState {
   /** What each step keeps of the average before it: 0 (nothing) up to, not including, 1. */
   smoothing: number;
   log: boolean;
-}
-
-/** The run of which facts are shown, and the step that was picked on its line. */
-export interface IPicked {
-  run: string;
-  step: number | null;
+  picked: IPicked | null;
 }
 
 /** What every part of a run view is given. */
@@ -33,6 +34,14 @@ export function readRunView(args: ReadonlyPartialJSONObject): IRunViewState {
     metric: METRICS.find(metric => metric === args.metric) ?? 'loss',
     axis: args.axis === 'time' ? 'time' : 'step',
     smoothing: smoothing >= 0 && smoothing < 1 ? smoothing : 0,
-    log: args.log === true
+    log: args.log === true,
+    picked: readPicked(args.picked)
   };
+}
+
+function readPicked(given: unknown): IPicked | null {
+  const { run, step } = (given ?? {}) as { run?: unknown; step?: unknown };
+  return typeof run === 'string'
+    ? { run, step: typeof step === 'number' ? step : null }
+    : null;
 }

@@ -30,7 +30,7 @@ export abstract class TabView<T extends object> extends LiveWidget {
 
   /** What the view shows, as the arguments of its command. */
   get arguments(): ReadonlyPartialJSONObject {
-    return { id: this.id, ...this.view };
+    return { id: this.id, ...this.view } as ReadonlyPartialJSONObject;
   }
 
   /** Emitted after {@link arguments} has changed. */

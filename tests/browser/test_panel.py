@@ -118,6 +118,10 @@ def test_axe_finds_nothing_serious_in_any_theme(staged: Staged) -> None:
     page = staged.page
     page.click("#tuft-panel >> text=Enlarge")
     page.wait_for_selector(".jp-Tuft-view canvas")
+    page.click(".jp-Tuft-view .u-over")
+    page.wait_for_selector(".jp-Tuft-view .jp-Tuft-sampleAnswer")
+    page.click("#tuft-panel section[aria-label=Keys] >> text=Keys")
+    page.wait_for_selector("#tuft-panel >> text=Create key")
     page.add_script_tag(path=AXE)
     found = {}
     for theme in THEMES:

@@ -61,6 +61,7 @@ def test_a_click_shows_the_facts_of_that_step_and_keys_walk_on(staged: Staged) -
     page = staged.page
     enlarge(staged)
     page.mouse.click(*at(staged, 0.5, 0.6))
+    page.wait_for_selector(PICKED)
     heading = page.inner_text(PICKED)
     step = int(heading.split()[1])
     assert 190 <= step <= 210
@@ -68,17 +69,20 @@ def test_a_click_shows_the_facts_of_that_step_and_keys_walk_on(staged: Staged) -
     assert f"{loss:.4g}" in page.inner_text(f"{VIEW} .jp-mod-picked")
     page.focus(f"{VIEW} .jp-Tuft-chartHost")
     page.keyboard.press("ArrowRight")
-    assert page.inner_text(PICKED).split()[1] == str(step + 1)
+    page.wait_for_selector(f"{PICKED} >> text=Step {step + 1} of")
     page.keyboard.press("End")
-    assert page.inner_text(PICKED).split()[1] == "400"
+    page.wait_for_selector(f"{PICKED} >> text=Step 400 of")
 
 
 def test_a_click_shows_what_the_weights_of_that_step_said(staged: Staged) -> None:
     stage = staged.play(runs=1)
     page = staged.page
-    enlarge(staged)
+    with page.expect_request("**/samples?step=*") as small:
+        page.click("#tuft-panel .u-over")  # in the panel's chart: the run view opens at that point
+    assert "step=2" in small.value.url
     with page.expect_request("**/samples?step=*") as asked:
         page.mouse.click(*at(staged, 0.5, 0.6))
+    page.wait_for_selector(PICKED)
     step = int(page.inner_text(PICKED).split()[1])
     assert f"step={step}" in asked.value.url
     said = page.locator(f"{VIEW} .jp-Tuft-said")
