@@ -81,7 +81,7 @@ def test_a_click_shows_what_the_weights_of_that_step_said(staged: Staged) -> Non
         page.click("#tuft-panel .u-over")  # in the panel's chart: the run view opens at that point
     assert "step=2" in small.value.url
     with page.expect_request("**/samples?step=*") as asked:
-        page.mouse.click(*at(staged, 0.5, 0.6))
+        page.mouse.click(*at(staged, 0.25, 0.6))
     page.wait_for_selector(PICKED)
     step = int(page.inner_text(PICKED).split()[1])
     assert f"step={step}" in asked.value.url
