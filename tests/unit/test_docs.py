@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,9 @@ def test_the_files_that_architecture_names_exist() -> None:
     for path in re.findall(r"`((?:core|wire|engine|tests)/[\w/]+\.py)`", text):
         base = ROOT if path.startswith("tests") else ROOT / "tuft_jupyter"
         assert (base / path).exists(), path
+
+
+def test_every_extra_is_documented() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "installation.md").read_text()
+    assert not {extra for extra in extras if extra != "dev" and f"| `{extra}` |" not in page}

@@ -132,7 +132,10 @@ def shown_config(model: str | None, env: Mapping[str, str] = os.environ) -> str:
     users = document["authorized_users"]
     where = "TUFT_API_KEY" if env.get("TUFT_API_KEY") else str(homes.credentials_path(homes.home_dir(env)))
     document["authorized_users"] = {f"(the key in {where})": user for user in users.values()}
-    return yaml.safe_dump(document, sort_keys=False)
+    text = yaml.safe_dump(document, sort_keys=False)
+    if model and model.startswith(("/", "~", "./", "../")) and not Path(model).expanduser().is_dir():
+        text = f"# There is no directory {model} on this machine.\n{text}"
+    return text
 
 
 def _settings(env: Mapping[str, str]) -> list[tuple[str, str]]:

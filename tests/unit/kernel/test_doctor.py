@@ -74,3 +74,25 @@ def test_the_sampler_is_said_with_the_reason(
     assert doctor.sampler(settings, tmp_path) == "torch (there is no GPU)"
     (tmp_path / "0000:01:00.0").mkdir()
     assert doctor.sampler(settings, tmp_path) == "vllm (vLLM is installed, and there is a GPU)"
+
+
+def test_a_shown_configuration_says_when_its_model_is_not_there(env: dict[str, str], tmp_path: Path) -> None:
+    """S0-29: with the context length of a model that is."""
+    assert doctor.shown_config("/no/such", env).startswith(
+        "# There is no directory /no/such on this machine.\n"
+    )
+    assert doctor.shown_config(str(tmp_path), env).startswith("checkpoint_dir:")
+    assert "max_model_len: 2048" in doctor.shown_config("tuft/demo", env)
+
+
+def test_a_kernel_s_sdk_and_package_of_another_time_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S1-08: what needs a hand begins with an exclamation mark and ends with the command."""
+    odd = doctor.ASK.replace("version(name) for", "{'tinker': '0.1.0', 'tuft-jupyter': '9.9'}.get(name) for")
+    monkeypatch.setattr(doctor, "ASK", odd)
+    text = doctor.ask(sys.executable)
+    assert text.startswith("! ")
+    for part in ("tinker 0.1.0 is too old", "it has tuft-jupyter 9.9", "pip install --upgrade tuft-jupyter"):
+        assert part in text
+    monkeypatch.setattr(doctor, "ASK", doctor.ASK.replace("'tinker': '0.1.0', ", ""))
+    assert "lacks tinker: " in doctor.ask(sys.executable)
+    assert '-m pip install tuft-jupyter "tinker>=' in doctor.ask(sys.executable)
