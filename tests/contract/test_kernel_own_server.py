@@ -16,8 +16,9 @@ from jupyter_client.manager import KernelManager
 
 from tests.contract.test_kernel_servers import BIN, SPELLINGS, Daemon, alive, config, daemon, env, home, port
 from tests.support.live import ask, key_of, python, until
+from tests.support.stub_server import StubServer
 from tuft_jupyter import home as homes
-from tuft_jupyter.kernel import discovery
+from tuft_jupyter.kernel import discovery, launch
 
 __all__ = ["config", "daemon", "env", "home", "port"]
 
@@ -233,3 +234,19 @@ def test_a_daemon_is_found_and_stopped_wherever_it_listens(
         if running.poll() is None:
             running.kill()
             running.wait()
+
+
+def test_a_port_that_was_taken_in_the_meantime_is_left_to_who_took_it(
+    env: dict[str, str], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S0-40: between choosing and listening, another server was quicker; it is not taken for our own."""
+    real = launch.choose_port
+    with StubServer() as other:
+        taken = iter([other.port])
+        monkeypatch.setattr(launch, "choose_port", lambda host, asked: next(taken, None) or real(host, asked))
+        server = launch.start(config, env)
+        try:
+            assert server.address != other.address
+            assert alive(server.address)
+        finally:
+            server.stop()

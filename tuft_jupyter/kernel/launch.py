@@ -21,6 +21,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import yaml
 
 from tuft_jupyter import home as homes
@@ -161,9 +162,11 @@ def start(config: Path, env: Mapping[str, str] = os.environ, timeout: float = ST
     server = OwnedServer(f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}", process, owner_end, log)
     os.register_at_fork(after_in_child=server.forget)
     try:
-        _wait(server, timeout)
-    except BaseException:
+        _wait(server, port, timeout)
+    except BaseException as error:
         server.stop()
+        if isinstance(error, TuftConnectionError) and not env.get("TUFT_PORT") and not _free(host, port):
+            return start(config, {**env, "TUFT_PORT": "0"}, timeout)  # another program was quicker
         raise
     return server
 
@@ -194,9 +197,9 @@ def _free(host: str, port: int) -> bool:
     return True
 
 
-def _wait(server: OwnedServer, timeout: float) -> None:
+def _wait(server: OwnedServer, port: int, timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    while not Client(server.address).alive():
+    while not (_listens(server.process.pid, port) and Client(server.address).alive()):
         code = server.process.poll()
         if code is not None:
             raise TuftConnectionError(
@@ -207,6 +210,17 @@ def _wait(server: OwnedServer, timeout: float) -> None:
                 f"The TuFT server did not answer within {timeout:.0f} s. Its log ends:\n{tail(server.log)}"
             )
         time.sleep(POLL_SECONDS)
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Whether it is this process that has the port, not one that took it in the meantime."""
+    try:
+        connections = psutil.Process(pid).net_connections(kind="tcp")
+    except psutil.AccessDenied:  # this system does not tell
+        return True
+    except psutil.Error:
+        return False
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
