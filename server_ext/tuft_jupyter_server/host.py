@@ -117,6 +117,8 @@ class Host:
         groups: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self.settings = settings
+        if settings.toy_backend_seed:
+            log.info("toy_backend_seed is read and has no effect: there is no toy engine here")
         self.owner = owner or Principal(owner_name(), admin=True)
         self.key = os.environ.get("TUFT_API_KEY") or ensure_key(settings.home)
         self.tickets = Tickets(ensure_secret(settings.home))

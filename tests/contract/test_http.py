@@ -145,6 +145,29 @@ def test_every_route_refuses_no_key_with_401_and_a_wrong_one_with_403(tmp_path: 
     on_server(tmp_path, body)
 
 
+def test_any_configured_key_opens_and_our_own_are_such_that_the_sdk_takes_them(tmp_path: Path) -> None:
+    """X2, S1-31: TuFT's own example key over raw HTTP, and one that we make."""
+
+    async def body(server: Server) -> None:
+        made = (await server.post("/tuft/keys", {"tenant": "carol"}))["key"]
+        assert made.startswith("tml-")
+        assert server.host.key.startswith("tml-")
+        for key in ("local-dev-key", made):
+            assert (await server.ask("GET", "/sessions", key=key)).code == 200
+        assert (await server.ask("GET", "/sessions", key="local-dev-keY")).code == 403
+
+    on_server(tmp_path, body, authorized_users={"local-dev-key": "dev"})
+
+
+def test_the_seed_of_a_toy_engine_is_accepted_and_said_to_do_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S1-23."""
+    with caplog.at_level("INFO", "tuft_jupyter"):
+        Server(tmp_path, toy_backend_seed=7).http.stop()
+    assert "toy_backend_seed is read and has no effect" in caplog.text
+
+
 def test_a_path_that_is_none_says_so_and_is_not_retried(tmp_path: Path) -> None:
     async def body(server: Server) -> None:
         for method, path in (("GET", "/nowhere"), ("POST", "/create_model/x"), ("DELETE", "/create_model")):
@@ -246,7 +269,7 @@ def test_bad_input_is_refused_at_once_by_name(tmp_path: Path, path: str, change:
 
 
 def test_a_checkpoint_of_another_base_model_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
-    """S1-34: at once, with both models' names and the way out."""
+    """S1-34, S1-21: at once, with both models' names and the way out; both are offered."""
 
     async def body(server: Server) -> None:
         async def done(verb: str, **asked: Any) -> None:
@@ -259,6 +282,8 @@ def test_a_checkpoint_of_another_base_model_is_refused_when_it_is_asked_for(tmp_
         await done("/save_weights", model_id=run, path="n", seq_id=1)
         other = {"session_id": session, "model_seq_id": 1, "base_model": "other"}
         await done("/create_model", **other, lora_config={"rank": 8})
+        offered = json.loads((await server.ask("GET", "/get_server_capabilities")).body)["supported_models"]
+        assert [model["model_name"] for model in offered] == ["tuft/demo", "other"]
         before = public(server.host.ledger.state)
         asked = {"model_id": f"{session}:train:1", "path": f"tinker://{run}/weights/n", "seq_id": 1}
         told = refusal(await server.ask("POST", "/load_weights", asked))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import psutil
 import pytest
 
 from examples.run_on_server import Kernel, Server
@@ -32,6 +34,15 @@ def test_the_stock_sdk_can(client: Kernel, verb: str) -> None:
 def test_refused_by_name_without_disturbing_anything(client: Kernel, name: str) -> None:
     """S1-19, S1-30, S1-34."""
     client.run(f"sdk_verbs.refuse(client, {name!r})", timeout=60)
+
+
+def test_after_all_that_the_notebook_servers_process_has_loaded_no_model_library(
+    client: Kernel, alice: Server
+) -> None:
+    """S1-65: training and sampling happen elsewhere; torch and vLLM are not even mapped into this process."""
+    mapped = {Path(each.path).name for each in psutil.Process(alice.pid).memory_maps()}
+    assert any(name.startswith("libpython") or "python" in name for name in mapped)
+    assert not {name for name in mapped if name.startswith(("libtorch", "libc10", "vllm", "_C.abi3"))}
 
 
 def test_a_page_of_another_site_can_do_nothing(alice: Server) -> None:

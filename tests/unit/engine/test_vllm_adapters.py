@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.loops import on_a_loop
+from tuft_jupyter.config import ModelSettings, Settings
 from tuft_jupyter.core.errors import NotFound, UserError
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actors import ActorOptions, VllmOptions
-from tuft_jupyter.engine.cluster import GPU_SHARE, ClusterSamplingEngine
+from tuft_jupyter.engine.cluster import GPU_SHARE, ClusterSamplingEngine, Engines
 from tuft_jupyter.engine.vllm_adapters import WEIGHTS, Named, NamedAdapters
 from tuft_jupyter.engine.vllm_sampler import VllmSampler
 
@@ -113,6 +114,18 @@ async def test_weights_that_cannot_be_loaded_fail_everybody_who_asked_and_are_tr
 def test_without_vllm_the_error_names_the_extra(qwen3: Path) -> None:
     with pytest.raises(UserError, match=r'not installed: pip install "tuft-jupyter\[vllm\]"'):
         VllmSampler(qwen3)
+
+
+def test_the_gpus_of_a_model_are_those_its_entry_in_the_file_asks_for(tmp_path: Path) -> None:
+    """S1-20: one GPU shared for the first entry, two whole ones for the second."""
+    models = (ModelSettings("small"), ModelSettings("large", tensor_parallel_size=2))
+    settings = Settings(tmp_path, tmp_path, supported_models=models, sampler_type="vllm")
+    made = Engines(settings)
+    asked = [
+        made.sampling(ModelCard(model.model_name, "/m", 128, 64, "Qwen3ForCausalLM")).gpus()
+        for model in models
+    ]
+    assert asked == [GPU_SHARE, 2]
 
 
 def test_a_sampler_over_several_gpus_asks_for_them() -> None:
