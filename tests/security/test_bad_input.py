@@ -171,7 +171,7 @@ def test_a_wrong_pass_names_its_datum_and_the_limit(
             "forward_backward", make(scene).SerializeToString(), media=PROTOBUF
         )
         assert category == "user"
-        assert status in (200, 400)
+        assert status == (400 if "not available on this server" in text else 200)  # what can be known at once
         assert re.search(words, text, re.DOTALL), text
 
     on_scene(body)

@@ -29,11 +29,6 @@ from typing import Any
 
 from tuft_jupyter.core.errors import UserError
 
-CUSTOM_LOSS_IS_OFF = (
-    "losses of one's own are not computed on this server: its operator has not set custom_loss_server_side. Give "
-    "forward_backward_custom() the function itself, and it is computed on your side"
-)
-
 MAX_NODES = 256
 MAX_INPUTS = 16
 MAX_BYTES = 64 * 2**10

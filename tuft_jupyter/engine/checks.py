@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.core.loss_graph import CUSTOM_LOSS_IS_OFF, LOGPROBS
+from tuft_jupyter.core.loss_graph import LOGPROBS
+from tuft_jupyter.core.loss_names import check_loss
 from tuft_jupyter.core.types import AdamParams, Datum, ForwardBackward
 from tuft_jupyter.engine.custom_loss import Program
-from tuft_jupyter.engine.losses import CUSTOM, Loss, resolve
+from tuft_jupyter.engine.losses import Loss, resolve
 
 
 def check_request(
@@ -27,8 +28,7 @@ def check_request(
 
     ``custom_loss``: whether losses that users wrote are computed here.
     """
-    if request.loss_fn == CUSTOM and not custom_loss:
-        raise UserError(CUSTOM_LOSS_IS_OFF)
+    check_loss(request.loss_fn, custom_loss=custom_loss)
     loss, _ = resolve(request.loss_fn, request.loss_config)
     if not request.data:
         raise UserError("data: the batch is empty; send at least one datum")

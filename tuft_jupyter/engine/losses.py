@@ -35,10 +35,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuft_jupyter.core.errors import DatumError, UserError
+from tuft_jupyter.core.loss_names import CUSTOM, check_loss
 from tuft_jupyter.engine.custom_loss import Program, program
-
-CUSTOM = "custom"
-"""The name of every loss that a user wrote; ``loss_fn_config["loss_id"]`` says which."""
 
 Inputs = Mapping[str, Tensor]
 Config = Mapping[str, float]
@@ -162,13 +160,6 @@ REGISTRY: Mapping[str, Loss] = {
     )
 }
 
-_NOT_HERE = {
-    "stable_reinforce": (
-        "its formula is not public",
-        'Use loss_fn="importance_sampling" (or "ppo" for off-policy data).',
-    ),
-}
-
 
 def written(own: Program, datum: int = 0) -> Loss:
     """The loss that a user's graph computes; what goes wrong in it is datum ``datum``'s fault."""
@@ -201,13 +192,8 @@ def resolve(name: str, config: Mapping[str, float | str]) -> tuple[Loss, Config]
     """
     if name == CUSTOM:
         return written(program(config.get("loss_id"))), {}
-    loss = REGISTRY.get(name)
-    if loss is None:
-        reason, advice = _NOT_HERE.get(name, ("it is not known", ""))
-        text = (
-            f'loss_fn "{name}" is not available on this server: {reason}. Available: {", ".join(REGISTRY)}.'
-        )
-        raise UserError(f"{text} {advice}".rstrip())
+    check_loss(name, custom_loss=False)
+    loss = REGISTRY[name]
     values = dict(loss.config)
     for key, value in config.items():
         if key not in values:

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.engine.losses import CUSTOM, REGISTRY, resolve
+from tuft_jupyter.core.loss_names import BUILT_IN, CUSTOM
+from tuft_jupyter.engine.losses import REGISTRY, resolve
 
 Array = NDArray[Any]
 STEP = 1e-30
@@ -120,6 +121,7 @@ def test_several_targets_at_a_position_are_summed_as_their_formula_says() -> Non
 
 
 def test_every_loss_and_every_setting_is_held_against_a_formula() -> None:
+    assert tuple(REGISTRY) == BUILT_IN
     assert REFERENCES.keys() == REGISTRY.keys()
     for name, loss in REGISTRY.items():
         tried = {key for settings in SETTINGS.get(name, [{}]) for key in settings}

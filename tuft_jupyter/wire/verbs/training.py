@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from tuft_jupyter.core.errors import NotOffered, UserError
-from tuft_jupyter.core.loss_graph import CUSTOM_LOSS_IS_OFF, Node, checked
+from tuft_jupyter.core.loss_graph import Node, checked
+from tuft_jupyter.core.loss_names import CUSTOM_LOSS_IS_OFF, check_loss
 from tuft_jupyter.core.types import CheckpointKind, OpKind
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.peek import peek_forward_backward
@@ -55,6 +56,7 @@ class TrainingVerbs(Verbs):
 
     async def _pass(self, call: Call, kind: OpKind) -> Reply:
         peek = peek_forward_backward(call.body, call.content_type)
+        check_loss(peek.loss_fn, custom_loss=self.service.limits.custom_loss)
         self.service.quotas.check_input(call.principal.tenant, peek.tokens)
         await self.service.quotas.pace(call.principal.tenant, 1, peek.tokens)
         request_id = await self.service.runs.forward_backward(
