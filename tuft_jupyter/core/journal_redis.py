@@ -149,7 +149,7 @@ class RedisJournal:
         except Overloaded as silent:
             raise Unavailable(silent.message) from None
         where = f"the namespace {self.namespace!r}"
-        self.elsewhere = lease.address_of(answer[1]) if answer[0] == b"HELD" else ""
+        self.elsewhere = self._other(answer[1]) if answer[0] == b"HELD" else ""
         if answer[0] == b"HELD":
             raise Unavailable(
                 f"{where} in Redis {self.place} is written by {lease.holder_of(answer[1])}: connect to that server, "
@@ -326,7 +326,7 @@ class RedisJournal:
             return
         where = f"the namespace {self.namespace!r} in Redis {self.place}"
         if answer[0] == b"FENCED":
-            self.elsewhere = lease.address_of(answer[1])
+            self.elsewhere = self._other(answer[1])
             heir = lease.holder_of(answer[1])
             what = f"this server was silent too long and {heir} took over {where}: connect to that one"
         elif answer[0] == b"BEHIND":
@@ -338,6 +338,11 @@ class RedisJournal:
         self.problem = f"{what}. Nothing more is accepted; restart this server to read the journal anew"
         log.error("%s", self.problem)
         raise ReadOnly(self.problem, retry_after=30.0)
+
+    def _other(self, token: bytes) -> str:
+        """Where a lease's holder answers, unless that is here: a server that was killed held it at our address."""
+        address = lease.address_of(token)
+        return "" if address == self.address else address
 
     async def _run(self, script: str, *arguments: Any) -> Any:
         """Run one of our scripts; Overloaded if Redis does not do it."""

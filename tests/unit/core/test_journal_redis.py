@@ -236,6 +236,24 @@ def test_who_writes_says_where_it_answers_and_who_was_outlived_learns_it(
     asyncio.run(scenario())
 
 
+def test_a_server_that_was_killed_and_started_again_sends_nobody_to_itself(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """F2, S1-52: its own old lease stands for a moment; clients are told to come back later."""
+
+    async def scenario() -> None:
+        killed, again = journal(redis, tmp_path), journal(redis, tmp_path)
+        killed.address = again.address = "http://127.0.0.1:8888/tuft"
+        await killed.open(lambda record: None)
+        killed._tasks.pop().cancel()
+        with pytest.raises(Unavailable):
+            await again.open(lambda record: None)
+        assert again.elsewhere == ""
+        await killed.close()
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(
     ("address", "followed"),
     [
