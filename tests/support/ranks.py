@@ -48,6 +48,9 @@ def train(trainer: PeftTrainer, out: Path) -> None:
         for i, result in enumerate(trainer.forward_backward(batch)):
             assert isinstance(result, ForwardBackwardResult), result
             numbers[f"{turn}.{i}.loss"] = torch.tensor([result.loss_sum, result.weight_sum])
+            numbers[f"{turn}.{i}.metrics"] = torch.tensor(
+                [result.metrics[key] for key in sorted(result.metrics)]
+            )
             numbers[f"{turn}.{i}.logprobs"] = torch.from_numpy(np.concatenate(result.logprobs))
         bad = ask([*(make_policy_datum(n) for n in (5, 9, 2)), far()], "importance_sampling")
         fine, failed = trainer.forward_backward([("b", ask([make_datum(11), make_datum(7)])), ("a", bad)])

@@ -30,13 +30,13 @@ from tuft_jupyter.core.errors import DatumError, ServerError, UserError
 from tuft_jupyter.core.types import ForwardBackwardResult, LoraSpec
 from tuft_jupyter.engine import memory
 from tuft_jupyter.engine.passes import Item
+from tuft_jupyter.engine.slices import joined_metrics
 from tuft_jupyter.engine.trainer import PeftTrainer
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_WORDS = 2048  # bytes in which a rank says what went wrong
 _INTERFACE = "lo"
 
 
@@ -64,12 +64,14 @@ class Group:
 
     def hear(self, words: bytes) -> list[bytes]:
         """What each rank says."""
-        said = torch.zeros(_WORDS, dtype=torch.uint8)
-        said[: len(words)] = torch.tensor(list(words), dtype=torch.uint8)
-        said = said.to(self._device)
+        size = torch.tensor([len(words)], device=self._device)
+        sizes = [torch.empty_like(size) for _ in range(self.ranks)]
+        self._talk(lambda: dist.all_gather(sizes, size))
+        longest = max(int(one) for one in sizes)
+        said = torch.frombuffer(bytearray(words.ljust(longest + 1)), dtype=torch.uint8).to(self._device)
         heard = [torch.empty_like(said) for _ in range(self.ranks)]
         self._talk(lambda: dist.all_gather(heard, said))
-        return [bytes(one.tolist()).rstrip(b"\0") for one in heard]
+        return [bytes(one.tolist())[: int(n)] for one, n in zip(heard, sizes, strict=True)]
 
     def check(self) -> None:
         """ServerError if a rank was lost: then no call can be relied on any more."""
@@ -131,14 +133,23 @@ class ParallelTrainer(PeftTrainer):
             failure = DatumError(mine[some[0]][error.datum], error.problem) if len(batch) == 1 else error
         except Exception as error:  # noqa: BLE001 - told to all, and raised there
             failure = error
-        self._agree(failure)
-        return self._joined(batch, mine, dict(zip(some, results, strict=True)))
+        found = dict(zip(some, results, strict=False))  # none if it failed
+        told = [[found[i].metrics, len(mine[i])] if i in found else None for i in range(len(batch))]
+        metrics = [
+            joined_metrics([part for part in parts if part])
+            for parts in zip(*self._agree(failure, told), strict=True)
+        ]
+        return self._joined(batch, mine, found, metrics)
 
     def _sum_gradients(self, grads: Tensor) -> None:
         self.group.sum_(grads)
 
     def _joined(
-        self, batch: Sequence[Item], mine: list[list[int]], results: dict[int, ForwardBackwardResult]
+        self,
+        batch: Sequence[Item],
+        mine: list[list[int]],
+        results: dict[int, ForwardBackwardResult],
+        metrics: list[dict[str, float]],
     ) -> list[ForwardBackwardResult]:
         """Everybody's results, from one sum in which each number is given by one rank and 0 elsewhere."""
         numbers: list[NDArray[Any]] = []
@@ -152,14 +163,14 @@ class ParallelTrainer(PeftTrainer):
         self.group.sum_(whole)
         values = np.split(whole.numpy(), np.cumsum([len(part) for part in numbers])[:-1])
         joined, at = [], 0
-        for _, request in batch:
+        for (_, request), whole_metrics in zip(batch, metrics, strict=True):
             loss_sum, weight_sum = values[at].tolist()
             logprobs = [
                 value.astype(np.float32).reshape(datum.inputs["target_tokens"].shape)
                 for value, datum in zip(values[at + 1 :], request.data, strict=False)
             ]
             at += 1 + len(request.data)
-            joined.append(ForwardBackwardResult(logprobs, loss_sum, weight_sum, {"loss:sum": loss_sum}))
+            joined.append(ForwardBackwardResult(logprobs, loss_sum, weight_sum, whole_metrics))
         return joined
 
     def _everywhere(self, change: Callable[[], T]) -> T:
@@ -176,13 +187,16 @@ class ParallelTrainer(PeftTrainer):
             raise failure
         return value  # type: ignore[return-value]
 
-    def _agree(self, failure: Exception | None) -> None:
-        """Raise the first rank's failure on every rank, if there is one."""
+    def _agree(self, failure: Exception | None, told: Any = None) -> list[Any]:
+        """What each rank tells; or the first rank's failure, raised on every rank, if there is one."""
         if failure is not None and not isinstance(failure, UserError):
             log.error("rank %d failed", self.group.rank, exc_info=failure)
-        for words in self.group.hear(b"" if failure is None else _told(failure)):
-            if words:
-                raise _heard(words)
+        words = [None if failure is None else _told(failure), told if failure is None else None]
+        heard = [json.loads(one) for one in self.group.hear(json.dumps(words).encode())]
+        for problem, _ in heard:
+            if problem is not None:
+                raise _heard(problem)
+        return [facts for _, facts in heard]
 
 
 def share(batch: Sequence[Item], ranks: int) -> list[list[list[int]]]:
@@ -200,7 +214,7 @@ def share(batch: Sequence[Item], ranks: int) -> list[list[list[int]]]:
     return shares
 
 
-def _told(failure: Exception) -> bytes:
+def _told(failure: Exception) -> tuple[str, int, str]:
     kind = (
         "datum" if isinstance(failure, DatumError) else
         "user" if isinstance(failure, UserError) else
@@ -212,13 +226,11 @@ def _told(failure: Exception) -> bytes:
         if isinstance(failure, DatumError)
         else (0, f"{type(failure).__name__}: {failure}" if kind == "other" else str(failure))
     )
-    return json.dumps(
-        [kind, datum, text[: _WORDS // 8]]
-    ).encode()  # JSON takes at most six bytes for a character
+    return kind, datum, text
 
 
-def _heard(words: bytes) -> Exception:
-    kind, datum, text = json.loads(words)
+def _heard(problem: tuple[str, int, str]) -> Exception:
+    kind, datum, text = problem
     match kind:
         case "datum":
             return DatumError(datum, text)

@@ -7,7 +7,7 @@ neither bytes nor engines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tuft_jupyter.core.types import ForwardBackward, ForwardBackwardResult
@@ -66,22 +66,22 @@ class Sliced:
             logprobs=[logprobs for part in self.parts for logprobs in part.logprobs],
             loss_sum=sum(part.loss_sum for part in self.parts),
             weight_sum=sum(part.weight_sum for part in self.parts),
-            metrics=_joined_metrics(self.parts),
+            metrics=joined_metrics([(part.metrics, len(part.logprobs)) for part in self.parts]),
         )
 
 
-def _joined_metrics(parts: Sequence[ForwardBackwardResult]) -> dict[str, float]:
+def joined_metrics(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
     """Metrics by their ``name:reduction``, means weighted by datums as the SDK does over chunks (protocol section
-    3.3).
+    3.3); a part is its metrics and its number of datums.
 
     Only what every part has and what can be joined exactly is kept: sum, mean, min and max.
     """
-    datums = [len(part.logprobs) for part in parts]
+    datums = [count for _, count in parts]
     joined = {}
-    for key in parts[0].metrics:
-        if not all(key in part.metrics for part in parts):
+    for key in parts[0][0]:
+        if not all(key in metrics for metrics, _ in parts):
             continue
-        values = [part.metrics[key] for part in parts]
+        values = [metrics[key] for metrics, _ in parts]
         match key.rpartition(":")[2]:
             case "sum":
                 joined[key] = sum(values)
