@@ -33,6 +33,7 @@ class Limits:
 
     max_rank: int = 64
     queued_ops_per_tenant: int = 4096
+    queued_bytes_per_tenant: int = 2**30
     batch_tokens: int = 512
     shared_batch_tokens: int = 256
     idle_timeout: float = 1800.0

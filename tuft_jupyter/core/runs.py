@@ -331,10 +331,12 @@ class Runs:
             return known
         waiting = self._accepting.get((run, seq))
         if waiting is None:
-            queued = sum(len(lane.queue) for lane in lanes.by_run.values() if lane.tenant == tenant)
-            if queued >= self.limits.queued_ops_per_tenant:
+            mine = [len(e.op.body) for ln in lanes.by_run.values() if ln.tenant == tenant for e in ln.queue]
+            most, room = self.limits.queued_ops_per_tenant, self.limits.queued_bytes_per_tenant
+            if len(mine) >= most or (mine and body and sum(mine) + len(body) > room):
                 raise Overloaded(
-                    f"{queued} requests of yours wait already, the limit of this server: wait for results"
+                    f"{len(mine)} requests of yours wait already, with {sum(mine)} bytes; the limits of this server "
+                    f"are {most} and {room}: wait for results"
                 )
             op = Op(secrets.token_hex(16), run, seq, kind, tenant, tokens, args, body, content_type)
             # A task of its own: a client that goes away leaves no op that is on record and in no lane.

@@ -214,3 +214,28 @@ def test_copies_at_once_share_the_room_that_is_left(tmp_path: Path) -> None:
             assert len(here.service.state.checkpoints) == 3
 
     scenario(body)
+
+
+def test_what_waits_is_bounded_in_number_and_in_bytes_and_others_have_room(tmp_path: Path) -> None:
+    """H4, L6, T12: over all runs of a tenant; "later" (429), never an error; one alone always fits."""
+    limits = Limits(queued_ops_per_tenant=4, queued_bytes_per_tenant=100)
+
+    async def body() -> None:
+        async with world(tmp_path, limits=limits) as here:
+            runs = [await here.connect(ALICE, n) for n in range(2)]
+            other = await here.connect(BOB)
+            here.engines.trainer.gate.clear()
+            accepted = [await here.forward_backward(runs[0], text="x" * 198 + ":8")]
+            with pytest.raises(Overloaded, match="200 bytes"):
+                await here.forward_backward(runs[1], text="y:8")
+            accepted += [await here.optim_step(run) for run in (runs[0], runs[1], runs[1])]
+            with pytest.raises(Overloaded, match="4 requests of yours"):
+                await here.optim_step(runs[1])
+            theirs = await here.forward_backward(other, who=BOB, text="z" * 97 + ":8")
+            here.engines.trainer.gate.set()
+            for request in accepted:
+                assert not (await here.answer(request)).category
+            assert not (await here.answer(theirs, BOB)).category
+            assert not (await here.answer(await here.forward_backward(runs[1], text="y:8"))).category
+
+    scenario(body)
