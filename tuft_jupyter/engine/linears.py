@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tuft_jupyter.engine.lora import MultiLoraLinear, Slot, take
 from tuft_jupyter.engine.packing import Segment, boundaries
+from tuft_jupyter.engine.side_by_side import Rows, SideBySide
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,22 @@ class _Stack:
             dx_NI.addmm_(dh_NR, self.a, alpha=self.scale)
 
 
-StackedPart = tuple[int, int, _Stack]
+@dataclass(frozen=True, slots=True)
+class _Together:
+    """All adapters of a row at once; see :mod:`~tuft_jupyter.engine.side_by_side`."""
+
+    rows: Rows
+    weights: SideBySide
+
+    def update(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
+        self.weights.update(self.rows, x_NI, y_NO)
+        return x_NI.new_empty(0)
+
+    def pull(self, dy_NO: Tensor, x_NI: Tensor, h_NR: Tensor, dx_NI: Tensor | None) -> None:
+        raise RuntimeError("adapters that are computed together are only read")
+
+
+StackedPart = tuple[int, int, _Stack | _Together]
 _Stacked = tuple[tuple[ref[Slot], ...], list[_Stack]]
 """What was stacked, and how. It holds no slot: an adapter that is removed takes its stacks along."""
 
@@ -77,6 +93,9 @@ class Linears:
             slice(a, b) for a, b in pairwise(boundaries([module.out_features for module in modules]))
         ]
         self._stacks: WeakKeyDictionary[Slot, _Stacked] = WeakKeyDictionary()
+        self._together: WeakKeyDictionary[Slot, tuple[tuple[ref[Slot], ...], SideBySide]] = (
+            WeakKeyDictionary()
+        )  # of the adapters that were last read together
         self._weight, self._bias = modules[0].weight.detach(), modules[0].bias
         if len(modules) > 1:
             self._weight = torch.cat([module.weight.detach() for module in modules])
@@ -85,10 +104,14 @@ class Linears:
             for module, columns in zip(modules, self._columns, strict=True):
                 module.weight = nn.Parameter(self._weight[columns], requires_grad=False)
 
-    def parts(self, segments: Sequence[Segment]) -> list[StackedPart]:
-        """For each segment the stacks of its adapter in these layers; more than one if they are not neighbours."""
+    def parts(self, segments: Sequence[Segment], rows: Rows | None = None) -> list[StackedPart]:
+        """For each segment the stacks of its adapter in these layers; more than one if they are not neighbours.
+
+        With ``rows`` one part for all of them, where their geometry is the same and they are only read.
+        """
         modules = [getattr(self._parent, name) for name in self._names]
-        found: list[StackedPart] = []
+        found: list[tuple[int, int, _Stack]] = []
+        firsts: list[Slot] = []
         for start, end, name in segments:
             slots = [
                 (module.slots[name], columns)
@@ -97,7 +120,23 @@ class Linears:
             ]
             if slots:
                 found += [(start, end, stack) for stack in self._stacked(slots)]
-        return found
+                firsts.append(slots[0][0])
+        if rows is not None and rows.count == len(firsts) == len(found) and _alike([s for _, _, s in found]):
+            weights = self._beside(firsts, [stack for _, _, stack in found])
+            return [(rows.first, found[-1][1], _Together(rows, weights))]
+        return list(found)
+
+    def _beside(self, firsts: list[Slot], stacks: list[_Stack]) -> SideBySide:
+        of, weights = self._together.get(firsts[0], ((), None))
+        if weights is None or [slot() for slot in of] != firsts:
+            bs = [
+                ([stack.members[i].b for stack in stacks], member.hidden, member.columns)
+                for i, member in enumerate(stacks[0].members)
+            ]
+            weights = SideBySide([stack.a for stack in stacks], bs, stacks[0].scale)
+            self._together.clear()
+            self._together[firsts[0]] = tuple(ref(slot) for slot in firsts), weights
+        return weights
 
     def __call__(
         self, x_NI: Tensor, parts: Sequence[StackedPart], residual: Tensor | None = None
@@ -141,6 +180,19 @@ class Linears:
             known = [_stack(group) for group in groups]
             self._stacks[slots[0][0]] = tuple(ref(slot) for slot, _ in slots), known
         return known
+
+
+def _alike(stacks: list[_Stack]) -> bool:
+    """Whether stacks are of one geometry, and only read."""
+    one = stacks[0]
+    shape = [(member.hidden, member.columns) for member in one.members]
+    return all(
+        stack.grad_a is None
+        and stack.a.shape == one.a.shape
+        and stack.scale == one.scale
+        and [(member.hidden, member.columns) for member in stack.members] == shape
+        for stack in stacks
+    )
 
 
 def _neighbours(one: Slot, other: Slot) -> bool:

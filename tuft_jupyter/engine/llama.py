@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from tuft_jupyter.engine.linears import Linears, StackedPart
 from tuft_jupyter.engine.packing import Packed
+from tuft_jupyter.engine.side_by_side import rows_of
 
 Pull = Callable[[Tensor], None]
 
@@ -72,6 +73,8 @@ class LlamaDecoder:
     def __call__(
         self, packed: Packed, ids_N: Tensor, positions_1N: Tensor, *, backward: bool, recompute: bool = False
     ) -> tuple[Tensor, Pull]:
+        if packed.tokens == len(packed.cu) - 1 and not backward and rows_of not in packed.memo:  # decoding
+            packed.memo[rows_of] = rows_of(packed.segments, ids_N.device)
         x_ND = F.embedding(ids_N, self._embed.weight)
         rope = _Rope(*self._rotary(x_ND, positions_1N))
         tape: list[_Kept | Tensor] = []  # of each layer what its backward pass reads, or only its input
@@ -137,7 +140,8 @@ class _Layer:
         parts = packed.memo.get(self)
         if parts is None:
             all_linears = (self.qkv, self.out, self.gate_up, self.down)
-            parts = packed.memo[self] = [linears.parts(packed.segments) for linears in all_linears]
+            rows = packed.memo.get(rows_of)
+            parts = packed.memo[self] = [linears.parts(packed.segments, rows) for linears in all_linears]
         n1_ND, unit1, scale1 = self.norm1(x_ND)
         qkv_NX, h_qkv = self.qkv(n1_ND, parts[0])
         qkv_NCE = qkv_NX.view(n, -1, self.head_size)
