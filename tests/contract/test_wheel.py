@@ -142,6 +142,7 @@ def test_the_metadata_names_the_extras_and_the_commands(wheel: Path) -> None:
         "backend",
         "dev",
         "hub",
+        "otel",
         "persistence",
         "tensorboard",
         "vllm",
