@@ -129,7 +129,7 @@ class LossGraph:
         return _PREFIX + base64.urlsafe_b64encode(zlib.compress(_plain(self.inputs, self.nodes), 9)).decode()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def from_id(text: str) -> LossGraph:
     """The graph that an id is; UserError for anything else."""
     if not text.startswith(_PREFIX) or len(text) > 2 * MAX_BYTES:
