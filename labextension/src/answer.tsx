@@ -8,6 +8,9 @@ import { IAnswer } from './listening';
 import { CopyButton } from './parts';
 import { IChoice } from './playgroundstate';
 
+/** Seconds below which a rate would say more of the network than of the model. */
+const SHORTEST = 0.05;
+
 /** Props of {@link Answer}. */
 export interface IAnswerProps {
   /** From 0, from the left. */
@@ -99,7 +102,7 @@ function figures(answer: IAnswer, trans: TranslationBundle): string {
   if (pieces) {
     parts.push(trans._n('%1 token', '%1 tokens', pieces, pieces));
   }
-  if (pieces > 1 && first !== null && took > first) {
+  if (pieces > 1 && first !== null && took - first > SHORTEST) {
     parts.push(
       trans.__('%1 tokens/s', ((pieces - 1) / (took - first)).toFixed(1))
     );

@@ -107,7 +107,9 @@ const panel: JupyterFrontEndPlugin<IFineTuning> = {
         widget.toolbar.hide();
         adopt(content);
         content.changed.connect(() => void tracker.save(widget));
-        app.shell.add(widget, 'main', { mode: 'tab-after' });
+        // Notebook 7 has room for one document in its main area; below it there are tabs.
+        const area = app.name === 'Jupyter Notebook' ? 'down' : 'main';
+        app.shell.add(widget, area, { mode: 'tab-after' });
         void tracker.add(widget);
         app.shell.activateById(widget.id);
         return widget;
