@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import math
+import random
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -416,6 +418,56 @@ def test_a_datum_that_does_not_fit_the_loss_is_named(
     right = make_datum(5, weights=np.ones(5, np.float32))
     with pytest.raises(UserError, match=f"^datum 1: .*{words}"):
         taking.check(custom(graph, [right, make_datum(9, **inputs)]))
+
+
+def at_random(chance: random.Random) -> LossGraph:
+    """A few allowed calls on whatever there is; UserError for what no graph may say."""
+    inputs = [("logprobs", 1), ("floats", 1), ("integers", 1), ("matrix", 2), ("number", 0)]
+    nodes = [Node("placeholder", name, name) for name, _ in inputs]
+    plain: list[Any] = [0, 1, -1, 3, 2**31, -(2**53), 0.5, 1e308, True, None, {"float": "nan"}, {"ellipsis": True},
+                        {"dtype": "int64"}, {"dtype": "bfloat16"}, {"slice": [None, -1, 2]}, "mean"]  # fmt: skip
+
+    def value() -> Any:
+        some: Any = {"ref": chance.choice(nodes).name} if chance.random() < 0.5 else chance.choice(plain)
+        return some if chance.random() < 0.8 else chance.choice([[some], {"tuple": [some, 1]}])
+
+    for i in range(chance.randint(1, 4)):
+        named = {"call_function": sorted(loss_graph.FUNCTIONS), "call_method": sorted(loss_graph.METHODS)}
+        op = chance.choice(list(named))
+        target = chance.choice(named[op])
+        first = {"ref": chance.choice(nodes).name}
+        args = [first, chance.choice(sorted(loss_graph.ATTRIBUTES))] if target == "getattr" else [first]
+        args += [] if target == "getattr" else [value() for _ in range(chance.choice([0, 0, 1, 1, 2, 3]))]
+        nodes.append(Node(op, f"n{i}", target, args))
+    nodes.append(Node("call_method", "one", "sum", [{"ref": nodes[-1].name}]))
+    nodes.append(Node("call_method", "other", "sum", [P]))
+    nodes.append(Node("call_function", "loss", "operator.add", [{"ref": "one"}, {"ref": "other"}]))
+    nodes.append(Node("output", "output", "output", [{"tuple": [{"ref": "loss"}, {"dict": {}}]}]))
+    return checked(inputs, nodes)
+
+
+def test_graphs_at_random_end_in_numbers_or_in_a_users_error() -> None:
+    """H9: whatever allowed functions are called with, the worker goes on."""
+    ran = 0
+    given = {
+        "floats": torch.randn(6),
+        "integers": torch.tensor([0, -1, 2**63 - 1, -(2**63), 3, 5]),
+        "matrix": torch.randn(6, 3),
+        "number": torch.tensor(2.0),
+    }
+    logprobs = -torch.rand(6)
+    shapes = {name: (tuple(value.shape), value.dtype) for name, value in given.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has much to say of such calls
+        for seed in range(1500):
+            try:
+                program = Program(at_random(random.Random(seed)))
+                program.check({"logprobs": ((6,), torch.float32), **shapes})
+                program.evaluate(logprobs, given)
+            except UserError:
+                continue
+            ran += 1
+    assert ran > 30
 
 
 def _id(plain: bytes) -> str:
