@@ -192,7 +192,7 @@ class PlainLoop:
 
 def trainer_threads() -> int:
     """Threads the server's trainer computes with; the plain loop gets as many."""
-    from tuft_jupyter.engine.cluster import cpus
+    from tuft_jupyter.engine.ray_local import cpus
 
     return max(1, cpus() - 1)
 

@@ -127,15 +127,19 @@ class Metrics:
         """Per tenant, since the journal began."""
         state = self.host.service.state
         tokens: Counter[str] = Counter()
+        sampled: Counter[str] = Counter()
         engine: Counter[str] = Counter()
         stored: Counter[str] = Counter()
         for run in state.runs.values():
             tokens[run.tenant] += run.tokens
             engine[run.tenant] += run.engine_ms / 1e3  # type: ignore[assignment]
+        for sums in state.sampled.values():
+            sampled[sums.tenant] += sums.tokens
         for checkpoint in state.checkpoints.values():
             stored[checkpoint.tenant] += checkpoint.size_bytes
         for name, doc, values, kind in (
             ("tuft_trained_tokens", "Tokens trained", tokens, CounterMetricFamily),
+            ("tuft_sampled_tokens", "Tokens sampled", sampled, CounterMetricFamily),
             ("tuft_engine_busy_seconds", "Seconds of the engine", engine, CounterMetricFamily),
             ("tuft_checkpoint_bytes", "Bytes of checkpoints", stored, GaugeMetricFamily),
         ):

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tuft_jupyter.core.engine import Outcome, SamplingEngine, Task, TrainingEngine
+from tuft_jupyter.core.engine import Outcome, SamplingEngine, Task, Told, TrainingEngine, untold
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.types import ModelCard, Record
 from tuft_jupyter.tracing import Tracing, carried, failed, traceparent
@@ -198,11 +198,12 @@ class _Sampling(_Traced[SamplingEngine]):
         chat: bool,
         tenant: str = "",
         input_tokens: int = 0,
+        told: Told = untold,
     ) -> AsyncGenerator[bytes, None]:
         """A worker is told of the span with its first call, which is made for the first chunk."""
         span = self._traces.sampling(self._model, request_id)
         chunks = self._engine.complete(
-            request_id, adapter, body, chat=chat, tenant=tenant, input_tokens=input_tokens
+            request_id, adapter, body, chat=chat, tenant=tenant, input_tokens=input_tokens, told=told
         )
         with _ended(span):
             async with contextlib.aclosing(chunks):

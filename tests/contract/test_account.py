@@ -157,6 +157,10 @@ def test_usage_and_audit_tell_what_the_caller_did_and_nothing_of_others(tmp_path
         promise = await server.post("/optim_step", step)
         await server.post("/retrieve_future", promise)
         state.runs[run].curve["tokens"][-1] = 64  # as a pass of 64 tokens before the step would
+        opened = {"session_id": run.split(":")[0], "sampling_session_seq_id": 0, "base_model": "tuft/demo"}
+        sampler = (await server.post("/create_sampling_session", opened))["sampling_session_id"]
+        promise = await server.post("/asample", {"sampling_session_id": sampler, "seq_id": 0})
+        assert (await server.ask("POST", "/retrieve_future", promise)).body == b"base"
         now = datetime.now(UTC)
         window = (now - timedelta(days=1), now + timedelta(days=1))
         query = "?starting_on={}&ending_before={}".format(*(t.strftime("%Y-%m-%dT%H:00:00Z") for t in window))
@@ -164,6 +168,9 @@ def test_usage_and_audit_tell_what_the_caller_did_and_nothing_of_others(tmp_path
         kinds = {e["event_info"]["type"]: e["event_info"] for e in used["data"]}
         assert kinds["training"]["token_count"] == 64
         assert kinds["checkpoint"]["count"] == 1
+        assert kinds["sampling_prefill"] == {"type": "sampling_prefill", "token_count": 3, "cached": False}
+        assert kinds["sampling_sample"]["token_count"] == 4
+        assert {e["session_id"] for e in used["data"]} == {run.split(":")[0]}
         assert used["sessions"][run.split(":")[0]]["engine_seconds"] > 0
         (storage,) = (await told(server, "/billing/usage/checkpoints/current"))["data"]
         assert (storage["checkpoint_count"], storage["size_bytes"]) == (1, 1)

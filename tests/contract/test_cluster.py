@@ -33,8 +33,8 @@ from tuft_jupyter.engine.cluster import (
     ClusterSamplingEngine,
     ClusterTrainingEngine,
     Engines,
-    log_tail,
 )
+from tuft_jupyter.engine.ray_local import log_tail
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import tinker
@@ -43,9 +46,29 @@ def client(alice: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{alice.url}tuft/oai/api/v1", api_key=key_of(alice.work), max_retries=0)
 
 
+def sampled(server: Server) -> dict[str, int]:
+    """Tokens that its owner sampled without a session, by kind, as the usage of the account tells."""
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    query = {
+        "starting_on": (hour - timedelta(hours=1)).isoformat().replace("+00:00", "Z"),
+        "ending_before": (hour + timedelta(hours=1)).isoformat().replace("+00:00", "Z"),
+    }
+    told = httpx.get(
+        f"{server.url}tuft/api/v1/billing/usage/events",
+        params=query,
+        headers={"X-API-Key": key_of(server.work)},
+    ).raise_for_status()
+    found: Counter[str] = Counter()
+    for event in told.json()["data"]:
+        if event["session_id"] is None:
+            found[event["event_info"]["type"]] += event["event_info"]["token_count"]
+    return dict(found)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_the_stock_client_chats_and_streams(client: openai.OpenAI) -> None:
+def test_the_stock_client_chats_and_streams(alice: Server, client: openai.OpenAI) -> None:
+    before = sampled(alice)
     asked: dict[str, Any] = {"model": "tuft/demo", "messages": HELLO, "max_tokens": 24, "seed": 3}
     whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
     (choice,) = whole.choices
@@ -64,6 +87,12 @@ def test_the_stock_client_chats_and_streams(client: openai.OpenAI) -> None:
     assert chunks[-1].usage == whole.usage
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == choice.message.content
     assert chunks[-2].choices[0].finish_reason == choice.finish_reason
+    after = sampled(alice)
+    drawn = {kind: tokens - before.get(kind, 0) for kind, tokens in after.items()}
+    assert drawn == {
+        "sampling_prefill": 2 * whole.usage.prompt_tokens,
+        "sampling_sample": 2 * whole.usage.completion_tokens,
+    }
 
 
 @pytest.mark.slow

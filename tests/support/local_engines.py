@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tuft_jupyter.core.engine import EngineDied, Outcome, Task
+from tuft_jupyter.core.engine import EngineDied, Outcome, Task, Told, untold
 from tuft_jupyter.core.errors import failure
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
@@ -88,11 +88,14 @@ class LocalSampling:
         chat: bool,
         tenant: str = "",
         input_tokens: int = 0,
+        told: Told = untold,
     ) -> AsyncGenerator[bytes, None]:
         self._ready()
         part = await self._text.begin(request_id, adapter, body, chat=chat, input_tokens=input_tokens)
         try:
             while True:
+                if part.ended:
+                    told(part.facts)
                 for chunk in part.chunks:
                     yield chunk
                 if part.category:

@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
-from tuft_jupyter.core.engine import EngineDied, Outcome, SamplingEngine, Task, TrainingEngine
+from tuft_jupyter.core.engine import EngineDied, Outcome, SamplingEngine, Task, Told, TrainingEngine, untold
 from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.types import JSON, ModelCard, OpKind
 
@@ -131,7 +131,8 @@ class ScriptedSampler:
             self.dies -= 1
             raise EngineDied("killed by the test")
         await self.gate.wait()
-        return Outcome(request_id, result=(adapter or "base").encode(), content_type=JSON)
+        facts = {"prompt_tokens": 3, "tokens": 4}
+        return Outcome(request_id, result=(adapter or "base").encode(), content_type=JSON, facts=facts)
 
     async def complete(
         self,
@@ -142,6 +143,7 @@ class ScriptedSampler:
         chat: bool,
         tenant: str = "",
         input_tokens: int = 0,
+        told: Told = untold,
     ) -> AsyncGenerator[bytes, None]:
         """Two chunks for a stream, else one; for the user ``hang`` it draws until nobody listens."""
         if self.dies:
@@ -154,6 +156,7 @@ class ScriptedSampler:
                 yield chunk
             if asked.get("user") == "hang":
                 await asyncio.Event().wait()
+            told({"prompt_tokens": 5, "tokens": 2})
             yield chunk
         finally:
             self.closed += 1

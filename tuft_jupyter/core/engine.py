@@ -165,6 +165,13 @@ class TrainingEngine(Protocol):
     async def stop(self) -> None: ...
 
 
+Told = Callable[[Mapping[str, Any]], None]
+
+
+def untold(facts: Mapping[str, Any]) -> None:
+    """For callers who need no facts."""
+
+
 class SamplingEngine(Protocol):
     """One base model's sampling worker, reached from the event loop."""
 
@@ -187,10 +194,12 @@ class SamplingEngine(Protocol):
         chat: bool,
         tenant: str = "",
         input_tokens: int = 0,
+        told: Told = untold,
     ) -> AsyncGenerator[bytes, None]:
         """The answer to a request in OpenAI's form: its chunks as they are drawn, or the whole as one.
 
         ``input_tokens`` is how many its prompts may have together (0: any number); only here they are known.
+        ``told`` gets the facts of an answer that is complete, as an :class:`Outcome` has them.
         UserError before the first item if the request cannot be run. Closing the iterator stops the drawing.
         """
 

@@ -112,6 +112,18 @@ class IssuedKey:
 
 
 @dataclass(slots=True)
+class Sampled:
+    """Tokens sampled in the hour that began at ``hour``; ``session`` is "" for requests without one."""
+
+    tenant: str
+    session: str
+    base_model: str
+    hour: float
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True)
 class State:
     """Everything the journal tells, keyed by id. ``n`` is the last record applied."""
 
@@ -123,6 +135,8 @@ class State:
     models: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     """request id -> record that accepted it, while the op has no outcome"""
+    sampled: dict[str, Sampled] = field(default_factory=dict)
+    """by tenant, session, base model and hour"""
     keys: dict[str, IssuedKey] = field(default_factory=dict)
     revoked: set[str] = field(default_factory=set)
     """digests of keys that are not accepted any more"""

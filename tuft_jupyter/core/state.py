@@ -20,6 +20,7 @@ Record kinds and their ``data``:
 ``run_resumed``           ``run``, ``session``: the session that trains it from now on
 ``session_changed``       ``session``, ``project_id``
 ``sampler_joined``        ``sampler``, ``client`` (the number of the client that joined; the first one is 0)
+``sampled``               ``session``, ``base_model``, ``hour``, ``prompt_tokens``, ``tokens``: since the one before
 ``weights_copied``        ``run`` (a closed one), ``args``, ``step``, ``facts``, ``source`` (a path, or "upload")
 ``key_created``           ``id``, ``digest``, ``name``, ``admin``, ``expires``: a key of the record's tenant
 ``key_changed``           ``id``, ``digest``, ``expires``
@@ -33,7 +34,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tuft_jupyter.core.objects import CURVE_COLUMNS, Checkpoint, IssuedKey, Run, Sampler, Session, State
+from tuft_jupyter.core.objects import (
+    CURVE_COLUMNS,
+    Checkpoint,
+    IssuedKey,
+    Run,
+    Sampled,
+    Sampler,
+    Session,
+    State,
+)
 from tuft_jupyter.core.types import OpKind, Record
 
 __all__ = [
@@ -264,6 +274,14 @@ def _sampler_joined(state: State, record: Record, data: Mapping[str, Any]) -> No
         sampler.clients = max(sampler.clients, data["client"] + 1)
 
 
+def _sampled(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    session, base_model, hour = data["session"], data["base_model"], data["hour"]
+    key = f"{record.tenant} {session} {base_model} {hour:.0f}"
+    sums = state.sampled.setdefault(key, Sampled(record.tenant, session, base_model, hour))
+    sums.prompt_tokens += data["prompt_tokens"]
+    sums.tokens += data["tokens"]
+
+
 def _weights_copied(state: State, record: Record, data: Mapping[str, Any]) -> None:
     args = data["args"]
     run = Run(
@@ -298,6 +316,7 @@ def _key_revoked(state: State, record: Record, data: Mapping[str, Any]) -> None:
 _HANDLERS = {
     "session_changed": _session_changed,
     "sampler_joined": _sampler_joined,
+    "sampled": _sampled,
     "weights_copied": _weights_copied,
     "key_created": _key_created,
     "key_changed": _key_changed,

@@ -110,6 +110,7 @@ class Text:
                     chat=chat,
                     tenant=principal.tenant,
                     input_tokens=input_tokens,
+                    told=lambda facts: self.sampling.tally.add(principal.tenant, "", card.name, facts),
                 )
                 async with aclosing(chunks) as open_chunks:
                     async for chunk in open_chunks:

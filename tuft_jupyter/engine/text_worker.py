@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,12 +32,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The next chunks of an answer. ``category`` is "" unless it failed, as ``error`` says; then it has ended."""
+    """The next chunks of an answer. ``category`` is "" unless it failed, as ``error`` says; then it has ended.
+
+    The last part has the ``facts`` of the whole, as an outcome has them.
+    """
 
     chunks: Sequence[bytes] = ()
     ended: bool = False
     category: str = ""
     error: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 CANCELLED = Part(ended=True, category="user", error="this request was cancelled")
@@ -189,7 +194,8 @@ class _Conversation:
             await asyncio.wait([self._drawing])
             results = self._results()
             self._take()
-            return Part([self._answer.whole(self._choices(results), self._usage())], ended=True)
+            whole = self._answer.whole(self._choices(results), self._usage())
+            return Part([whole], ended=True, facts=self._facts())
         chunks: list[bytes] = []
         ended = False
         while not chunks and not ended:
@@ -200,7 +206,7 @@ class _Conversation:
         if ended:
             self._results()
             chunks += self._answer.last(self._usage())
-        return Part(chunks, ended)
+        return Part(chunks, ended, facts=self._facts() if ended else {})
 
     def _results(self) -> list[SampleResult]:
         """Of what has ended; raises what went wrong."""
@@ -245,9 +251,13 @@ class _Conversation:
                 voice.echo(result)
         return choices
 
-    def _usage(self) -> dict[str, int]:
+    def _facts(self) -> dict[str, int]:
         drawn = sum(voice.tokens for voice in self._voices) if self._request.max_tokens != 0 else 0
-        return usage_of(sum(len(sample.prompt) for sample in self._samples), drawn)
+        return {"prompt_tokens": sum(len(sample.prompt) for sample in self._samples), "tokens": drawn}
+
+    def _usage(self) -> dict[str, int]:
+        facts = self._facts()
+        return usage_of(facts["prompt_tokens"], facts["tokens"])
 
 
 def _each(results: Sequence[SampleResult], n: int) -> list[SampleResult]:

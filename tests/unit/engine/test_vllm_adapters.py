@@ -12,8 +12,9 @@ from tests.support.loops import on_a_loop
 from tuft_jupyter.config import ModelSettings, Settings
 from tuft_jupyter.core.errors import NotFound, UserError
 from tuft_jupyter.core.types import ModelCard
+from tuft_jupyter.engine.actor_life import GPU_SHARE
 from tuft_jupyter.engine.actors import ActorOptions, VllmOptions
-from tuft_jupyter.engine.cluster import GPU_SHARE, ClusterSamplingEngine, Engines
+from tuft_jupyter.engine.cluster import ClusterSamplingEngine, Engines
 from tuft_jupyter.engine.vllm_adapters import WEIGHTS, Named, NamedAdapters
 from tuft_jupyter.engine.vllm_sampler import VllmSampler
 

@@ -43,10 +43,11 @@ class AccountVerbs(Verbs):
         start, end = _time(call.query, "starting_on"), _time(call.query, "ending_before")
         if not 0 < end - start <= MAX_DAYS * 86400:
             raise UserError(f"ending_before: it must lie after starting_on, at most {MAX_DAYS} days")
+        await self.service.sampling.tally.note()
         state, tenant = self.service.state, call.principal.tenant
         events = usage.hourly(state, tenant, start, end)
         sessions: dict[str, Any] = {}
-        for bucket, _ in events:
+        for bucket in (bucket for bucket, _ in events if bucket.session):
             session = state.sessions.get(bucket.session)
             engine = sum(r.engine_ms for r in state.runs.values() if r.session == bucket.session)
             sessions[bucket.session] = {
@@ -57,16 +58,18 @@ class AccountVerbs(Verbs):
 
     def _event(self, tenant: str, bucket: usage.Bucket, count: int) -> dict[str, Any]:
         session = self.service.state.sessions.get(bucket.session)
-        named = "token_count" if bucket.kind == "training" else "count"
+        info = {"type": bucket.kind, "count" if bucket.kind == "checkpoint" else "token_count": count}
+        if bucket.kind == "sampling_prefill":
+            info["cached"] = False
         return {
             "bucket_start": iso_time(bucket.start),
             "bucket_end": iso_time(bucket.start + usage.HOUR),
             "base_model": bucket.base_model,
             "user_id": urn_of(tenant),
             "user_name": tenant,
-            "session_id": bucket.session,
+            "session_id": bucket.session or None,
             "project_id": session.project_id if session else None,
-            "event_info": {"type": bucket.kind, named: count},
+            "event_info": info,
         }
 
     async def usage_checkpoints(self, call: Call) -> Reply:

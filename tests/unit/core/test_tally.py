@@ -1,0 +1,75 @@
+"""What was sampled is counted per hour, session and base model, and is told again after a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.world import ALICE, BOB, scenario, world
+from tuft_jupyter.core import usage
+from tuft_jupyter.core.errors import Overloaded
+from tuft_jupyter.core.image import plain, state_of
+from tuft_jupyter.core.journal import MemoryJournal
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
+from tuft_jupyter.core.state import State
+from tuft_jupyter.core.types import Record
+
+
+class FullJournal(MemoryJournal):
+    """Takes nothing while it is ``full``."""
+
+    full = False
+
+    async def append(self, record: Record) -> Record:
+        if self.full:
+            raise Overloaded("the disk is full")
+        return await super().append(record)
+
+
+def used(state: State, tenant: str) -> dict[tuple[str, str], int]:
+    buckets = usage.hourly(state, tenant, 0.0, 1e11)
+    return {(bucket.kind, bucket.session): tokens for bucket, tokens in buckets}
+
+
+def test_samples_count_for_their_session_and_nobody_else(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, journal=SqliteJournal(tmp_path / "journal")) as w:
+            sampling = w.service.sampling
+            session = await w.service.sessions.open(ALICE, {"tags": []})
+            sampler = await sampling.open(ALICE, session, 0, w.service.catalog.resolve("tiny"), None)
+            for seq in range(3):
+                await w.answer(sampling.submit(ALICE, sampler.id, seq, b"{}"))
+            assert used(w.service.state, ALICE.tenant) == {}
+            await sampling.tally.note()
+            await sampling.tally.note()  # what is on record is not counted twice
+            expected = {("sampling_prefill", session): 9, ("sampling_sample", session): 12}
+            assert used(w.service.state, ALICE.tenant) == expected
+            assert used(w.service.state, BOB.tenant) == {}
+            assert used(state_of(plain(w.service.state)), ALICE.tenant) == expected
+            chunks = w.service.text.complete(ALICE, "tiny", b"{}", chat=False)
+            assert [chunk async for chunk in chunks]
+        async with world(
+            tmp_path, journal=SqliteJournal(tmp_path / "journal")
+        ) as again:  # what was not noted yet was noted by the stop
+            told = used(again.service.state, ALICE.tenant)
+            assert told == {**expected, ("sampling_prefill", ""): 5, ("sampling_sample", ""): 2}
+
+    scenario(body)
+
+
+def test_a_journal_that_takes_nothing_for_a_while_loses_no_tokens(tmp_path: Path) -> None:
+    async def body() -> None:
+        journal = FullJournal()
+        async with world(tmp_path, journal=journal) as w:
+            tally = w.service.sampling.tally
+            tally.add("alice", "s", "tiny", {"prompt_tokens": 2, "tokens": 1})
+            journal.full = True
+            await tally.note()
+            tally.add("alice", "s", "tiny", {"prompt_tokens": 2, "tokens": 1})
+            journal.full = False
+            await tally.note()
+            assert used(w.service.state, "alice") == {
+                ("sampling_prefill", "s"): 4,
+                ("sampling_sample", "s"): 2,
+            }
+
+    scenario(body)

@@ -1,0 +1,228 @@
+"""One actor's life, as the event loop sees it: created, loaded, asked, noticed when it is gone, ended.
+
+Bringing a dead one up again, and what is then to be replayed, is the caller's business. Ray is imported with the first
+start, torch never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from tuft_jupyter.core.engine import EngineDied
+from tuft_jupyter.core.errors import ServerError, failure
+from tuft_jupyter.core.types import ModelCard
+from tuft_jupyter.engine.actors import CPU_MALLOC, SECRETS, ActorOptions, EngineActor, Loaded, Place
+from tuft_jupyter.engine.pretrained import TRUST
+from tuft_jupyter.engine.ray_local import log_tail
+from tuft_jupyter.engine.ray_runtime import Runtime, Session
+
+GPU_SHARE = 0.2
+"""Of one GPU, asked for by every actor: enough for a trainer and a sampler of two base models on one GPU."""
+PLACEMENT_SECONDS = 60.0
+END_SECONDS = 10.0
+
+
+@dataclass(eq=False)
+class Actor:
+    """A live actor. ``gone`` is done, with the reason, once it cannot answer any more."""
+
+    handle: Any
+    session: Session
+    gone: asyncio.Future[str]
+    pid: int = 0
+    loaded: Loaded | None = None
+    gpu_bytes: int = 0
+
+
+class ActorEngine:
+    """What training and sampling engines share."""
+
+    kind = ""
+    actor_class: type[EngineActor]
+    concurrency: int | None = None
+
+    def __init__(
+        self,
+        card: ModelCard,
+        runtime: Runtime,
+        threads: int,
+        options: Mapping[str, Any] | None = None,
+        *,
+        trusted: bool = False,
+        place: Place | None = None,
+    ) -> None:
+        self.card = card
+        self.threads = threads
+        self.trusted = trusted
+        self.say: Callable[[str], None] = lambda _: None
+        self._runtime = runtime
+        self._options = ActorOptions(card, threads, options or {}, place=place)
+        self._actor: Actor | None = None
+        self._process: psutil.Process | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.card.name}"
+
+    @property
+    def pid(self) -> int | None:
+        """The actor's process, None while there is none (or it is on another machine)."""
+        actor = self._actor
+        return actor.pid if actor and actor.session.place.local and not actor.gone.done() else None
+
+    async def start(self) -> None:
+        """Bring up a (new) actor with the model loaded; TuftError says why it cannot be."""
+        await self.end()
+        self.say("starting a worker" if self._runtime.running else "starting Ray, then a worker")
+        session = await self._runtime.acquire(self)
+        loop = asyncio.get_running_loop()
+        handle = await self._runtime.thread.run(lambda: self._create(session))
+        actor = self._actor = Actor(handle, session, loop.create_future())
+
+        def lost(reason: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(_say, actor.gone, reason)
+
+        session.watchers.add(lost)
+        actor.gone.add_done_callback(lambda _: session.watchers.discard(lost))
+        try:
+            await self._load(actor)
+        except EngineDied as death:
+            await self.end()
+            raise ServerError(
+                f"the {self.kind} worker died while loading {self.card.name}: {death}"
+            ) from None
+        except BaseException:
+            await self.end()
+            raise
+
+    async def stop(self) -> None:
+        """End the actor; Ray goes with the last engine."""
+        await self.end()
+        await self._runtime.release(self)
+
+    def resources(self) -> dict[str, Any]:
+        """The actor's process as the lab shows it; empty while there is none. Reads ``/proc``: a millisecond."""
+        actor = self._actor
+        if actor is None or actor.loaded is None or actor.gone.done():
+            return {}
+        shown = {
+            "name": self.name,
+            "pid": actor.pid,
+            "device": actor.loaded.device,
+            "threads": self.threads,
+            "load_seconds": round(actor.loaded.seconds, 3),
+            "gpu_bytes": actor.gpu_bytes,
+        }
+        with contextlib.suppress(psutil.Error):
+            if self._process is not None:
+                shown |= {"rss_bytes": self._process.memory_info().rss, "cpu": self._process.cpu_percent()}
+        return shown
+
+    def _create(self, session: Session) -> Any:
+        import ray
+
+        if self._options.place is not None and not session.place.local:
+            raise ServerError("data_parallel needs all processes on one machine: leave ray_address out")
+        on_gpu = session.gpus > 0
+        environment = dict.fromkeys(SECRETS, "") | {"OMP_NUM_THREADS": str(self.threads)}
+        environment[TRUST] = "1" if self.trusted else "0"
+        if not on_gpu:
+            environment |= CPU_MALLOC
+        options: dict[str, Any] = {
+            "num_cpus": 0 if session.place.local else self.threads,
+            "num_gpus": self.gpus() if on_gpu else 0,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": environment},
+        }
+        if self.concurrency is not None:
+            options["max_concurrency"] = self.concurrency
+        return ray.remote(self.actor_class).options(**options).remote(self.actor_options(on_gpu))
+
+    def gpus(self) -> float:
+        """How much of the GPUs an actor asks for, where there are any."""
+        return GPU_SHARE
+
+    def actor_options(self, on_gpu: bool) -> ActorOptions:
+        """What the actor is told."""
+        return self._options
+
+    async def _load(self, actor: Actor) -> None:
+        placed = asyncio.ensure_future(self._answer(actor, actor.handle.pid.remote()))
+        try:
+            actor.pid = await asyncio.wait_for(placed, PLACEMENT_SECONDS)
+        except TimeoutError:
+            raise ServerError(
+                f"Ray found no room for the {self.kind} worker of {self.card.name} within {PLACEMENT_SECONDS:g} s: "
+                "stop other work on the cluster or add resources"
+            ) from None
+        if actor.session.guard is not None:
+            with contextlib.suppress(psutil.Error):
+                self._process = psutil.Process(actor.pid)
+                actor.session.guard.watch(self._process)
+        self.say("reading the weights")
+        loaded: Loaded = await self._answer(actor, actor.handle.load.remote())
+        if loaded.category:
+            raise failure(loaded.category, loaded.error)
+        actor.loaded = loaded
+
+    async def _answer(self, actor: Actor, reference: Any) -> Any:
+        """The value of a call, or EngineDied as soon as the actor is gone."""
+        from ray.exceptions import RayActorError
+
+        value: asyncio.Future[Any] = asyncio.wrap_future(reference.future())
+        either: list[asyncio.Future[Any]] = [value, actor.gone]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if value.done():
+            try:
+                return value.result()
+            except RayActorError:
+                _say(actor.gone, await asyncio.to_thread(self._obituary, actor))
+        value.cancel()
+        raise EngineDied(actor.gone.result())
+
+    def _ready(self) -> Actor:
+        if self._actor is None or self._actor.loaded is None:
+            raise EngineDied(f"the {self.kind} worker of {self.card.name} is not running")
+        return self._actor
+
+    async def end(self) -> None:
+        """Kill the actor and wait until its memory is free again."""
+        actor, self._actor = self._actor, None
+        if actor is None:
+            return
+        _say(actor.gone, f"the {self.kind} worker of {self.card.name} was stopped")
+
+        def kill() -> None:
+            import ray
+
+            if not actor.session.lost:
+                with contextlib.suppress(Exception):  # it may be dead already, and Ray with it
+                    ray.kill(actor.handle, no_restart=True)
+            if self._process is not None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    try:
+                        self._process.wait(END_SECONDS)
+                    except psutil.TimeoutExpired:
+                        self._process.kill()
+            self._process = None
+
+        await self._runtime.thread.run(kill)
+
+    def _obituary(self, actor: Actor) -> str:
+        """Why an actor is gone, in one line, with the last line it wrote if there is one."""
+        said = f"the {self.kind} worker (process {actor.pid or 'not started'}) is gone"
+        lines = log_tail(actor.session.logs, actor.pid)
+        return f"{said}; its last words: {lines[-1].strip()[:300]}" if lines else said
+
+
+def _say(gone: asyncio.Future[str], reason: str) -> None:
+    if not gone.done():
+        gone.set_result(reason)
