@@ -239,7 +239,7 @@ ROUTES: tuple[Route, ...] = (
         "GET",
         "/billing/usage/events",
         "usage_events",
-        "Tokens trained and checkpoints saved per hour (?starting_on=, ?ending_before=).",
+        "Tokens trained and sampled, and checkpoints saved, per hour (?starting_on=, ?ending_before=).",
     ),
     Route(
         "GET",
