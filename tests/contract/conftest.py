@@ -28,6 +28,12 @@ def clean_environment(home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of every engine that runs in the tests' own process: Ray remembers the first token it was given."""
+    return tmp_path_factory.mktemp("ray-home")
+
+
+@pytest.fixture(scope="session")
 def alice(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A running server at ``/user/alice/``."""
     home = tmp_path_factory.mktemp("alice")

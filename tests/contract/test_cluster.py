@@ -55,9 +55,8 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    home = tmp_path_factory.mktemp("home")
-    return Settings(home=home, checkpoint_dir=home / "checkpoints", trainer_threads=1)
+def settings(ray_home: Path) -> Settings:
+    return Settings(home=ray_home, checkpoint_dir=ray_home / "checkpoints", trainer_threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,10 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture
-def engines(card: ModelCard, tmp_path: Path) -> Engines:
+def engines(card: ModelCard, ray_home: Path) -> Engines:
     served = ModelSettings(model_name=card.name, model_path=card.path, max_lora_rank=8, data_parallel=2)
-    home = tmp_path / "home"
-    return Engines(Settings(home=home, checkpoint_dir=home / "checkpoints", supported_models=(served,)))
+    kept = ray_home / "checkpoints"
+    return Engines(Settings(home=ray_home, checkpoint_dir=kept, supported_models=(served,)))
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from examples.run_on_server import Kernel, Server
 from tests.support import sdk_verbs
+from tests.support.live import key_of
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,9 @@ def test_after_all_that_the_notebook_servers_process_has_loaded_no_model_library
     client: Kernel, alice: Server
 ) -> None:
     """S1-65: training and sampling happen elsewhere; torch and vLLM are not even mapped into this process."""
+    asked = {"model": "tuft/demo", "prompt": "Hello", "max_tokens": 2}
+    headers = {"X-API-Key": key_of(alice.work)}
+    httpx.post(f"{alice.url}tuft/oai/api/v1/completions", json=asked, headers=headers).raise_for_status()
     mapped = {Path(each.path).name for each in psutil.Process(alice.pid).memory_maps()}
     assert any(name.startswith("libpython") or "python" in name for name in mapped)
     assert not {name for name in mapped if name.startswith(("libtorch", "libc10", "vllm", "_C.abi3"))}

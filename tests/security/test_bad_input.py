@@ -314,7 +314,7 @@ CROWDED = {
     "tokens in JSON": (
         "forward_backward",
         small_things(
-            b'{"model_id":"x","forward_backward_input":{"data":[{"model_input":{"chunks":[{"tokens":[',
+            b'{"model_id":"x","forward_backward_input":{"loss_fn":"ppo","data":[{"model_input":{"chunks":[{"tokens":[',
             b"1", b"]}]}}]}}", 4 * MIB - 1,
         ),
         (404,),

@@ -135,6 +135,20 @@ class Outcome:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The next chunks of an answer in OpenAI's form; the last part has the ``facts`` of the whole, as an outcome has.
+
+    ``category`` is "" unless it failed, as ``error`` says; then it has ended.
+    """
+
+    chunks: Sequence[bytes] = ()
+    ended: bool = False
+    category: str = ""
+    error: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 class EngineDied(Exception):
     """The worker is gone and with it every adapter it held; a new one can be started."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuft_jupyter import tracing
-from tuft_jupyter.core.engine import EngineDied, Outcome, Sampler, Task, Trainer
+from tuft_jupyter.core.engine import EngineDied, Outcome, Part, Sampler, Task, Trainer
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
@@ -25,7 +25,7 @@ from tuft_jupyter.engine.worker import TrainingWorker
 
 if TYPE_CHECKING:
     from tuft_jupyter.engine.parallel import Group
-    from tuft_jupyter.engine.text_worker import Part, TextWorker
+    from tuft_jupyter.engine.text_worker import TextWorker
 
 log = logging.getLogger(__name__)
 

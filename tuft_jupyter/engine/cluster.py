@@ -10,10 +10,10 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tuft_jupyter.config import Settings, sampler_choice
-from tuft_jupyter.core.engine import Outcome, Task, Told, untold
+from tuft_jupyter.core.engine import Outcome, Part, Task, Told, untold
 from tuft_jupyter.core.errors import failure
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actor_life import GPU_SHARE, ActorEngine
@@ -22,9 +22,6 @@ from tuft_jupyter.engine.group import TrainingGroup
 from tuft_jupyter.engine.ray_local import cpus
 from tuft_jupyter.engine.ray_runtime import Runtime
 from tuft_jupyter.tracing import carried
-
-if TYPE_CHECKING:
-    from tuft_jupyter.engine.text_worker import Part
 
 log = logging.getLogger(__name__)
 

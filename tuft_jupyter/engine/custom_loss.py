@@ -2,7 +2,7 @@
 
 :func:`custom_loss` makes a :class:`~tuft_jupyter.engine.losses.Loss` of a checked
 :class:`~tuft_jupyter.core.loss_graph.LossGraph`. Each node is looked up in a table of functions and called; there is
-no eval, no pickle and no attribute that the lists of ``loss_graph`` do not name.
+no eval, no unpickling and no attribute that the lists of ``loss_graph`` do not name.
 
 A graph is computed on the CPU, whatever trains the model: log-probabilities are small, and an index out of range is
 an error there and the end of the worker on a GPU. Before it is computed it is followed over shapes alone (on torch's

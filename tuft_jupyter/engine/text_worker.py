@@ -10,15 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tuft_jupyter.core.engine import Listener
+from tuft_jupyter.core.engine import Listener, Part
 from tuft_jupyter.core.errors import TuftError, UserError
 from tuft_jupyter.core.quotas import check_input
 from tuft_jupyter.core.types import Drawn, Int32Array, SampleRequest, SampleResult, SamplingParams
@@ -28,20 +26,6 @@ from tuft_jupyter.wire.openai import Answer, Choice, Said, TextRequest, decode_r
 from tuft_jupyter.wire.sample_codec import checked_params
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The next chunks of an answer. ``category`` is "" unless it failed, as ``error`` says; then it has ended.
-
-    The last part has the ``facts`` of the whole, as an outcome has them.
-    """
-
-    chunks: Sequence[bytes] = ()
-    ended: bool = False
-    category: str = ""
-    error: str = ""
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 CANCELLED = Part(ended=True, category="user", error="this request was cancelled")

@@ -43,8 +43,8 @@ def test_layers_computed_again_give_the_same_bits(
     batch = [("a", ask([make_datum(40), make_datum(9)])), ("b", ask([make_datum(23)]))]
     found = []
     for free in (1 << 50, 1000):
-        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
         trainer = started(directory)
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
         assert memory.is_tight(trainer.base, 72) is (free == 1000)
         first, second = trainer.forward_backward(batch)
         assert not isinstance(first, TuftError)
