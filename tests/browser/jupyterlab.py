@@ -157,7 +157,7 @@ def lab_page(server: Server, browser: Browser) -> Iterator[Lab]:
     """A fresh page, which knows nothing of others."""
     page = browser.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=2)
     try:
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)
         yield Lab(page, server)
     finally:
         page.context.close()
