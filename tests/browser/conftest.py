@@ -41,7 +41,9 @@ class Staged(Lab):
         self.page.set_viewport_size({"width": 1360, "height": 880})
         self.open("empty.ipynb")
         self.open_panel()
-        self.page.wait_for_selector("#tuft-panel .jp-Tuft-dot.jp-mod-ok")  # who is not connected hears nothing
+        self.page.wait_for_selector(
+            "#tuft-panel .jp-Tuft-dot.jp-mod-ok"
+        )  # who is not connected hears nothing
         return self.stage
 
 
