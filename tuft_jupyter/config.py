@@ -10,7 +10,6 @@ Every plain field ``x`` of :class:`Settings` can be given as ``TUFT_X`` in the e
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -22,6 +21,7 @@ import yaml
 from tuft_jupyter import home as homes
 from tuft_jupyter.checked import ConfigError as ConfigError
 from tuft_jupyter.checked import Reader, at_least, web_address
+from tuft_jupyter.models import context_offered
 
 DEFAULT_PORT = 10610
 DEFAULT_RANK_LIMIT = 64
@@ -283,7 +283,7 @@ def load_settings(
     home = homes.home_dir(env)
     if file is None:
         source, base = "the generated configuration", Path.cwd()
-        document = _minimal(env.get("TUFT_MODEL_PATH") or None, home)
+        document = _minimal(env.get("TUFT_MODEL_PATH") or None, home, env)
     else:
         source, base = str(file), Path(file).expanduser().absolute().parent
         document = _read_yaml(Path(file).expanduser())
@@ -331,10 +331,10 @@ def generated_config(model: str | None, env: Mapping[str, str] = os.environ) -> 
     """
     home = homes.home_dir(env)
     key = env.get("TUFT_API_KEY") or homes.ensure_key(home)
-    return {**_minimal(model, home), "authorized_users": {key: LOCAL_USER}}
+    return {**_minimal(model, home, env), "authorized_users": {key: LOCAL_USER}}
 
 
-def _minimal(model: str | None, home: Path) -> dict[str, Any]:
+def _minimal(model: str | None, home: Path, env: Mapping[str, str]) -> dict[str, Any]:
     document: dict[str, Any] = {
         "checkpoint_dir": str(home / "checkpoints"),
         "persistence": {
@@ -348,21 +348,10 @@ def _minimal(model: str | None, home: Path) -> dict[str, Any]:
         path = Path(model).expanduser()
         if path.is_dir():
             entry["model_path"] = str(path.resolve())
-        described = Path(__file__).with_name("demo") if model == DEMO_MODEL else path
-        if described.is_dir():
-            entry["max_model_len"] = min(_max_positions(described) or 4096, 32768)
+        entry["max_model_len"] = context_offered(model, env)
         entry |= {"tensor_parallel_size": 1, "max_lora_rank": DEFAULT_RANK_LIMIT}
         document["supported_models"] = [entry]
     return document
-
-
-def _max_positions(directory: Path) -> int | None:
-    try:
-        described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    limit = described.get("max_position_embeddings") if isinstance(described, dict) else None
-    return limit if isinstance(limit, int) else None
 
 
 _SET_ELSEWHERE = frozenset({"home", "file"})

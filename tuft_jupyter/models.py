@@ -3,7 +3,8 @@
 A name is ``tuft/demo`` (the bundled model), a directory on this machine, or a Hugging Face id whose files lie in
 the local cache. Standard library only, and nothing is ever downloaded: :func:`resolve` reads ``config.json`` and
 looks at file names. It promises that a card it returns stands for a directory with a configuration, a tokenizer
-and weights, and that a refusal names what was looked for, where, and how to mend it.
+and weights, and that a refusal names what was looked for, where, and how to mend it. :func:`context_offered` asks for
+less, since a configuration is generated before anybody looks at the model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from tuft_jupyter.core.types import ModelCard
 DEMO = "tuft/demo"
 CONTEXT_LIMIT = 32768
 """Tokens of context offered unless configured, however far the model itself goes."""
+CONTEXT_ASSUMED = 4096
+"""Tokens of context where nothing here says how far a model goes."""
 
 TOKENIZER_PATTERNS = (
     "config.json",
@@ -44,18 +47,35 @@ def resolve(name: str, env: Mapping[str, str] = os.environ) -> ModelCard:
     A directory wins over a hub id of the same name and is served under the last part of its path. UserError if
     there is no such model here, or something is missing from it.
     """
+    return _card(*_place(name, env))
+
+
+def context_offered(name: str, env: Mapping[str, str] = os.environ) -> int:
+    """Tokens of context that a generated configuration offers: what ``config.json`` says, within CONTEXT_LIMIT.
+
+    CONTEXT_ASSUMED if it does not say, or if there is no such model here: it may come later.
+    """
+    try:
+        directory = _place(name, env)[1]
+        return min(_number(name, _config(name, directory), "max_position_embeddings"), CONTEXT_LIMIT)
+    except UserError:
+        return CONTEXT_ASSUMED
+
+
+def _place(name: str, env: Mapping[str, str]) -> tuple[str, Path]:
+    """What a model is served as, and the directory of its files. UserError if there is none."""
     if name == DEMO:
-        return _card(DEMO, Path(__file__).parent / "demo")
+        return DEMO, Path(__file__).parent / "demo"
     directory = Path(name).expanduser()
     if name and directory.is_dir():
         directory = directory.resolve()
-        return _card(directory.name, directory)
+        return directory.name, directory
     if name.startswith((".", "~", os.sep)) or not _HUB_ID.fullmatch(name) or ".." in name:
         raise UserError(
             f"base model {name!r}: there is no such directory on the server; give {DEMO!r}, a directory, or a "
             "Hugging Face id such as 'Qwen/Qwen3-0.6B'"
         )
-    return _card(name, _snapshot(name, hub_cache(env)))
+    return name, _snapshot(name, hub_cache(env))
 
 
 def tokenizer_files(card: ModelCard) -> list[Path]:

@@ -10,8 +10,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Outcome = TypeVar("Outcome")
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 OURS = ("TUFT_", "TINKER_", "HF_", "JUPYTER", "JPY_", "IPYTHON")
@@ -70,3 +71,17 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
+
+
+def quickest(act: Callable[[], Outcome], seconds: float, tries: int = 3) -> tuple[Outcome, float]:
+    """The outcome and the seconds of the first try within ``seconds``, else of the last one.
+
+    What a busy machine does to one start is not what the product promises; a wait that is built in shows every time.
+    """
+    for _ in range(tries):
+        began = time.monotonic()
+        outcome = act()
+        took = time.monotonic() - began
+        if took < seconds:
+            break
+    return outcome, took

@@ -293,6 +293,23 @@ def test_the_generated_context_length_is_bounded(
     assert generated_config(str(tmp_path), env)["supported_models"][0]["max_model_len"] == length
 
 
+@pytest.mark.parametrize(("positions", "length"), [(512, 512), (131072, 32768), (None, 4096)])
+def test_the_generated_context_length_of_a_hub_id_is_the_cached_model_s(
+    positions: int | None, length: int, env: dict[str, str], tmp_path: Path
+) -> None:
+    """S0-29: of what the local cache holds; 4096 where it holds nothing."""
+    env = {**env, "HF_HUB_CACHE": str(tmp_path)}
+    if positions is not None:
+        cached = tmp_path / "models--acme--tiny"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("abc")
+        (cached / "snapshots" / "abc").mkdir(parents=True)
+        described = json.dumps({"max_position_embeddings": positions})
+        (cached / "snapshots" / "abc" / "config.json").write_text(described)
+    (entry,) = generated_config("acme/tiny", env)["supported_models"]
+    assert (entry["model_path"], entry["max_model_len"]) == ("acme/tiny", length)
+
+
 def test_a_given_key_is_the_generated_configuration_s_key(env: dict[str, str]) -> None:
     """S0-34: TUFT_API_KEY is also the key of a server that is started for the user."""
     assert generated_config("tuft/demo", env | {"TUFT_API_KEY": "tml-mine"})["authorized_users"] == {
