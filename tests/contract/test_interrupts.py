@@ -44,6 +44,22 @@ while True:
     seen += [future.result() for future in sent]
     print(len(seen), flush=True)
 """,
+    "of one's own": """
+def squared(data, logprobs):
+    return sum((each**2).sum() for each in logprobs), {}
+while True:
+    training.forward_backward_custom([datum], squared).result()
+    seen.append(training.optim_step(adam).result())
+    print(len(seen), flush=True)
+""",
+    "thoughtful": """
+import time
+while True:
+    training.forward_backward([datum], "cross_entropy").result()
+    time.sleep(0.05)
+    seen.append(training.optim_step(adam).result())
+    print(len(seen), flush=True)
+""",
     "gathered": """
 while True:
     passes = [training.forward_backward([datum], "cross_entropy") for _ in range(3)]
@@ -61,18 +77,20 @@ def state(server: Server, run: str) -> dict[str, Any]:
     return {**found, "saved": [c for c in shown["checkpoints"] if c["run"] == run]}
 
 
-def interrupted(kernel: Kernel, cell: str, delay: float) -> str:
-    """Run a cell that never ends, interrupt it a moment after it printed; what the cell then says."""
-    timer: list[threading.Timer] = []
+def interrupted(kernel: Kernel, cell: str, *delays: float) -> str:
+    """Run a cell that never ends, interrupt it moments after it printed; what the cell then says."""
+    timers: list[threading.Timer] = []
 
     def begun(_: str) -> None:
-        if not timer:
-            timer.append(threading.Timer(delay, kernel.interrupt))
-            timer[0].start()
+        if not timers:
+            timers.extend(threading.Timer(delay, kernel.interrupt) for delay in delays)
+            for timer in timers:
+                timer.start()
 
     with pytest.raises(CellFailed) as stopped:
         kernel.run(cell, live=begun)
-    timer[0].join()
+    for timer in timers:
+        timer.join()
     return str(stopped.value)
 
 
@@ -107,6 +125,20 @@ def test_between_two_steps_it_stops_at_once_and_the_sdk_is_as_it_was(kernel: Ker
     assert "stopped before any training" in said
     assert kernel.value("training.optim_step.__module__").startswith("tinker.")
     assert kernel.run("%%tuft_train --no-save\nsix = 6\nsix * 7").text.endswith("42")
+
+
+def test_the_third_interrupt_stops_a_loop_that_never_ends_a_step(alice: Server, kernel: Kernel) -> None:
+    """The first two wait for an optimizer step. What the loop leaves is said, and the client stays usable."""
+    kernel.run(SETUP)
+    loop = "while True:\n    print(training.forward_backward([datum], 'cross_entropy').result(), flush=True)"
+    said = interrupted(kernel, f"%%tuft_train --no-curve --no-save\n{loop}", 0.1, 0.6, 1.1)
+    assert "stopped after step 0, in the middle of the next one: its gradients are added" in said
+    run = str(kernel.value("training.model_id"))
+    left = state(alice, run)
+    assert left["pending"] == 0
+    assert left["passes"] > 1
+    kernel.run("training.optim_step(adam).result()")
+    assert state(alice, run)["step"] == 1
 
 
 def test_a_cell_s_own_errors_are_shown_with_its_lines(kernel: Kernel) -> None:

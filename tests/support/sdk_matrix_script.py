@@ -111,6 +111,8 @@ class Script:
             self.note("grad_norm", client.optim_step(ADAM).result(SECONDS).metrics["grad_norm"])
         self.in_chunks()
         self.refused()
+        # What an interrupt of %%tuft_train looks at: requests that were numbered, and those that were sent.
+        assert client._turn_counter == client._request_id_counter > 2 * 34
 
     def in_chunks(self) -> None:
         """More datums than any version puts into one request."""

@@ -1,27 +1,35 @@
 """Stopping a training loop where a step ends: Kernel > Interrupt waits for the step, and no request is left behind.
 
-A loop is code of the user's, so the SDK's calls are the places where it can be stopped. For the time of a
-``with Stopping()`` block they are watched: which requests are out, and whether gradients wait for their optimizer step.
-An interrupt at rest (between two steps, nothing out) stops the loop at once; any other is remembered, and the loop
-stops when it begins its next step. The third one stops it wherever it is, as an interrupt of Python does.
+A loop is code of the user's, and the SDK is the SDK as it was shipped: nothing of either is changed. An interrupt is
+handled in the main thread, so while it is handled the loop makes no further request. The handler lets what is on its
+way arrive and what arrived be answered, and asks the server whether gradients wait for an optimizer step. If none do,
+the loop is stopped there. Otherwise it goes on, and is looked at again after its next request. The third interrupt
+stops it wherever it is, as an interrupt of Python does.
 """
 
 from __future__ import annotations
 
+import gc
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Self
 
-GRADIENT = ("forward_backward", "forward_backward_custom")
-STEP = ("optim_step",)
-OTHER = ("forward", "save_state", "save_weights_for_sampler", "load_state", "load_state_with_optimizer")
+from tuft_jupyter.kernel.client import Refused, Unreachable
+from tuft_jupyter.kernel.errors import TuftConnectionError
+
 INSIST = 3
 """The interrupt that is obeyed at once, in the middle of a step."""
+GLANCE = 0.01
+"""Seconds between two looks at the SDK's counters."""
+STUCK = 0.3
+"""Seconds after which a request that does not leave is taken to wait for the loop, which is held up meanwhile."""
 
 Tell = Callable[[str], None]
+Runs = Callable[[], Sequence[dict[str, Any]]]
 
 
 class Stopped(KeyboardInterrupt):
@@ -32,100 +40,139 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stopping:
-    """Watches the SDK's clients during a block, and stops it where a step ends.
+    """Stops what runs in a ``with`` block where a step ends, once it was interrupted.
 
-    ``clients`` are the training clients that were used; ``tell`` is told in a sentence what an interrupt waits for;
-    ``first`` is called with each client before its first request. It works in the main thread; elsewhere no signal
-    arrives and the block runs as it is.
+    ``runs`` asks the server for the caller's runs, ``tell`` is told in a sentence what an interrupt waits for. It works
+    in the main thread; elsewhere no signal arrives and the block runs as it is.
     """
 
-    def __init__(self, tell: Tell, first: Callable[[Any], None] = lambda _: None) -> None:
-        self.clients: list[Any] = []
+    def __init__(self, runs: Runs, tell: Tell) -> None:
         self.asked = 0
+        self._runs = runs
         self._tell = tell
-        self._first = first
-        self._unstepped: set[int] = set()
-        self._out: list[Any] = []
-        self._calling = 0
+        self._clients: dict[int, tuple[Any, int]] = {}
+        self._searched = 0.0
+        self._deciding = False
+        self._watcher: threading.Thread | None = None
+        self._again = False
+        self._over = False
+        self._ending = threading.Lock()
         self._before: Any = None
-        self._undo: list[Callable[[], None]] = []
-
-    @property
-    def between_steps(self) -> bool:
-        """Whether every gradient that was asked for has had its optimizer step."""
-        return not self._unstepped
-
-    @property
-    def out(self) -> list[Any]:
-        """The requests without an answer yet."""
-        self._out = [future for future in self._out if not future.future().done()]
-        return self._out
 
     def __enter__(self) -> Self:
-        from tinker.lib.public_interfaces.sampling_client import SamplingClient
-        from tinker.lib.public_interfaces.training_client import TrainingClient
-
-        for name in (*GRADIENT, *STEP, *OTHER):
-            self._watch(TrainingClient, name)
-        self._watch(SamplingClient, "sample", training=False)
+        self._clients = {id(client): (client, made(client)) for client in training_clients()}
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._interrupted)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-        while self._undo:
-            self._undo.pop()()
+        self._over = True
+        with self._ending:  # from here on the watcher interrupts nobody
+            if self._before is not None:
+                signal.signal(signal.SIGINT, self._before)
 
-    def settle(self) -> None:
-        """Wait for the requests that are out. Their failures belong to whoever asks for their results."""
-        for future in list(self._out):
-            with suppress(Exception):
-                future.result()
-        self._out.clear()
+    def used(self, age: float = 0.0) -> list[Any]:
+        """The training clients that made a request since the block began; new ones are found within ``age`` seconds."""
+        if time.monotonic() - self._searched >= age:
+            for client in training_clients():
+                self._clients.setdefault(id(client), (client, 0))
+            self._searched = time.monotonic()
+        return [client for client, before in list(self._clients.values()) if made(client) != before]
 
-    def _watch(self, kind: Any, name: str, training: bool = True) -> None:
-        plain = getattr(kind, name)
+    def trained(self, clients: Sequence[Any]) -> list[dict[str, Any]]:
+        """What the server says of these clients' runs."""
+        ids = {client.model_id for client in clients}
+        return [run for run in self._runs() if run["id"] in ids] if ids else []
 
-        def watched(client: Any, *arguments: Any, **options: Any) -> Any:
-            with self._a_call(client if training else None, name):
-                future = plain(client, *arguments, **options)
-                if training:
-                    self._submitted(client, name, future)
-            return future
-
-        watched.__doc__, watched.__name__ = plain.__doc__, name
-        setattr(kind, name, watched)
-        self._undo.append(lambda: setattr(kind, name, plain))
-
-    @contextmanager
-    def _a_call(self, client: Any, name: str) -> Iterator[None]:
-        """No interrupt is obeyed within a call: a request is either out and known, or was never sent."""
-        ours = threading.current_thread() is threading.main_thread()
-        if ours and self.asked and self.between_steps:
-            raise Stopped
-        if client is not None and not any(client is known for known in self.clients):
-            self.clients.append(client)
-            self._first(client)
-        self._calling += ours
-        try:
-            yield
-        finally:
-            self._calling -= ours
-
-    def _submitted(self, client: Any, name: str, future: Any) -> None:
-        self._out.append(future)
-        if name in GRADIENT:
-            self._unstepped.add(id(client))
-        elif name in STEP:
-            self._unstepped.discard(id(client))
+    def settle(self, clients: Sequence[Any], patience: float) -> bool:
+        """Wait until every request is answered; False if for ``patience`` seconds none left that has to."""
+        told, moved, counts = False, time.monotonic(), _counts(clients)
+        while True:
+            if not any(on_its_way(client) for client in clients):
+                waiting = sum(run["pending"] for run in self.trained(clients))
+                if not waiting:
+                    return True
+                if not told:
+                    self._tell(f"waiting for the answers to {waiting} requests ...")
+                    told = True
+            elif _counts(clients) != counts:
+                moved, counts = time.monotonic(), _counts(clients)
+            elif time.monotonic() - moved > patience:
+                return False
+            time.sleep(GLANCE)
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
-        self.asked += 1
-        if self._calling:
+        if self._over:
             return
-        if self.asked >= INSIST or (self.between_steps and not self.out):
+        self.asked += not self._again
+        self._again = False
+        if self.asked >= INSIST:
             raise Stopped
-        waits = "its answers" if self.between_steps else "its optimizer step"
-        self._tell(f"the loop stops after this step; it waits for {waits} ...")
+        if self._deciding:
+            return  # a second interrupt, while the first one waits
+        self._deciding = True
+        try:
+            clients = self.used()
+            counts = _counts(clients)
+            stop = self._between_steps(clients)
+        except (Refused, Unreachable, TuftConnectionError):
+            stop = True  # nobody can tell where a step ends; whoever asks for the runs next hears why
+        finally:
+            self._deciding = False
+        if stop:
+            raise Stopped
+        if self._watcher is None or not self._watcher.is_alive():
+            self._watcher = threading.Thread(target=self._look_again, args=(clients, counts), daemon=True)
+            self._watcher.start()
+
+    def _between_steps(self, clients: Sequence[Any]) -> bool:
+        """Whether every request is answered and every gradient has had its optimizer step."""
+        if not self.settle(clients, STUCK):
+            return False
+        if any(run["passes"] for run in self.trained(clients)):
+            self._tell("the loop stops after this step; it waits for its optimizer step ...")
+            return False
+        return True
+
+    def _look_again(self, clients: Sequence[Any], counts: list[tuple[int, int]]) -> None:
+        """Interrupt the loop once more when it has made another request, or at once where one was stuck."""
+        stuck = any(on_its_way(client) for client in clients)
+        while not self._over:
+            time.sleep(GLANCE)
+            if stuck or _counts(clients) != counts:
+                with self._ending:
+                    if not self._over:
+                        self._again = True
+                        _interrupt_main()
+                return
+
+
+def training_clients() -> list[Any]:
+    """Every training client of the SDK in this process, whoever made it."""
+    module = sys.modules.get("tinker.lib.public_interfaces.training_client")
+    if module is None:
+        return []
+    kinds = {module.TrainingClient, *module.TrainingClient.__subclasses__()}
+    return [found for found in gc.get_objects() if type(found) in kinds]
+
+
+def made(client: Any) -> int:
+    """How many requests a training client has numbered (SDK 0.16 to 0.38)."""
+    return int(client._request_id_counter)
+
+
+def on_its_way(client: Any) -> bool:
+    """Whether a request is numbered that the server has not accepted or refused yet (SDK 0.16 to 0.38)."""
+    return bool(client._turn_counter < client._request_id_counter)
+
+
+def _counts(clients: Sequence[Any]) -> list[tuple[int, int]]:
+    return [(client._request_id_counter, client._turn_counter) for client in clients]
+
+
+def _interrupt_main() -> None:
+    """Signal the main thread, also where it sleeps or waits; where a platform cannot, it notices when it is awake."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        signal.raise_signal(signal.SIGINT)

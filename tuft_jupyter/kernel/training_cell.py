@@ -19,17 +19,21 @@ from tuft_jupyter.kernel.stopping import Stopped, Stopping
 NO_AWAIT = (
     "%%tuft_train cannot run `await` at the top of a cell: use .result(), or put the loop into a plain cell."
 )
+SEARCH = 2.0
+"""Seconds within which a training client that the cell made is found and its curve shown."""
+LOST = 30.0
+"""Seconds after which a request that does not leave this process is given up."""
 
 
 def train(shell: Any, cell: str, save: bool = True, curve: bool = True) -> None:
     """Run a cell; Stopped, with what was reached as its message, if it was interrupted."""
     run = code_of(shell, cell)
     report = Progress("TuFT training")
-    stopping = Stopping(
-        lambda text: report("interrupt", text), _show_curve if curve and in_notebook() else _nothing
-    )
+    stopping = Stopping(continuity.runs, lambda text: report("interrupt", text))
     try:
         with stopping:
+            if curve and in_notebook():
+                _show_curve(stopping)
             run()
     except KeyboardInterrupt:
         if not stopping.asked:
@@ -60,22 +64,22 @@ def code_of(shell: Any, cell: str) -> Callable[[], None]:
 
 def _finish(stopping: Stopping, report: Progress, save: bool) -> str:
     """Wait for what is out, save what was reached; the sentence that says so."""
-    if stopping.out:
-        report("interrupt", f"waiting for the answers to {len(stopping.out)} requests ...")
-    stopping.settle()
-    report("interrupt", "no request is left")
-    if not stopping.clients:
+    clients = stopping.used()
+    if not clients:
         return "TuFT: stopped before any training."
-    known = {run["id"]: run for run in continuity.runs()}
+    if not stopping.settle(clients, LOST):
+        return (
+            "TuFT: stopped in the middle of a request, and nothing was saved. The server keeps what it was sent; "
+            "`training = %tuft resume` goes on from there."
+        )
+    report("interrupt", "no request is left")
+    by_run = {client.model_id: client for client in clients}
     told = []
-    for client in stopping.clients:
-        run = known.get(client.model_id)
-        if run is None:
-            continue
+    for run in stopping.trained(clients):
         where = f"run {continuity.short(run['id'])} stopped after step {run['step']}"
-        if not stopping.between_steps:
+        if run["passes"]:
             where += ", in the middle of the next one: its gradients are added to the next step's"
-        told.append(f"{where}; saved as {_saved(client, run['step'], report)}" if save else where)
+        told.append(f"{where}; saved as {_saved(by_run[run['id']], run['step'], report)}" if save else where)
     return "TuFT: " + "; ".join(told) + ". Run the cell again to go on."
 
 
@@ -87,13 +91,9 @@ def _saved(client: Any, step: int, report: Progress) -> str:
     return path
 
 
-def _show_curve(client: Any) -> None:
+def _show_curve(stopping: Stopping) -> None:
     from IPython.display import display
 
     from tuft_jupyter.kernel.widgets import LossCurve
 
-    display(LossCurve(client))
-
-
-def _nothing(_: Any) -> None:
-    """No curve."""
+    display(LossCurve(lambda: [client.model_id for client in stopping.used(age=SEARCH)]))

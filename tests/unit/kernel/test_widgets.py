@@ -81,6 +81,24 @@ def test_every_picture_is_whole_and_only_news_is_fetched(told: Told, monkeypatch
     assert set(told.starts) >= {0, 3}
 
 
+def test_a_training_cell_s_curve_shows_the_runs_as_they_come(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing, not some other run, until the first; then whatever the function names."""
+    trained: list[str] = []
+    curve = tuft_jupyter.LossCurve(lambda: list(trained))
+    pictures = sent(curve, monkeypatch)
+    curve._repr_mimebundle_()
+    until(lambda: bool(pictures), 10, "a first picture")
+    assert pictures[0]["runs"] == []
+    trained.append(ONE)
+    told.steps = 4
+    until(lambda: bool(pictures[-1]["runs"]), 10, "the picture of its run")
+    curve.close()
+    assert [run["id"] for run in pictures[-1]["runs"]] == [ONE]
+    assert curve.runs == [ONE]
+
+
 def test_a_widget_holds_names_and_no_data(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = tuft_jupyter.LossCurve(ONE)
     pictures = sent(curve, monkeypatch)

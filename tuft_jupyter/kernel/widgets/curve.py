@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import traitlets
@@ -19,9 +20,9 @@ POINTS = 4000
 class LossCurve(Live):
     """Curves of runs over their steps: live, with log scale, smoothing, hover and the values as text.
 
-    ``runs`` names them: a training client, a run's id or its short form, or several of them; without, the run that
-    was busy last, or the next one that is made. ``metric`` is ``loss`` (nats per weighted token), ``grad_norm``,
-    ``learning_rate`` or ``tokens``.
+    ``runs`` names them: a training client, a run's id or its short form, several of them, or a function that gives
+    their ids whenever it is asked; without, the newest run, or the first one that is made. ``metric`` is ``loss``
+    (nats per weighted token), ``grad_norm``, ``learning_rate`` or ``tokens``.
     """
 
     _esm = script("loss_curve", "built/uplot.js")
@@ -34,12 +35,17 @@ class LossCurve(Live):
 
     def __init__(self, runs: Any = None, **traits: Any) -> None:
         super().__init__(**traits)
-        named = () if runs is None else runs if isinstance(runs, list | tuple) else (runs,)
-        self.runs = [self._id_of(run) for run in named]
+        self._follow: Callable[[], list[str]] | None = None
+        if callable(runs):
+            self._follow = runs
+        elif runs is not None:
+            self.runs = [self._id_of(run) for run in (runs if isinstance(runs, list | tuple) else (runs,))]
         self._watcher = Watcher(self.client)
         self._columns: dict[str, dict[str, list[Any]]] = {}
 
     def look(self, patience: float) -> dict[str, Any]:
+        if self._follow is not None:
+            self.runs = self._follow()
         known = {run["id"]: run for run in self._watcher.look(patience)["runs"]}
         shown = self._shown(known)
         for run in shown:
@@ -71,7 +77,7 @@ class LossCurve(Live):
         return "; ".join(told) or "no run yet"
 
     def _shown(self, known: dict[str, Any]) -> list[dict[str, Any]]:
-        if self.runs:
+        if self.runs or self._follow is not None:
             return [known[run] for run in self.runs if run in known]
         newest = max(known.values(), key=lambda run: run["created"], default=None)
         return [] if newest is None else [newest]
