@@ -10,8 +10,8 @@ from typing import Any
 import jwt
 import pytest
 
-from tests.contract.test_http import BOB_KEY, Server, on_server, refusal
 from tests.contract.test_transfer import WEIGHTS, of, saved
+from tests.support.http_server import BOB_KEY, Server, on_server, refusal
 from tuft_jupyter.wire import tickets
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.test_http import Server
+from tests.support.http_server import Server
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
 from tuft_jupyter_server import app

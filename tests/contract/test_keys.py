@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from examples.run_on_server import Server as JupyterServer
-from tests.contract.test_http import BOB_KEY, Server, on_server, refusal
+from tests.support.http_server import BOB_KEY, Server, on_server, refusal
 from tests.support.live import environment, python
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 

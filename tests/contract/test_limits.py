@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from tests.contract.test_http import Server, on_server, refusal
+from tests.support.http_server import Server, on_server, refusal
 from tuft_jupyter_server.hub import HubKeys, HubUser
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from examples.run_on_server import Server as JupyterServer
-from tests.contract.test_http import BOB_KEY, Server, on_server, refusal
 from tests.contract.test_limits import step
+from tests.support.http_server import BOB_KEY, Server, on_server, refusal
 from tests.support.live import ask, key_of
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter_server import logs

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.contract.test_http import ROOT, Server
+from tests.support.http_server import ROOT, Server
 from tuft_jupyter.core.journal import Sink
 from tuft_jupyter_server import host as hosts
 

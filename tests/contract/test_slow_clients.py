@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.contract.test_http import ROOT, Server, on_server
+from tests.support.http_server import ROOT, Server, on_server
 from tuft_jupyter_server import answering, tinker
 
 

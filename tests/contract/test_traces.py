@@ -154,7 +154,7 @@ def collector_has(collector: Collector, name: str, parent: str) -> list[tuple[di
 IMPORTS = """
 import asyncio, sys
 from pathlib import Path
-from tests.contract.test_http import on_server
+from tests.support.http_server import on_server
 from tuft_jupyter.engine import actors
 async def body(server):
     await server.new_run()

@@ -16,7 +16,7 @@ import pyrage
 import pytest
 from tornado.httpclient import HTTPResponse
 
-from tests.contract.test_http import BOB_KEY, ROOT, Server, on_server, refusal
+from tests.support.http_server import BOB_KEY, ROOT, Server, on_server, refusal
 from tuft_jupyter.wire import archive, tickets
 
 CONFIG, WEIGHTS = b'{"r": 8}', os.urandom(3 * archive.CHUNK + 7)

@@ -3,57 +3,28 @@
 from __future__ import annotations
 
 import http.client
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
 
 from examples.run_on_server import Kernel, Server
-from tests.contract import test_http
-from tests.contract.test_http import BOB_KEY, on_server, refusal
-from tests.support import peft_trip
+from tests.support import http_server, peft_trip
+from tests.support.archives import adapter, packed
+from tests.support.http_server import BOB_KEY, on_server, refusal
 from tests.support.live import key_of
-from tests.unit.core.test_adapters import CONFIG, safetensors
 from tuft_jupyter.core.shown import public
 from tuft_jupyter_server import tinker
 
 WHERE = "/tuft/adapters?base_model=tuft/demo"
 
 
-def adapter(module: str = "model.layers.0.self_attn.q_proj", rank: int = 4, **config: Any) -> bytes:
-    """An archive of an adapter on one layer of the demo model."""
-    demo = json.loads((peft_trip.BASE / "config.json").read_text())
-    width, heads = demo["hidden_size"], demo["num_attention_heads"]
-    outputs = heads * demo.get("head_dim", width // heads)
-    weights = safetensors(
-        {
-            f"base_model.model.{module}.lora_A.weight": np.ones((rank, width), np.float32),
-            f"base_model.model.{module}.lora_B.weight": np.ones((outputs, rank), np.float32),
-        }
-    )
-    said = json.dumps({**CONFIG, **config}).encode()
-    return packed({"adapter_config.json": said, "adapter_model.safetensors": weights})
-
-
-def packed(files: dict[str, bytes]) -> bytes:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return archive.getvalue()
-
-
 def test_an_uploaded_adapter_is_the_callers_checkpoint_also_after_a_restart(tmp_path: Path) -> None:
     told: dict[str, Any] = {}
 
-    async def body(server: test_http.Server) -> None:
+    async def body(server: http_server.Server) -> None:
         answer = await server.ask("POST", WHERE + "&name=mine&ttl_seconds=7200", adapter())
         assert answer.code == 200, answer.body
         told.update(json.loads(answer.body))
@@ -63,7 +34,7 @@ def test_an_uploaded_adapter_is_the_callers_checkpoint_also_after_a_restart(tmp_
         stranger = await server.ask("POST", "/weights_info", {"tinker_path": told["tinker_path"]}, BOB_KEY)
         assert stranger.code == 404
 
-    async def seen(server: test_http.Server) -> None:
+    async def seen(server: http_server.Server) -> None:
         (listed,) = json.loads((await server.ask("GET", "/checkpoints")).body)["checkpoints"]
         assert listed["tinker_path"] == told["tinker_path"]
         assert listed["size_bytes"] > 0
@@ -96,10 +67,10 @@ def test_a_refused_upload_leaves_nothing_behind(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """H7, F12, S1-34: no record, no file, no session; the reason and the way out."""
-    monkeypatch.setattr(test_http, "handlers", lambda *args: tinker.handlers(*args, 2**20))
+    monkeypatch.setattr(http_server, "handlers", lambda *args: tinker.handlers(*args, 2**20))
     path, content, said = REFUSED[name]
 
-    async def body(server: test_http.Server) -> None:
+    async def body(server: http_server.Server) -> None:
         before = public(server.host.ledger.state)
         assert said in refusal(await server.ask("POST", path, content))
         assert public(server.host.ledger.state) == before
@@ -112,7 +83,7 @@ def test_a_refused_upload_leaves_nothing_behind(
 def test_an_upload_counts_towards_the_tenants_storage(tmp_path: Path) -> None:
     """One fits into 10,000 bytes, and then no other does; nothing of it stays."""
 
-    async def body(server: test_http.Server) -> None:
+    async def body(server: http_server.Server) -> None:
         assert (await server.ask("POST", WHERE, adapter(), BOB_KEY)).code == 200
         before = public(server.host.ledger.state)
         assert "Checkpoint storage is full" in refusal(await server.ask("POST", WHERE, adapter(), BOB_KEY))

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.contract.test_http import BOB_KEY, Server, on_server, refusal
 from tests.support.fake_engine import FakeEngines
+from tests.support.http_server import BOB_KEY, Server, on_server, refusal
 
 
 async def ask_step(server: Server, run: str, seq: int) -> str:

@@ -19,8 +19,8 @@ import websocket
 
 from examples.run_on_server import Server
 from tests.contract.conftest import clean_environment
-from tests.contract.test_http import BOB_KEY, on_server
-from tests.contract.test_http import Server as Host
+from tests.support.http_server import BOB_KEY, on_server
+from tests.support.http_server import Server as Host
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
 from tuft_jupyter.core.types import Principal

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.contract.test_http import BOB_KEY, ROOT, Server, filled, on_server
-from tests.contract.test_upload import adapter
+from tests.support.archives import adapter
+from tests.support.http_server import BOB_KEY, ROOT, Server, filled, on_server
 from tuft_jupyter.config import ConfigError, load_settings
 from tuft_jupyter.wire.routes import ROUTES
 from tuft_jupyter_server import logs

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.archives import CONFIG, RANK, safetensors
 from tuft_jupyter.core import adapters
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import ModelCard
@@ -21,24 +22,6 @@ SHAPES = {  # of the base model: outputs, inputs
     for layer in (0, 1)
     for name, shape in {"self_attn.q_proj": (16, 8), "mlp.up_proj": (24, 8)}.items()
 }
-RANK = 4
-CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
-
-
-def safetensors(
-    tensors: Mapping[str, np.ndarray], change: Callable[[dict[str, Any]], None] | None = None
-) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    body = b""
-    for name, values in tensors.items():
-        end = len(body) + values.nbytes
-        kind = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int64": "I64"}[str(values.dtype)]
-        header[name] = {"dtype": kind, "shape": list(values.shape), "data_offsets": [len(body), end]}
-        body += values.tobytes()
-    if change is not None:
-        change(header)
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + body
 
 
 def pairs(*modules: str, rank: int = RANK, dtype: type = np.float32) -> dict[str, np.ndarray]:

@@ -1,9 +1,7 @@
-"""The torch sampler with many requests, many adapters, and requests that cannot be served."""
+"""The torch sampler with many requests at once: what is decoded together, and with how much memory."""
 
 from __future__ import annotations
 
-import gc
-import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,52 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from tests.support.adapters import make_adapter
 from tests.support.sampling import ask, drain, prompt, run, tokens_of
 from tests.support.tiny_models import make_model
-from tuft_jupyter.core.errors import NotFound, TuftError, UserError
-from tuft_jupyter.core.types import SampleRequest
-from tuft_jupyter.engine import checkpoint, kv_cache, lora
-from tuft_jupyter.engine.lora import Slot
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.engine import kv_cache
 from tuft_jupyter.engine.packing import Packed
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 
-VOCAB = 320
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "qwen", max_length=96)
-
-
-@pytest.fixture(scope="module")
-def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    home = tmp_path_factory.mktemp("adapters")
-    return [
-        make_adapter(home / "a", model, seed=1),
-        make_adapter(home / "b", model, seed=2, rank=2),
-        make_adapter(home / "c", model, seed=3, modules=("q_proj", "v_proj")),
-    ]
-
-
-@pytest.fixture
-def sampler(model: Path) -> TorchSampler:
-    return TorchSampler(model)
-
-
-# ---- many requests
-
-
-def test_places_are_refilled_as_sequences_end(model: Path) -> None:
+def test_places_are_refilled_as_sequences_end(sampled: Path) -> None:
     jobs = [(None, ask(prompt(3 + i, seed=i), 1 + i % 3, seed=i, max_tokens=2 + 3 * i)) for i in range(7)]
-    narrow = TorchSampler(model, max_live=3)
+    narrow = TorchSampler(sampled, max_live=3)
     for i, (adapter, request) in enumerate(jobs):
         narrow.submit(str(i), adapter, request)
     answers: dict[str, Any] = {}
@@ -66,14 +30,14 @@ def test_places_are_refilled_as_sequences_end(model: Path) -> None:
         answers.update(narrow.step())
         steps += 1
         assert len(narrow._live) <= 3
-    wide = run(TorchSampler(model), jobs)
+    wide = run(TorchSampler(sampled), jobs)
     assert [tokens_of(answers[str(i)]) for i in range(7)] == [tokens_of(answer) for answer in wide]
     drawn = sum(len(s.tokens) for answer in wide for s in answer.sequences)
     assert steps < 0.6 * drawn, "sequences are decoded together"
 
 
-def test_a_small_request_does_not_wait_for_a_large_one_in_the_queue(model: Path) -> None:
-    sampler = TorchSampler(model, max_live=4)
+def test_a_small_request_does_not_wait_for_a_large_one_in_the_queue(sampled: Path) -> None:
+    sampler = TorchSampler(sampled, max_live=4)
     sampler.submit("large", None, ask(prompt(4), 40, max_tokens=4))
     sampler.submit("small", None, ask(prompt(4), 1, max_tokens=4))
     order = []
@@ -105,9 +69,9 @@ def test_a_prompt_is_run_once_for_all_its_samples(
     assert all(len(answer.sequences) == 6 for answer in answers)
 
 
-def test_a_long_prompt_holds_up_nobody_who_decodes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_holds_up_nobody_who_decodes(sampled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens are run a few at a time, beside a token for everybody else in every step."""
-    sampler = TorchSampler(model, chunk_tokens=16)
+    sampler = TorchSampler(sampled, chunk_tokens=16)
     rows = rows_of(sampler, monkeypatch)
     sampler.submit("first", None, ask(prompt(4), max_tokens=30))
     sampler.step()
@@ -116,8 +80,8 @@ def test_a_long_prompt_holds_up_nobody_who_decodes(model: Path, monkeypatch: pyt
     assert rows[:14] == [4, 1] + [16, 1] * 4 + [16, 2, 2, 2]
 
 
-def test_a_short_prompt_passes_a_long_one(model: Path) -> None:
-    sampler = TorchSampler(model, prefill_tokens=16, chunk_tokens=16)
+def test_a_short_prompt_passes_a_long_one(sampled: Path) -> None:
+    sampler = TorchSampler(sampled, prefill_tokens=16, chunk_tokens=16)
     sampler.submit("long", None, ask(prompt(80), max_tokens=1))
     sampler.submit("short", None, ask(prompt(5), max_tokens=1))
     order = []
@@ -131,7 +95,7 @@ PROMPTS = {"prompt_logprobs": True, "topk_prompt_logprobs": 3}
 
 @pytest.mark.parametrize("options", [{"prefill_tokens": 7, "chunk_tokens": 5}, {"kv_tokens": 1100}])
 def test_neither_pieces_nor_scarce_memory_change_what_is_drawn(
-    model: Path, adapters: list[Path], options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    sampled: Path, adapters: list[Path], options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same tokens, and the same log-probabilities to the rounding of fp32, also of the prompt."""
     monkeypatch.setattr(kv_cache, "SMALLEST", 16)  # these prompts are short, and are to outgrow their slots
@@ -140,8 +104,8 @@ def test_neither_pieces_nor_scarce_memory_change_what_is_drawn(
         for i, adapter in enumerate([*adapters, None, adapters[0]])
     ]
     jobs.append((adapters[0], ask(prompt(70), 2, seed=0, max_tokens=9)))  # the first prompt once more
-    plain = run(TorchSampler(model, kv_tokens=100_000), jobs)
-    tight = TorchSampler(model, **options)
+    plain = run(TorchSampler(sampled, kv_tokens=100_000), jobs)
+    tight = TorchSampler(sampled, **options)
     for ours, expected in zip(run(tight, jobs), plain, strict=True):
         assert tokens_of(ours) == tokens_of(expected)
         for one, other in zip(ours.sequences, expected.sequences, strict=True):
@@ -153,10 +117,10 @@ def test_neither_pieces_nor_scarce_memory_change_what_is_drawn(
 
 
 def test_memory_is_bounded_and_who_began_last_goes_on_where_it_was(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    sampled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kv_cache, "SMALLEST", 16)
-    sampler = TorchSampler(model, kv_tokens=512)
+    sampler = TorchSampler(sampled, kv_tokens=512)
     put_back: set[int] = set()
     jobs = [ask(prompt(12, seed=i), seed=i, max_tokens=80) for i in range(24)]
     for i, request in enumerate(jobs):
@@ -172,7 +136,7 @@ def test_memory_is_bounded_and_who_began_last_goes_on_where_it_was(
         assert sampler._cache.bytes <= 512 * each
     assert put_back, "the memory was never short"
     assert 0 not in put_back, "who came first never waits for others"
-    expected = run(TorchSampler(model), [(None, request) for request in jobs])
+    expected = run(TorchSampler(sampled), [(None, request) for request in jobs])
     assert [tokens_of(answers[str(i)]) for i in range(24)] == [tokens_of(answer) for answer in expected]
 
 
@@ -182,14 +146,14 @@ def _layers(sampler: TorchSampler, answers: dict[str, Any]) -> dict[int, kv_cach
     return sampler._cache.racks
 
 
-def test_who_waits_is_told_for_what(model: Path, adapters: list[Path]) -> None:
-    narrow = TorchSampler(model, max_live=1, max_adapters=1)
+def test_who_waits_is_told_for_what(sampled: Path, adapters: list[Path]) -> None:
+    narrow = TorchSampler(sampled, max_live=1, max_adapters=1)
     narrow.submit("a", adapters[0], ask(prompt(4), max_tokens=9))
     narrow.submit("b", None, ask(prompt(4), max_tokens=1))
     narrow.step()
     assert narrow.waits_for("a") == narrow.waits_for("never heard of") == ""
     assert narrow.waits_for("b") == "1 sequences are being decoded, which is this sampler's limit"
-    full = TorchSampler(model, max_adapters=1, kv_tokens=512)
+    full = TorchSampler(sampled, max_adapters=1, kv_tokens=512)
     for i in range(8):
         full.submit(str(i), adapters[0], ask(prompt(90, seed=i), max_tokens=4))
     full.submit("other", adapters[1], ask(prompt(4), max_tokens=1))
@@ -207,30 +171,30 @@ def test_a_prompt_that_can_never_fit_is_refused_with_the_limit(tmp_path: Path) -
 
 
 def test_samples_of_a_large_request_run_its_prompt_once_though_they_begin_in_turn(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    sampled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampler = TorchSampler(model, max_live=2)
+    sampler = TorchSampler(sampled, max_live=2)
     rows = rows_of(sampler, monkeypatch)
     request = ask(prompt(40), 6, seed=3, max_tokens=3)
     (answer,) = run(sampler, [(None, request)])
     assert [row for row in rows if row > 2] == [40]
-    (expected,) = run(TorchSampler(model), [(None, request)])
+    (expected,) = run(TorchSampler(sampled), [(None, request)])
     assert tokens_of(answer) == tokens_of(expected)
 
 
 def test_what_is_shared_of_a_prompt_is_shared_within_a_tenant(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    sampled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T9: the same prompt of two tenants is run twice, so its time tells neither of the other."""
-    sampler = TorchSampler(model)
+    sampler = TorchSampler(sampled)
     rows = rows_of(sampler, monkeypatch)
     mine, theirs = (replace(ask(prompt(20), max_tokens=1), salt=salt) for salt in ("a", "b"))
     run(sampler, [(None, mine), (None, theirs), (None, mine)])
     assert rows == [40]
 
 
-def test_cancelling_frees_the_place(model: Path, adapters: list[Path]) -> None:
-    sampler = TorchSampler(model, max_live=1, max_adapters=1)
+def test_cancelling_frees_the_place(sampled: Path, adapters: list[Path]) -> None:
+    sampler = TorchSampler(sampled, max_live=1, max_adapters=1)
     sampler.submit("long", adapters[0], ask(prompt(4), max_tokens=80))
     sampler.submit("queued", adapters[0], ask(prompt(4), max_tokens=80))
     sampler.submit("next", adapters[1], ask(prompt(4), seed=1, max_tokens=3))
@@ -240,7 +204,7 @@ def test_cancelling_frees_the_place(model: Path, adapters: list[Path]) -> None:
     sampler.cancel("never heard of")
     answers = drain(sampler)
     assert list(answers) == ["next"]
-    (expected,) = run(TorchSampler(model), [(adapters[1], ask(prompt(4), seed=1, max_tokens=3))])
+    (expected,) = run(TorchSampler(sampled), [(adapters[1], ask(prompt(4), seed=1, max_tokens=3))])
     assert tokens_of(answers["next"]) == tokens_of(expected)
 
 
@@ -258,161 +222,3 @@ def test_requests_may_be_submitted_while_others_decode(sampler: TorchSampler, ad
     assert len(answers) == 30
     for i in range(10):
         assert tokens_of(answers[f"a{i}"]) == tokens_of(answers[f"b{i}"]) == tokens_of(answers[f"c{i}"])
-
-
-# ---- adapters
-
-
-def test_more_adapters_than_are_held_are_served_in_turn(model: Path, adapters: list[Path]) -> None:
-    few = TorchSampler(model, max_adapters=1)
-    jobs = [(adapter, ask(prompt(5), seed=1)) for adapter in [*adapters, *adapters]]
-    expected = run(TorchSampler(model), jobs)
-    assert [tokens_of(a) for a in run(few, jobs)] == [tokens_of(a) for a in expected]
-
-
-def test_hundreds_of_adapters_are_served_and_few_are_held(
-    model: Path, adapters: list[Path], tmp_path: Path
-) -> None:
-    """The one used least recently goes, with all of its memory; its directory is read again when it is asked for."""
-    many = [Path(shutil.copytree(adapters[i % 3], tmp_path / str(i))) for i in range(240)]
-    sampler = TorchSampler(model, max_adapters=8)
-    request = ask(prompt(4), temperature=0.0, max_tokens=3)
-    expected = [tokens_of(answer) for answer in run(sampler, [(adapter, request) for adapter in adapters])]
-
-    def held() -> int:
-        gc.collect()
-        return sum(type(thing) is Slot for thing in gc.get_objects())
-
-    order = np.random.default_rng(0).permutation(len(many))
-    answers = run(sampler, [(many[i], request) for i in order[:40]])
-    before = held()
-    answers += run(sampler, [(many[i], request) for i in order[40:]])
-    assert [tokens_of(answer) for answer in answers] == [expected[i % 3] for i in order]
-    assert held() <= before * 1.5, "what left is gone"
-    (again,) = run(sampler, [(many[order[0]], request)])
-    assert tokens_of(again) == expected[order[0] % 3]
-
-
-def test_an_adapter_is_loaded_once(
-    model: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads: list[Path] = []
-    read = checkpoint.read
-
-    def counted(source: Path, *args: Any, **kwargs: Any) -> Any:
-        loads.append(source)
-        return read(source, *args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "read", counted)
-    sampler = TorchSampler(model, max_adapters=2)
-    job = ask(prompt(4), max_tokens=2)
-    a, b, c = adapters
-    for adapter in (a, b, a, c, a, b):
-        run(sampler, [(adapter, job), (adapter, job)])
-    assert loads == [a, b, c, b]
-
-
-def test_more_geometries_than_are_remembered_are_served(
-    model: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs = [(adapter, ask(prompt(5), seed=1)) for adapter in [*adapters, *adapters]]
-    expected = run(TorchSampler(model), jobs)
-    monkeypatch.setattr(lora, "_IDLE_GEOMETRIES", 0)
-    assert [tokens_of(a) for a in run(TorchSampler(model, max_adapters=2), jobs)] == [
-        tokens_of(a) for a in expected
-    ]
-
-
-def test_a_directory_saved_again_is_read_again(model: Path, adapters: list[Path], tmp_path: Path) -> None:
-    sampler = TorchSampler(model)
-    place = tmp_path / "latest"
-    answers = []
-    for source in adapters[:2]:
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(source, place)
-        answers += run(sampler, [(place, ask(prompt(5), temperature=0.0))])
-    assert [tokens_of(a) for a in answers] == [
-        tokens_of(a) for a in run(sampler, [(d, ask(prompt(5), temperature=0.0)) for d in adapters[:2]])
-    ]
-
-
-# ---- what cannot be served
-
-
-@pytest.mark.parametrize(
-    ("request_", "words"),
-    [
-        (ask(np.array([], np.int32)), "prompt is empty"),
-        (ask(np.array([3, VOCAB], np.int32)), "prompt token 320 at position 1"),
-        (ask(np.array([-1], np.int32)), "prompt token -1 at position 0"),
-        (ask(prompt(96)), "prompt has 96 tokens.*context of 96"),
-        (ask(prompt(3), 0), "num_samples"),
-        (ask(prompt(3), 100_000), "num_samples"),
-        (ask(prompt(3), max_tokens=0), "max_tokens"),
-        (ask(prompt(3), topk_prompt_logprobs=VOCAB + 1), "topk_prompt_logprobs"),
-    ],
-)
-def test_a_bad_request_fails_in_its_own_place(
-    sampler: TorchSampler, request_: SampleRequest, words: str
-) -> None:
-    with pytest.raises(UserError, match=words):
-        sampler.check(request_)
-    bad, good = run(sampler, [(None, request_), (None, ask(prompt(3), max_tokens=2))])
-    assert isinstance(bad, UserError)
-    assert [len(s.tokens) for s in good.sequences] == [2]
-
-
-def test_an_adapter_that_is_missing_or_does_not_fit_fails_in_its_own_place(
-    sampler: TorchSampler, adapters: list[Path], tmp_path: Path
-) -> None:
-    wider = make_model(tmp_path / "wider", hidden=128)
-    foreign = make_adapter(tmp_path / "foreign", wider, seed=0)
-    torn = tmp_path / "torn"
-    shutil.copytree(adapters[0], torn)
-    file = torn / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    request = ask(prompt(5), temperature=0.0)
-    places = [adapters[0], tmp_path / "gone", foreign, foreign, torn, adapters[0]]
-    good, gone, misfit, twice, cut, again = run(sampler, [(place, request) for place in places])
-    assert isinstance(gone, NotFound)
-    assert isinstance(misfit, UserError)
-    assert "lora_B" in misfit.message
-    assert twice.message == misfit.message
-    assert isinstance(cut, UserError)
-    assert tokens_of(good) == tokens_of(again)
-
-
-@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 3}])
-def test_an_adapter_that_has_diverged_fails_alone(
-    model: Path, adapters: list[Path], tmp_path: Path, params: dict[str, Any]
-) -> None:
-    diverged = tmp_path / "diverged"
-    shutil.copytree(adapters[0], diverged)
-    file = diverged / "adapter_model.safetensors"
-    save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file)
-    good, bad = (ask(prompt(5), 2, seed=1, **{"max_tokens": n, **params}) for n in (6, 60))
-    sampler = TorchSampler(model, max_live=4)
-    fine, broken, after = run(sampler, [(adapters[1], good), (diverged, bad), (adapters[1], good)])
-    (alone,) = run(TorchSampler(model), [(adapters[1], good)])
-    assert isinstance(broken, UserError)
-    assert "diverged" in broken.message
-    assert tokens_of(fine) == tokens_of(after) == tokens_of(alone)
-
-
-def test_an_adapter_that_cannot_be_read_at_all_fails_alone(
-    sampler: TorchSampler, adapters: list[Path], tmp_path: Path
-) -> None:
-    odd = tmp_path / "odd"
-    shutil.copytree(adapters[0], odd)
-    (odd / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "four", "target_modules": [1, {}]}')
-    bad, good = run(sampler, [(odd, ask(prompt(4))), (adapters[0], ask(prompt(4)))])
-    assert isinstance(bad, TuftError)
-    assert len(good.sequences) == 1
-
-
-def test_stop_strings_need_a_tokenizer(tmp_path: Path) -> None:
-    directory = make_model(tmp_path / "m")
-    for file in directory.glob("token*"):
-        file.unlink()
-    with pytest.raises(UserError, match="no tokenizer; give token ids"):
-        TorchSampler(directory).check(ask(prompt(3), stop_tokens=None, stop_strings=("x",)))

@@ -19,31 +19,6 @@ from tuft_jupyter.engine.torch_sampler import TorchSampler
 EOS = SPECIAL.index("<|im_end|>")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "qwen", max_length=96)
-
-
-@pytest.fixture(scope="module")
-def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    home = tmp_path_factory.mktemp("adapters")
-    return [
-        make_adapter(home / "a", model, seed=1),
-        make_adapter(home / "b", model, seed=2, rank=2),
-        make_adapter(home / "c", model, seed=3, modules=("q_proj", "v_proj")),
-    ]
-
-
-@pytest.fixture
-def sampler(model: Path) -> TorchSampler:
-    return TorchSampler(model)
-
-
 def generate(model: Any, tokens: np.ndarray, count: int) -> list[int]:
     """Greedy decoding by transformers."""
     ids = torch.from_numpy(tokens).long()[None]
@@ -99,13 +74,13 @@ def test_a_sliding_window_is_kept_to(tmp_path: Path) -> None:
 
 
 def test_greedy_tokens_of_adapters_equal_those_of_peft(
-    sampler: TorchSampler, model: Path, adapters: list[Path]
+    sampler: TorchSampler, sampled: Path, adapters: list[Path]
 ) -> None:
     """S1-42: an adapter from a plain PEFT directory is sampled as PEFT would, in one batch with others."""
     jobs = [(adapter, prompt(6 + i, seed=i)) for i, adapter in enumerate([*adapters, None, adapters[0]])]
     answers = run(sampler, [(adapter, ask(p, temperature=0.0, max_tokens=20)) for adapter, p in jobs])
     for (adapter, tokens), answer in zip(jobs, answers, strict=True):
-        oracle = plain_model(model) if adapter is None else peft_model(model, adapter)
+        oracle = plain_model(sampled) if adapter is None else peft_model(sampled, adapter)
         oracle.generation_config.eos_token_id = None
         assert tokens_of(answer) == [generate(oracle, tokens, 20)]
 
@@ -123,13 +98,13 @@ def test_an_adapter_on_the_unembedding_is_sampled_too(tmp_path: Path) -> None:
     np.testing.assert_allclose(answer.prompt_logprobs[1:], scored, atol=1e-5)
 
 
-def test_a_mixed_batch_gives_each_request_what_it_gets_alone(model: Path, adapters: list[Path]) -> None:
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(sampled: Path, adapters: list[Path]) -> None:
     jobs = [
         (adapter, ask(prompt(4 + 3 * i, seed=i), 2, seed=i, temperature=0.8, max_tokens=10 + i))
         for i, adapter in enumerate([*adapters, None, *adapters])
     ]
-    together = run(TorchSampler(model), jobs)
-    alone = TorchSampler(model)
+    together = run(TorchSampler(sampled), jobs)
+    alone = TorchSampler(sampled)
     for job, answer in zip(jobs, together, strict=True):
         (expected,) = run(alone, [job])
         assert tokens_of(answer) == tokens_of(expected)
@@ -153,11 +128,11 @@ def test_sampled_sequences_have_tokens_logprobs_and_a_stop_reason(sampler: Torch
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"temperature": 0.6, "top_k": 7, "top_p": 0.9}])
 def test_logprobs_are_those_of_a_plain_forward_at_temperature_one(
-    sampler: TorchSampler, model: Path, adapters: list[Path], params: dict[str, Any]
+    sampler: TorchSampler, sampled: Path, adapters: list[Path], params: dict[str, Any]
 ) -> None:
     tokens = prompt(11)
     (answer,) = run(sampler, [(adapters[0], ask(tokens, 3, seed=1, **params))])
-    oracle = peft_model(model, adapters[0])
+    oracle = peft_model(sampled, adapters[0])
     for sequence in answer.sequences:
         whole = np.concatenate([tokens, sequence.tokens])
         expected = logprobs_of(oracle, whole)[len(tokens) - 1 : -1]
@@ -167,12 +142,12 @@ def test_logprobs_are_those_of_a_plain_forward_at_temperature_one(
 
 
 def test_prompt_logprobs_are_those_of_a_plain_forward(
-    sampler: TorchSampler, model: Path, adapters: list[Path]
+    sampler: TorchSampler, sampled: Path, adapters: list[Path]
 ) -> None:
     tokens = prompt(17)
     request = ask(tokens, 2, max_tokens=1, prompt_logprobs=True, topk_prompt_logprobs=3)
     (answer,) = run(sampler, [(adapters[1], request)])
-    expected = logprobs_of(peft_model(model, adapters[1]), tokens)[:-1]
+    expected = logprobs_of(peft_model(sampled, adapters[1]), tokens)[:-1]
 
     assert np.isnan(answer.prompt_logprobs[0])
     np.testing.assert_allclose(answer.prompt_logprobs[1:], expected[np.arange(16), tokens[1:]], atol=1e-5)
@@ -204,11 +179,11 @@ def test_a_long_prompt_is_scored_in_pieces_without_a_seam(tmp_path: Path) -> Non
 # ---- seeds
 
 
-def test_a_seed_gives_the_same_samples_in_any_company(model: Path, adapters: list[Path]) -> None:
+def test_a_seed_gives_the_same_samples_in_any_company(sampled: Path, adapters: list[Path]) -> None:
     request = ask(prompt(8), 3, seed=2**64 - 1, max_tokens=20)
-    (alone,) = run(TorchSampler(model), [(adapters[0], request)])
+    (alone,) = run(TorchSampler(sampled), [(adapters[0], request)])
     crowd = [(adapter, ask(prompt(5 + i, seed=i), 2, max_tokens=7 + i)) for i, adapter in enumerate(adapters)]
-    in_company = run(TorchSampler(model, max_live=5), [*crowd, (adapters[0], request), *crowd])[3]
+    in_company = run(TorchSampler(sampled, max_live=5), [*crowd, (adapters[0], request), *crowd])[3]
     assert tokens_of(in_company) == tokens_of(alone)
 
 
