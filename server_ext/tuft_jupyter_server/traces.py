@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tuft_jupyter.core.engine import Outcome, SamplingEngine, Task, Told, TrainingEngine, untold
+from tuft_jupyter.core.engine import Outcome, Part, SamplingEngine, Task, TextTask, TrainingEngine
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.types import ModelCard, Record
 from tuft_jupyter.tracing import Tracing, carried, failed, traceparent
@@ -189,30 +189,18 @@ class _Sampling(_Traced[SamplingEngine]):
                 failed(span, outcome.category)
             return outcome
 
-    async def complete(
-        self,
-        request_id: str,
-        adapter: str | None,
-        body: bytes,
-        *,
-        chat: bool,
-        tenant: str = "",
-        input_tokens: int = 0,
-        told: Told = untold,
-    ) -> AsyncGenerator[bytes, None]:
-        """A worker is told of the span with its first call, which is made for the first chunk."""
-        span = self._traces.sampling(self._model, request_id)
-        chunks = self._engine.complete(
-            request_id, adapter, body, chat=chat, tenant=tenant, input_tokens=input_tokens, told=told
-        )
+    async def complete(self, task: TextTask) -> AsyncGenerator[Part, None]:
+        """A worker is told of the span with its first call, which is made for the first part."""
+        span = self._traces.sampling(self._model, task.request_id)
         with _ended(span):
-            async with contextlib.aclosing(chunks):
+            async with contextlib.aclosing(self._engine.complete(task)) as parts:
                 with _told(span):
-                    first = await anext(chunks, None)
-                if first is not None:
-                    yield first
-                    async for chunk in chunks:
-                        yield chunk
+                    part = await anext(parts)
+                yield part
+                async for part in parts:
+                    yield part
+                if part.category:
+                    failed(span, part.category)
 
     async def cancel(self, request_id: str) -> None:
         await self._engine.cancel(request_id)

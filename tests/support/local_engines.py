@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tuft_jupyter.core.engine import EngineDied, Outcome, Task, Told, untold
-from tuft_jupyter.core.errors import failure
+from tuft_jupyter.core.engine import EngineDied, Outcome, Part, Task, TextTask
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.text_worker import TextWorker
@@ -79,32 +78,16 @@ class LocalSampling:
     async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         return await self._ready().sample(request_id, adapter, body)
 
-    async def complete(
-        self,
-        request_id: str,
-        adapter: str | None,
-        body: bytes,
-        *,
-        chat: bool,
-        tenant: str = "",
-        input_tokens: int = 0,
-        told: Told = untold,
-    ) -> AsyncGenerator[bytes, None]:
+    async def complete(self, task: TextTask) -> AsyncGenerator[Part, None]:
         self._ready()
-        part = await self._text.begin(request_id, adapter, body, chat=chat, input_tokens=input_tokens)
         try:
-            while True:
-                if part.ended:
-                    told(part.facts)
-                for chunk in part.chunks:
-                    yield chunk
-                if part.category:
-                    raise failure(part.category, part.error)
-                if part.ended:
-                    return
-                part = await self._text.more(request_id)
+            part = await self._text.begin(task)
+            yield part
+            while not part.ended:
+                part = await self._text.more(task.request_id)
+                yield part
         finally:
-            self._text.cancel(request_id)
+            self._text.cancel(task.request_id)
 
     async def cancel(self, request_id: str) -> None:
         self._ready().cancel(request_id)

@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
-from tuft_jupyter.core.engine import EngineDied, Outcome, SamplingEngine, Task, Told, TrainingEngine, untold
+from tuft_jupyter.core.engine import EngineDied, Outcome, Part, SamplingEngine, Task, TextTask, TrainingEngine
 from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.types import JSON, ModelCard, OpKind
 
@@ -134,30 +134,19 @@ class ScriptedSampler:
         facts = {"prompt_tokens": 3, "tokens": 4}
         return Outcome(request_id, result=(adapter or "base").encode(), content_type=JSON, facts=facts)
 
-    async def complete(
-        self,
-        request_id: str,
-        adapter: str | None,
-        body: bytes,
-        *,
-        chat: bool,
-        tenant: str = "",
-        input_tokens: int = 0,
-        told: Told = untold,
-    ) -> AsyncGenerator[bytes, None]:
+    async def complete(self, task: TextTask) -> AsyncGenerator[Part, None]:
         """Two chunks for a stream, else one; for the user ``hang`` it draws until nobody listens."""
         if self.dies:
             self.dies -= 1
             raise EngineDied("killed by the test")
-        asked = json.loads(body)
-        chunk = json.dumps({"adapter": adapter, "chat": chat}).encode()
+        asked = json.loads(task.body)
+        chunk = json.dumps({"adapter": task.adapter, "chat": task.chat}).encode()
         try:
             if asked.get("stream"):
-                yield chunk
+                yield Part([chunk])
             if asked.get("user") == "hang":
                 await asyncio.Event().wait()
-            told({"prompt_tokens": 5, "tokens": 2})
-            yield chunk
+            yield Part([chunk], ended=True, facts={"prompt_tokens": 5, "tokens": 2})
         finally:
             self.closed += 1
 

@@ -136,8 +136,25 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class TextTask:
+    """A request in OpenAI's form, on its way to a sampling worker.
+
+    ``adapter`` is the directory of the adapter to sample from, None for the base model; ``chat`` tells which of the two
+    forms the JSON ``body`` has. ``input_tokens`` is how many its prompts may have together (0: any number); only the
+    worker can count them. What is remembered of a prompt is shared within a ``tenant`` only.
+    """
+
+    request_id: str
+    adapter: str | None
+    body: bytes
+    chat: bool
+    tenant: str = ""
+    input_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
-    """The next chunks of an answer in OpenAI's form; the last part has the ``facts`` of the whole, as an outcome has.
+    """The next chunks of the answer to a :class:`TextTask`; the last part has the ``facts`` of the whole answer.
 
     ``category`` is "" unless it failed, as ``error`` says; then it has ended.
     """
@@ -179,13 +196,6 @@ class TrainingEngine(Protocol):
     async def stop(self) -> None: ...
 
 
-Told = Callable[[Mapping[str, Any]], None]
-
-
-def untold(facts: Mapping[str, Any]) -> None:
-    """For callers who need no facts."""
-
-
 class SamplingEngine(Protocol):
     """One base model's sampling worker, reached from the event loop."""
 
@@ -199,23 +209,8 @@ class SamplingEngine(Protocol):
         What is remembered of a prompt is shared within a ``tenant`` only.
         """
 
-    def complete(
-        self,
-        request_id: str,
-        adapter: str | None,
-        body: bytes,
-        *,
-        chat: bool,
-        tenant: str = "",
-        input_tokens: int = 0,
-        told: Told = untold,
-    ) -> AsyncGenerator[bytes, None]:
-        """The answer to a request in OpenAI's form: its chunks as they are drawn, or the whole as one.
-
-        ``input_tokens`` is how many its prompts may have together (0: any number); only here they are known.
-        ``told`` gets the facts of an answer that is complete, as an :class:`Outcome` has them.
-        UserError before the first item if the request cannot be run. Closing the iterator stops the drawing.
-        """
+    def complete(self, task: TextTask) -> AsyncGenerator[Part, None]:
+        """The answer in parts, as its tokens are drawn. Closing the iterator stops the drawing."""
 
     async def cancel(self, request_id: str) -> None: ...
 

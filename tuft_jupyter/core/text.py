@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tuft_jupyter.core.access import owned
 from tuft_jupyter.core.checkpoints import Checkpoints
-from tuft_jupyter.core.engine import EngineDied
-from tuft_jupyter.core.errors import NotFound, ServerError, UserError
+from tuft_jupyter.core.engine import EngineDied, Part, TextTask
+from tuft_jupyter.core.errors import NotFound, ServerError, UserError, failure
 from tuft_jupyter.core.sampling import Sampling
 from tuft_jupyter.core.types import RUN_INFIX, SAMPLER_INFIX, CheckpointKind, ModelCard, Principal
 
@@ -84,38 +84,28 @@ class Text:
         ``input_tokens`` bounds the prompts (0: not at all).
         """
         card, directory = self.find(principal, model)
+        task = TextTask(secrets.token_hex(12), directory, body, chat, principal.tenant, input_tokens)
         with self.sampling.room(principal.tenant, len(body)):
-            async with aclosing(self._chunks(principal, card, directory, body, chat, input_tokens)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            async with aclosing(self._parts(card, task)) as parts:
+                async for part in parts:
+                    if part.facts:  # before its chunks: who wants only one does not come back
+                        self.sampling.tally.add(principal.tenant, "", card.name, part.facts)
+                    for chunk in part.chunks:
+                        yield chunk
+                    if part.category:
+                        raise failure(part.category, part.error)
 
-    async def _chunks(
-        self,
-        principal: Principal,
-        card: ModelCard,
-        directory: str | None,
-        body: bytes,
-        chat: bool,
-        input_tokens: int,
-    ) -> AsyncGenerator[bytes, None]:
+    async def _parts(self, card: ModelCard, task: TextTask) -> AsyncGenerator[Part, None]:
+        """Those of one engine; of a second one if the first dies before it has answered."""
         worker = self.sampling.worker(card)
         for last in (False, True):
             begun = False
             try:
                 await worker.ready()
-                chunks = worker.engine.complete(
-                    secrets.token_hex(12),
-                    directory,
-                    body,
-                    chat=chat,
-                    tenant=principal.tenant,
-                    input_tokens=input_tokens,
-                    told=lambda facts: self.sampling.tally.add(principal.tenant, "", card.name, facts),
-                )
-                async with aclosing(chunks) as open_chunks:
-                    async for chunk in open_chunks:
+                async with aclosing(worker.engine.complete(task)) as parts:
+                    async for part in parts:
                         begun = True
-                        yield chunk
+                        yield part
                 return
             except EngineDied as death:
                 log.warning("the sampling worker of %s died: %s", card.name, death)

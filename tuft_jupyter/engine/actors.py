@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuft_jupyter import tracing
-from tuft_jupyter.core.engine import EngineDied, Outcome, Part, Sampler, Task, Trainer
+from tuft_jupyter.core.engine import EngineDied, Outcome, Part, Sampler, Task, TextTask, Trainer
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
@@ -251,21 +251,10 @@ class SamplingActor(EngineActor):
     async def waits_for(self, request_id: str) -> str:
         return self.worker.waits_for(request_id)
 
-    async def complete(
-        self,
-        request_id: str,
-        adapter: str | None,
-        body: bytes,
-        chat: bool,
-        tenant: str,
-        input_tokens: int,
-        trace: str = "",
-    ) -> Part:
+    async def complete(self, task: TextTask, trace: str = "") -> Part:
         """The first part of the answer to a request in OpenAI's form."""
         with self.span("sample", trace):
-            return await self.text.begin(
-                request_id, adapter, body, chat=chat, salt=tenant, input_tokens=input_tokens
-            )
+            return await self.text.begin(task)
 
     async def more(self, request_id: str) -> Part:
         """The next part of such an answer."""

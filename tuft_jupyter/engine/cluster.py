@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from tuft_jupyter.config import Settings, sampler_choice
-from tuft_jupyter.core.engine import Outcome, Part, Task, Told, untold
-from tuft_jupyter.core.errors import failure
+from tuft_jupyter.core.engine import Outcome, Part, Task, TextTask
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actor_life import GPU_SHARE, ActorEngine
 from tuft_jupyter.engine.actors import ActorOptions, Place, SamplingActor, TrainingActor, VllmOptions
@@ -92,38 +91,21 @@ class ClusterSamplingEngine(ActorEngine):
         )
         return outcome
 
-    async def complete(
-        self,
-        request_id: str,
-        adapter: str | None,
-        body: bytes,
-        *,
-        chat: bool,
-        tenant: str = "",
-        input_tokens: int = 0,
-        told: Told = untold,
-    ) -> AsyncGenerator[bytes, None]:
-        """The answer to a request in OpenAI's form: its chunks as they are drawn, or the whole as one."""
+    async def complete(self, task: TextTask) -> AsyncGenerator[Part, None]:
+        """The answer in parts, as its tokens are drawn. Closing the iterator stops the drawing."""
         actor = self._ready()
         ended = False
         try:
-            call = actor.handle.complete.remote(
-                request_id, adapter, body, chat, tenant, input_tokens, carried.get()
-            )
+            call = actor.handle.complete.remote(task, carried.get())
             while not ended:
                 part: Part = await self._answer(actor, call)
                 ended = part.ended
-                if ended:  # first: who wants one chunk does not come back
-                    told(part.facts)
-                for chunk in part.chunks:
-                    yield chunk
-                if part.category:
-                    raise failure(part.category, part.error)
+                yield part
                 if not ended:
-                    call = actor.handle.more.remote(request_id)
+                    call = actor.handle.more.remote(task.request_id)
         finally:
             if not ended:  # nobody listens any more
-                actor.handle.cancel.remote(request_id)
+                actor.handle.cancel.remote(task.request_id)
 
     async def cancel(self, request_id: str) -> None:
         await self._answer(self._ready(), self._ready().handle.cancel.remote(request_id))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tuft_jupyter.core.engine import Listener, Part
+from tuft_jupyter.core.engine import Listener, Part, TextTask
 from tuft_jupyter.core.errors import TuftError, UserError
 from tuft_jupyter.core.quotas import check_input
 from tuft_jupyter.core.types import Drawn, Int32Array, SampleRequest, SampleResult, SamplingParams
@@ -47,23 +47,12 @@ class TextWorker:
         self._open: dict[str, _Conversation] = {}
         self._preparing: set[str] = set()
 
-    async def begin(
-        self,
-        request_id: str,
-        adapter: str | None,
-        body: bytes,
-        *,
-        chat: bool,
-        salt: str = "",
-        input_tokens: int = 0,
-    ) -> Part:
-        """Start a conversation; returns its first part. ``input_tokens`` bounds its prompts (0: not at all)."""
-        loop = asyncio.get_running_loop()
+    async def begin(self, task: TextTask) -> Part:
+        """Start a conversation; returns its first part."""
+        request_id = task.request_id
         self._preparing.add(request_id)
         try:
-            asked = await loop.run_in_executor(
-                self._thread, self._prepare, request_id, body, chat, salt, input_tokens
-            )
+            asked = await asyncio.get_running_loop().run_in_executor(self._thread, self._prepare, task)
         except TuftError as error:
             self._preparing.discard(request_id)
             return Part(ended=True, category=error.category, error=error.message)
@@ -71,7 +60,7 @@ class TextWorker:
             return CANCELLED
         self._preparing.discard(request_id)
         self._open[request_id] = asked
-        asked.start(self._worker, request_id, adapter)
+        asked.start(self._worker, request_id, task.adapter)
         return await self.more(request_id)
 
     async def more(self, request_id: str) -> Part:
@@ -99,18 +88,16 @@ class TextWorker:
         if asked is not None:
             asked.stop()
 
-    def _prepare(
-        self, request_id: str, body: bytes, chat: bool, salt: str, input_tokens: int
-    ) -> _Conversation:
-        request = decode_request(body, chat=chat)
+    def _prepare(self, task: TextTask) -> _Conversation:
+        request = decode_request(task.body, chat=task.chat)
         if self._model is None:
             self._model = TextModel(self._directory)
         model = self._model
-        if chat:
+        if task.chat:
             prompts = [model.chat(request.messages)]
         else:
             prompts = [model.prompt(p) if isinstance(p, str) else _ids(p) for p in request.prompts]
-        check_input(sum(len(prompt) for prompt in prompts), input_tokens)
+        check_input(sum(len(prompt) for prompt in prompts), task.input_tokens)
         params = checked_params(
             SamplingParams(
                 self._context if request.max_tokens is None else max(request.max_tokens, 1),
@@ -125,12 +112,12 @@ class TextWorker:
         top = request.top or 0
         scored = request.echo and request.top is not None
         samples = [
-            SampleRequest(prompt, request.n, params, scored, top if scored else 0, top, salt=salt)
+            SampleRequest(prompt, request.n, params, scored, top if scored else 0, top, salt=task.tenant)
             for prompt in prompts
         ]
         for sample in samples:
             self._worker.sampler.check(sample)
-        return _Conversation(request_id, request, samples, model)
+        return _Conversation(task.request_id, request, samples, model)
 
 
 def _ids(tokens: Sequence[int]) -> Int32Array:

@@ -14,6 +14,7 @@ import torch
 
 from tests.support.loops import on_a_loop
 from tests.support.tiny_models import SPECIAL, make_model
+from tuft_jupyter.core.engine import TextTask
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.text import Reader, StopFinder, TextModel
@@ -43,7 +44,7 @@ async def worker(directory: Path) -> AsyncIterator[TextWorker]:
 
 async def answers(worker: TextWorker, chat: bool = False, **asked: Any) -> list[Any]:
     """The chunks of a stream, or the one whole answer; UserError for a refusal."""
-    part = await worker.begin("r", None, json.dumps({"model": "m", **asked}).encode(), chat=chat)
+    part = await worker.begin(TextTask("r", None, json.dumps({"model": "m", **asked}).encode(), chat))
     chunks = list(part.chunks)
     while not part.ended:
         part = await worker.more("r")
@@ -135,7 +136,7 @@ async def test_an_echo_has_the_prompt_and_its_scores(directory: Path) -> None:
 async def test_a_cancelled_conversation_draws_no_more(directory: Path) -> None:
     async with worker(directory) as texts:
         body = json.dumps({"model": "m", "prompt": "abc", "max_tokens": 120, "stream": True, "n": 4}).encode()
-        part = await texts.begin("r", None, body, chat=False)
+        part = await texts.begin(TextTask("r", None, body, chat=False))
         assert part.chunks
         assert not part.ended
         texts.cancel("r")
@@ -149,7 +150,7 @@ async def test_a_cancelled_conversation_draws_no_more(directory: Path) -> None:
 async def test_a_request_that_is_cancelled_while_it_is_tokenized_never_begins(directory: Path) -> None:
     async with worker(directory) as texts:
         asked = json.dumps({"model": "m", "prompt": "abc", "max_tokens": 120, "stream": True}).encode()
-        begun = asyncio.ensure_future(texts.begin("r", None, asked, chat=False))
+        begun = asyncio.ensure_future(texts.begin(TextTask("r", None, asked, chat=False)))
         await asyncio.sleep(0)  # it is in the tokenizer's thread now
         texts.cancel("r")
         assert (await begun).category == "user"
@@ -165,7 +166,7 @@ async def test_many_readers_get_larger_pieces_and_nothing_is_lost(directory: Pat
         body = json.dumps(asked).encode()
 
         async def read(name: str) -> str:
-            part = await texts.begin(name, None, body, chat=False)
+            part = await texts.begin(TextTask(name, None, body, chat=False))
             chunks = list(part.chunks)
             while not part.ended:
                 part = await texts.more(name)
