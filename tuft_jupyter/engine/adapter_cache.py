@@ -13,7 +13,7 @@ from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine import checkpoint
 from tuft_jupyter.engine.base import BaseModel
 from tuft_jupyter.engine.lora import AdapterBank
-from tuft_jupyter.engine.shelf import Shelf, identity
+from tuft_jupyter.engine.lru import LruCache, version_key
 
 
 class AdapterCache:
@@ -22,14 +22,14 @@ class AdapterCache:
     def __init__(self, base: BaseModel, capacity: int) -> None:
         self._base = base
         self._bank = AdapterBank(base)
-        self._held: Shelf[str] = Shelf(capacity, self._bank.remove)
+        self._held: LruCache[str] = LruCache(capacity, self._bank.remove)
 
     def take(self, directory: Path) -> str | None:
         """The name that the adapter of a directory has in the model, loaded if need be.
 
         None while there is no room. UserError if it is missing, damaged, or does not fit the base model.
         """
-        name = identity(directory, checkpoint.WEIGHTS)
+        name = version_key(directory, checkpoint.WEIGHTS)
         if self._held.take(name) is None:
             if not self._held.make_room():
                 return None

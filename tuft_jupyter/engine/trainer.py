@@ -27,12 +27,12 @@ from tuft_jupyter.core.types import (
     LoraSpec,
 )
 from tuft_jupyter.engine import checkpoint, memory
-from tuft_jupyter.engine.attic import Attic
 from tuft_jupyter.engine.base import load_base
 from tuft_jupyter.engine.checks import check_adam, check_request
-from tuft_jupyter.engine.held import Held
 from tuft_jupyter.engine.lora import AdapterBank, initialize, lora_config
+from tuft_jupyter.engine.offload import OffloadStore
 from tuft_jupyter.engine.passes import Item, Pass
+from tuft_jupyter.engine.resident import ResidentRuns
 
 _MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # more spills the CPU's caches, fewer leaves a GPU idle
 
@@ -70,7 +70,7 @@ class PeftTrainer:
         self.custom_loss = custom_loss
         self.micro_batch_tokens = micro_batch_tokens or _MICRO_BATCH_TOKENS[self.base.device.type]
         room, host = adapter_bytes or memory.for_adapters(self.base.device)
-        self._runs = Held(self.bank, Attic(host, spill), room)
+        self._runs = ResidentRuns(self.bank, OffloadStore(host, spill), room)
 
     def create(self, run: str, lora: LoraSpec) -> None:
         """Add a fresh adapter (B = 0, A from ``lora.seed``). UserError if the geometry is impossible."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuft_jupyter.core.errors import ServerError
-from tuft_jupyter.engine.shelf import Shelf, identity
+from tuft_jupyter.engine.lru import LruCache, version_key
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -51,7 +51,7 @@ class NamedAdapters:
     ) -> None:
         self._load = load
         self._numbers = numbers or itertools.count(1)
-        self._shelf: Shelf[_Held] = Shelf(capacity, lambda held: unload(held.named))
+        self._cache: LruCache[_Held] = LruCache(capacity, lambda held: unload(held.named))
         self._freed = asyncio.Event()
 
     @asynccontextmanager
@@ -60,30 +60,30 @@ class NamedAdapters:
 
         UserError if it is missing, damaged, or does not fit.
         """
-        key = identity(directory, WEIGHTS)
+        key = version_key(directory, WEIGHTS)
         held = await self._take(key, directory)
         try:
             await asyncio.shield(held.loaded)  # others may wait for it too
             yield held.named
         finally:
             broken = held.loaded.done() and held.loaded.exception() is not None
-            if not self._shelf.give_back(key) and broken:
-                self._shelf.forget(key)
+            if not self._cache.give_back(key) and broken:
+                self._cache.forget(key)
             self._freed.set()
 
     async def _take(self, key: str, directory: Path) -> _Held:
         while True:
-            held = self._shelf.take(key)
+            held = self._cache.take(key)
             if held is not None:
                 return held
-            if self._shelf.make_room():
+            if self._cache.make_room():
                 number = next(self._numbers)
                 named = Named(f"{directory.name}-{number}", number, directory)
-                return self._shelf.put(key, _Held(named, asyncio.create_task(self._loaded(key, named))))
+                return self._cache.put(key, _Held(named, asyncio.create_task(self._loaded(key, named))))
             self._freed.clear()
             await self._freed.wait()
 
     async def _loaded(self, key: str, named: Named) -> None:
         await self._load(named)
-        if identity(named.directory, WEIGHTS) != key:
+        if version_key(named.directory, WEIGHTS) != key:
             raise ServerError("the saved weights were replaced while they were read; sample again")

@@ -1,4 +1,4 @@
-"""Where adapters are kept while nobody trains them: in host memory, and beyond that on disk.
+"""Offloading: vectors of idle adapters, kept in host memory and, when that is full, on disk.
 
 Vectors go in and come back with the same bits. The disk is one file without a name, so that nothing of it is left
 when the process ends, however it ends; room in it is used again. Knows nothing of adapters or runs.
@@ -18,11 +18,11 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-Ticket = int
+Handle = int
 
 
-class Attic:
-    """Keeps lists of fp32 vectors; ``host_bytes`` of them in memory, those put away last.
+class OffloadStore:
+    """Keeps lists of fp32 vectors; ``host_bytes`` of them in memory, those put in last.
 
     ``directory`` is where the file lies, by default where temporary files do. Where the disk is full, memory is used.
     """
@@ -31,36 +31,36 @@ class Attic:
         self._room = host_bytes
         self._directory = directory
         self._serial = 0
-        self._in_memory: OrderedDict[Ticket, list[Tensor]] = OrderedDict()
-        self._on_disk: dict[Ticket, tuple[int, list[int]]] = {}  # where it begins, elements of each vector
+        self._in_memory: OrderedDict[Handle, list[Tensor]] = OrderedDict()
+        self._on_disk: dict[Handle, tuple[int, list[int]]] = {}  # where it begins, elements of each vector
         self._file: int | None = None
         self._end = 0
         self._free: dict[int, list[int]] = {}  # by size in bytes, where
 
-    def put(self, vectors: Sequence[Tensor]) -> Ticket:
+    def put(self, vectors: Sequence[Tensor]) -> Handle:
         """Keep these vectors; the memory they are in may be used for something else."""
         self._serial += 1
         kept = [vector.detach().to("cpu", copy=True) for vector in vectors]
         self._in_memory[self._serial] = kept
         self._room -= _size(kept)
         while self._room < 0 and self._in_memory:
-            ticket, oldest = next(iter(self._in_memory.items()))
+            handle, oldest = next(iter(self._in_memory.items()))
             try:
-                self._on_disk[ticket] = self._write(oldest)
+                self._on_disk[handle] = self._write(oldest)
             except OSError as error:
                 log.warning("idle adapters stay in memory: %s", error)
                 break
-            del self._in_memory[ticket]
+            del self._in_memory[handle]
             self._room += _size(oldest)
         return self._serial
 
-    def take(self, ticket: Ticket) -> list[Tensor]:
+    def take(self, handle: Handle) -> list[Tensor]:
         """The vectors, on the CPU, and their place is free again."""
-        if ticket in self._in_memory:
-            kept = self._in_memory.pop(ticket)
+        if handle in self._in_memory:
+            kept = self._in_memory.pop(handle)
             self._room += _size(kept)
             return kept
-        start, lengths = self._on_disk.pop(ticket)
+        start, lengths = self._on_disk.pop(handle)
         vectors, at = [torch.empty(n) for n in lengths], start
         assert self._file is not None
         for vector in vectors:
@@ -68,12 +68,12 @@ class Attic:
         self._free.setdefault(at - start, []).append(start)
         return vectors
 
-    def drop(self, ticket: Ticket) -> None:
+    def drop(self, handle: Handle) -> None:
         """Forget the vectors."""
-        if ticket in self._in_memory:
-            self._room += _size(self._in_memory.pop(ticket))
+        if handle in self._in_memory:
+            self._room += _size(self._in_memory.pop(handle))
         else:
-            start, lengths = self._on_disk.pop(ticket)
+            start, lengths = self._on_disk.pop(handle)
             self._free.setdefault(4 * sum(lengths), []).append(start)
 
     def _write(self, vectors: list[Tensor]) -> tuple[int, list[int]]:

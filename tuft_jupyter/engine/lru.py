@@ -1,6 +1,7 @@
-"""Things that are dear to load, kept while they are of use: at most so many, the one used least recently goes first.
+"""A cache of things that are expensive to load: at most so many are kept, and the least recently used is evicted first.
 
-What is in use is never dropped. Knows nothing of what it keeps; for one thread (or one event loop).
+Uses are counted, and what is in use is never evicted. Knows nothing of what it keeps; for one thread (or one event
+loop).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from tuft_jupyter.core.errors import NotFound
 T = TypeVar("T")
 
 
-class Shelf(Generic[T]):
-    """``drop`` is called with what leaves to make room."""
+class LruCache(Generic[T]):
+    """``drop`` is called with what is evicted."""
 
     def __init__(self, capacity: int, drop: Callable[[T], None]) -> None:
         self.capacity = capacity
@@ -61,7 +62,7 @@ class Shelf(Generic[T]):
         self._drop(self._held.pop(key))
 
 
-def identity(directory: Path, file: str) -> str:
+def version_key(directory: Path, file: str) -> str:
     """A key for what lies in a directory now: another one as soon as ``file`` is written again.
 
     NotFound if it is no longer there.

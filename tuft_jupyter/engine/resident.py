@@ -1,8 +1,8 @@
-"""The runs a trainer holds: those in use in the model, the others wherever there is room.
+"""The runs a trainer holds: those used recently are resident in the model, the others are offloaded.
 
-An adapter in training takes its weights, gradients and Adam's moments. What was used lately stays in the model, up to
-a number of bytes; the rest goes to the :class:`~tuft_jupyter.engine.attic.Attic` and comes back, with the same bits,
-when it is used. So a server holds as many runs as its disk does. Knows nothing of requests or losses.
+An adapter in training takes its weights, gradients and Adam's moments. Those of the runs used last stay in the model, up
+to a number of bytes; the rest goes to the :class:`~tuft_jupyter.engine.offload.OffloadStore` and comes back, with the
+same bits, when it is used. So a server holds as many runs as its disk does. Knows nothing of requests or losses.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from tuft_jupyter.core.errors import NotFound
 from tuft_jupyter.core.types import LoraSpec
 from tuft_jupyter.engine.adam import Adam
-from tuft_jupyter.engine.attic import Attic, Ticket
 from tuft_jupyter.engine.lora import Adapter, AdapterBank
+from tuft_jupyter.engine.offload import Handle, OffloadStore
 
 
 @dataclass(slots=True)
@@ -37,23 +37,23 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class _Away:
-    """A run in the attic: its vectors are the weights, then the gradients if ``dirty``, then the moments if any."""
+class _Offloaded:
+    """A run in the store; its vectors are the weights, then the gradients if ``dirty``, then the moments if any."""
 
     spec: LoraSpec
     config: LoraConfig
     steps: int
     dirty: bool
-    ticket: Ticket
+    handle: Handle
 
 
-class Held:
+class ResidentRuns:
     """``room`` bounds the bytes of runs in the model that no call is using."""
 
-    def __init__(self, bank: AdapterBank, attic: Attic, room: int) -> None:
-        self._bank, self._attic, self._room = bank, attic, room
+    def __init__(self, bank: AdapterBank, store: OffloadStore, room: int) -> None:
+        self._bank, self._store, self._room = bank, store, room
         self._here: OrderedDict[str, Run] = OrderedDict()  # least recently used first
-        self._away: dict[str, _Away] = {}
+        self._away: dict[str, _Offloaded] = {}
 
     def __contains__(self, run: str) -> bool:
         return run in self._here or run in self._away
@@ -71,14 +71,14 @@ class Held:
                 raise NotFound(f"run {run!r} is not in training here")
         for run in runs:
             if run in self._away:
-                self._fetch(run)
+                self._bring_back(run)
             self._here.move_to_end(run)
-        self._tidy(set(runs))
+        self._make_room(set(runs))
 
     def admit(self, run: str, spec: LoraSpec, adapter: Adapter) -> Run:
         """Begin to hold a run whose adapter is in the bank."""
         live = self._here[run] = _fresh(spec, adapter)
-        self._tidy({run})
+        self._make_room({run})
         return live
 
     def drop(self, run: str) -> None:
@@ -86,27 +86,27 @@ class Held:
         if self._here.pop(run, None) is not None:
             self._bank.remove(run)
         elif run in self._away:
-            self._attic.drop(self._away.pop(run).ticket)
+            self._store.drop(self._away.pop(run).handle)
 
-    def _tidy(self, using: set[str]) -> None:
+    def _make_room(self, using: set[str]) -> None:
         size = sum(_size(live) for live in self._here.values())
         for run in [run for run in self._here if run not in using]:
             if size <= self._room:
                 return
             size -= _size(self._here[run])
-            self._put_away(run)
+            self._offload(run)
 
-    def _put_away(self, run: str) -> None:
+    def _offload(self, run: str) -> None:
         live = self._here.pop(run)
         vectors = [live.adapter.weights, *([live.grads] if live.dirty else []), *live.adam.held]
-        ticket = self._attic.put(vectors)
-        self._away[run] = _Away(live.spec, live.adapter.config, live.adam.steps, live.dirty, ticket)
+        handle = self._store.put(vectors)
+        self._away[run] = _Offloaded(live.spec, live.adapter.config, live.adam.steps, live.dirty, handle)
         self._bank.remove(run)
 
-    def _fetch(self, run: str) -> None:
+    def _bring_back(self, run: str) -> None:
         away = self._away[run]
         live = _fresh(away.spec, self._bank.add(run, away.config, trainable=True))
-        vectors = self._attic.take(away.ticket)
+        vectors = self._store.take(away.handle)
         del self._away[run]
         live.adapter.weights.copy_(vectors.pop(0))
         live.adapter.refresh()

@@ -12,7 +12,7 @@ import torch
 from tests.support.datums import ask, make_datum
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import AdamParams, ForwardBackwardResult, LoraSpec
-from tuft_jupyter.engine.attic import Attic
+from tuft_jupyter.engine.offload import OffloadStore
 from tuft_jupyter.engine.trainer import PeftTrainer
 
 STEP = AdamParams(learning_rate=1e-2, weight_decay=0.01)
@@ -77,15 +77,15 @@ def test_three_hundred_runs_take_the_memory_of_a_few(qwen3: Path, tmp_path: Path
 
 
 def test_vectors_come_back_from_a_file_whose_room_is_used_again(tmp_path: Path) -> None:
-    attic = Attic(0, tmp_path)
+    store = OffloadStore(0, tmp_path)
     vectors = [[torch.randn(n), torch.randn(3)] for n in (5, 7, 5)]
-    tickets = [attic.put(some) for some in vectors]
+    handles = [store.put(some) for some in vectors]
     for _ in range(10):
         for i in (2, 0, 1):
-            back = attic.take(tickets[i])
+            back = store.take(handles[i])
             assert all(torch.equal(a, b) for a, b in zip(back, vectors[i], strict=True))
-            tickets[i] = attic.put(back)
-    assert attic._end == 4 * (5 + 7 + 5 + 9)
+            handles[i] = store.put(back)
+    assert store._end == 4 * (5 + 7 + 5 + 9)
 
 
 def test_where_the_disk_is_full_memory_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +93,6 @@ def test_where_the_disk_is_full_memory_is_used(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.pwritev", full)
-    attic = Attic(0, tmp_path)
+    store = OffloadStore(0, tmp_path)
     vector = torch.randn(5)
-    assert torch.equal(attic.take(attic.put([vector]))[0], vector)
+    assert torch.equal(store.take(store.put([vector]))[0], vector)
