@@ -254,7 +254,7 @@ class Host:
             "backend": {"installed": not missing, "detail": backend},
             "models": states,
             "notes": [note] if (note := sdk_note(self._sdk_of(principal.tenant))) else [],
-            "ending": self.service.tenure.ending(principal.tenant, self.ledger.clock()),
+            "ending": self.service.lifetimes.ending(principal.tenant, self.ledger.clock()),
         }
 
     def _sdk_of(self, tenant: str) -> str:

@@ -23,11 +23,11 @@ from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.errors import Overloaded, TuftError, UserError
 from tuft_jupyter.core.lanes import Lanes
 from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.lifetimes import LAST_CHECKPOINT, Lifetimes
 from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.seen import already_used
 from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.state import ENDED, Checkpoint, Run
-from tuft_jupyter.core.tenure import LAST_CHECKPOINT, Tenure
 from tuft_jupyter.core.types import (
     JSON,
     AdamParams,
@@ -61,14 +61,14 @@ class Runs:
         ephemeral: Path,
         limits: Limits,
         quotas: Quotas,
-        tenure: Tenure,
+        lifetimes: Lifetimes,
     ) -> None:
         self.ledger = ledger
         self.sessions = sessions
         self.checkpoints = checkpoints
         self.limits = limits
         self.quotas = quotas
-        self.tenure = tenure
+        self.lifetimes = lifetimes
         self._driver = driver
         self._card = card
         self._ephemeral = ephemeral
@@ -230,7 +230,7 @@ class Runs:
     async def resume(self, principal: Principal, run: str, session: str) -> Run:
         """Let another session of the same tenant go on with a run; the ops it has accepted are not disturbed."""
         found = self.get(principal, run)
-        self.tenure.check(found)
+        self.lifetimes.check(found)
         self._usable(found)
         if self.sessions.live(principal, session).tenant != found.tenant:
             raise UserError(f"session_id: {session!r} belongs to somebody else than model {run!r}")
@@ -240,14 +240,14 @@ class Runs:
 
     def live(self, principal: Principal, run: str) -> Run:
         found = self.get(principal, run)
-        self.tenure.check(found)
+        self.lifetimes.check(found)
         self._usable(found)
         self.sessions.live(principal, found.session)
         return found
 
     async def close_over(self, now: float) -> None:
         """Save the runs whose lifetime is over, then close those that are saved; accepted ops are done before."""
-        for run in self.tenure.over(now):
+        for run in self.lifetimes.over(now):
             try:
                 await self._close(run, now)
             except TuftError as error:  # a base model that is not on offer, a full disk: it is tried again
@@ -256,7 +256,7 @@ class Runs:
     async def _close(self, run: Run, now: float) -> None:
         kind = CheckpointKind.TRAINING
         last = self.ledger.state.checkpoints.get(checkpoint_path(run.id, kind, LAST_CHECKPOINT))
-        if last is not None and last.created > (self.tenure.end(run) or 0.0):
+        if last is not None and last.created > (self.lifetimes.end(run) or 0.0):
             await self._submit(run.tenant, run.base_model, OpKind.UNLOAD_MODEL, run.id, -1, {}, b"")
         elif not run.pending:
             log.warning("run %s reached its longest lifetime: it is saved and closed", run.id)
@@ -308,7 +308,7 @@ class Runs:
             return await self._submit(run.tenant, run.base_model, kind, run.id, seq, args, raw, **op)
 
     def _in_use(self) -> Iterator[tuple[str, str, str]]:
-        return self.tenure.in_use(self.ledger.clock())
+        return self.lifetimes.in_use(self.ledger.clock())
 
     async def _submit(
         self,

@@ -22,6 +22,7 @@ from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.journal import Damaged
 from tuft_jupyter.core.lanes import Lanes
 from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.lifetimes import Lifetimes
 from tuft_jupyter.core.promises import Answer, Promise
 from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.runs import Runs
@@ -30,7 +31,6 @@ from tuft_jupyter.core.sampling import Sampling
 from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.snapshots import SnapshotRule, Snapshots
 from tuft_jupyter.core.state import State
-from tuft_jupyter.core.tenure import Tenure
 from tuft_jupyter.core.text import Text
 from tuft_jupyter.core.types import ModelCard, Principal
 from tuft_jupyter.core.watchdog import Watchdog
@@ -91,7 +91,7 @@ class Service:
         self.drivers: dict[str, Driver] = {}
         self.quotas = quotas or Quotas()
         self.sessions = Sessions(ledger)
-        self.tenure = Tenure(ledger, self.sessions, self.limits)
+        self.lifetimes = Lifetimes(ledger, self.sessions, self.limits)
         self.checkpoints = Checkpoints(ledger, checkpoint_dir, self.quotas)
         self.runs = Runs(
             ledger,
@@ -102,7 +102,7 @@ class Service:
             home / EPHEMERAL,
             self.limits,
             self.quotas,
-            self.tenure,
+            self.lifetimes,
         )
         self.sampling = Sampling(ledger, catalog, engines.sampling, samples)
         self.text = Text(self.sampling, self.checkpoints)
@@ -207,7 +207,7 @@ class Service:
         for driver in self.drivers.values():
             for lane in list(driver.lanes.by_run.values()):
                 run = self.ledger.state.runs.get(lane.run)
-                if run is not None and lane.resident and not lane.queue and self.tenure.idle(run, now):
+                if run is not None and lane.resident and not lane.queue and self.lifetimes.idle(run, now):
                     driver.release(run.id)
             await driver.forget_idle()
 

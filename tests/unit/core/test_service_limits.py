@@ -119,9 +119,9 @@ def test_a_run_past_its_lifetime_is_saved_and_closed_and_says_where_it_is(tmp_pa
             here.service.ledger.clock = lambda: now[0]
             run, own = await here.connect(ALICE), await here.connect(OWNER)
             await here.train(run, 2)
-            assert here.service.tenure.ending("alice", now[0]) == []
+            assert here.service.lifetimes.ending("alice", now[0]) == []
             now[0] += 95
-            (warned,) = here.service.tenure.ending("alice", now[0])
+            (warned,) = here.service.lifetimes.ending("alice", now[0])
             assert warned["run"] == run
             assert 0 < float(warned["seconds_left"]) <= 6
             await here.service.sweep(now[0])

@@ -23,7 +23,7 @@ WARNING = 0.1
 """The part of its lifetime before the end of a run in which its owner is warned."""
 
 
-class Tenure:
+class Lifetimes:
     def __init__(self, ledger: Ledger, sessions: Sessions, limits: Limits) -> None:
         self.ledger = ledger
         self.sessions = sessions
