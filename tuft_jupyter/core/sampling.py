@@ -24,9 +24,9 @@ from tuft_jupyter.core.errors import NotFound, Overloaded, TuftError
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.samples import Kept, Samples
+from tuft_jupyter.core.sampling_usage import SamplingUsage
 from tuft_jupyter.core.startup import bring_up
 from tuft_jupyter.core.state import Checkpoint, Sampler
-from tuft_jupyter.core.tally import Tally
 from tuft_jupyter.core.types import ModelCard, Principal, sampler_id
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Sampling:
         self.workers: dict[str, Worker] = {}
         self.completions = Completions()
         self.samples = samples or Samples(keeping=False)
-        self.tally = Tally(ledger)
+        self.usage = SamplingUsage(ledger)
         self._make_engine = make_engine
         self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._joined: dict[str, int] = {}
@@ -131,7 +131,7 @@ class Sampling:
         for task in list(self._running):
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
-        await self.tally.note()
+        await self.usage.flush()
         await asyncio.gather(*(worker.engine.stop() for worker in self.workers.values()))
 
     def worker(self, card: ModelCard) -> Worker:
@@ -288,7 +288,7 @@ class Sampling:
                 else:
                     answer = Answer(outcome.result, outcome.content_type)
                     self.samples.keep(sampler, Kept(self.ledger.clock(), body, outcome.result))
-                    self.tally.add(sampler.tenant, sampler.session, sampler.base_model, outcome.facts)
+                    self.usage.add(sampler.tenant, sampler.session, sampler.base_model, outcome.facts)
                 break
         except TuftError as error:
             answer = Answer(category=error.category, error=error.message)

@@ -201,7 +201,7 @@ class Service:
         await self.checkpoints.expire(now)
         await self.runs.close_over(now)
         await self.checkpoints.collect()
-        await self.sampling.tally.note()
+        await self.sampling.usage.flush()
         await self.ledger.tidy()
         await asyncio.to_thread(_remove, self.home / EPHEMERAL, self._spent_samplers(now))
         for driver in self.drivers.values():

@@ -89,7 +89,7 @@ class Text:
             async with aclosing(self._parts(card, task)) as parts:
                 async for part in parts:
                     if part.facts:  # before its chunks: who wants only one does not come back
-                        self.sampling.tally.add(principal.tenant, "", card.name, part.facts)
+                        self.sampling.usage.add(principal.tenant, "", card.name, part.facts)
                     for chunk in part.chunks:
                         yield chunk
                     if part.category:

@@ -1,8 +1,8 @@
 """The runs a trainer holds: those used recently are resident in the model, the others are offloaded.
 
-An adapter in training takes its weights, gradients and Adam's moments. Those of the runs used last stay in the model, up
-to a number of bytes; the rest goes to the :class:`~tuft_jupyter.engine.offload.OffloadStore` and comes back, with the
-same bits, when it is used. So a server holds as many runs as its disk does. Knows nothing of requests or losses.
+An adapter in training takes its weights, gradients and Adam's moments. Those of the runs used last stay in the model,
+up to a number of bytes; the rest goes to the :class:`~tuft_jupyter.engine.offload.OffloadStore` and comes back, with
+the same bits, when it is used. So a server holds as many runs as its disk does. Knows nothing of requests or losses.
 """
 
 from __future__ import annotations

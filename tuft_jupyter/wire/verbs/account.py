@@ -43,7 +43,7 @@ class AccountVerbs(Verbs):
         start, end = _time(call.query, "starting_on"), _time(call.query, "ending_before")
         if not 0 < end - start <= MAX_DAYS * 86400:
             raise UserError(f"ending_before: it must lie after starting_on, at most {MAX_DAYS} days")
-        await self.service.sampling.tally.note()
+        await self.service.sampling.usage.flush()
         state, tenant = self.service.state, call.principal.tenant
         events = usage.hourly(state, tenant, start, end)
         sessions: dict[str, Any] = {}

@@ -39,8 +39,8 @@ def test_samples_count_for_their_session_and_nobody_else(tmp_path: Path) -> None
             for seq in range(3):
                 await w.answer(sampling.submit(ALICE, sampler.id, seq, b"{}"))
             assert used(w.service.state, ALICE.tenant) == {}
-            await sampling.tally.note()
-            await sampling.tally.note()  # what is on record is not counted twice
+            await sampling.usage.flush()
+            await sampling.usage.flush()  # what is on record is not counted twice
             expected = {("sampling_prefill", session): 9, ("sampling_sample", session): 12}
             assert used(w.service.state, ALICE.tenant) == expected
             assert used(w.service.state, BOB.tenant) == {}
@@ -60,13 +60,13 @@ def test_a_journal_that_takes_nothing_for_a_while_loses_no_tokens(tmp_path: Path
     async def body() -> None:
         journal = FullJournal()
         async with world(tmp_path, journal=journal) as w:
-            tally = w.service.sampling.tally
-            tally.add("alice", "s", "tiny", {"prompt_tokens": 2, "tokens": 1})
+            sampled = w.service.sampling.usage
+            sampled.add("alice", "s", "tiny", {"prompt_tokens": 2, "tokens": 1})
             journal.full = True
-            await tally.note()
-            tally.add("alice", "s", "tiny", {"prompt_tokens": 2, "tokens": 1})
+            await sampled.flush()
+            sampled.add("alice", "s", "tiny", {"prompt_tokens": 2, "tokens": 1})
             journal.full = False
-            await tally.note()
+            await sampled.flush()
             assert used(w.service.state, "alice") == {
                 ("sampling_prefill", "s"): 4,
                 ("sampling_sample", "s"): 2,

@@ -1,7 +1,7 @@
 """What was sampled, added up by hour, session and base model until it is put on record.
 
-A record of its own for every sample would cost more than a small sample does. So :meth:`Tally.note` is called now and
-then, before somebody asks, and at the end; after a crash at most what came since the last call is missing.
+A record for every sample would cost more than a small sample does. So :meth:`SamplingUsage.flush` is called now and
+then, before usage is read, and at the end; after a crash at most what came since the last call is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Sum:
     tokens: int = 0
 
 
-class Tally:
+class SamplingUsage:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._sums: dict[tuple[str, str, str, float], _Sum] = {}
@@ -32,11 +32,11 @@ class Tally:
         found.prompt_tokens += facts.get("prompt_tokens", 0)
         found.tokens += facts.get("tokens", 0)
 
-    async def note(self) -> None:
+    async def flush(self) -> None:
         """Put on record what was counted; while the journal takes nothing, it is kept for the next call."""
         for key in list(self._sums):
             sums = self._sums.pop(key, None)
-            if sums is None:  # somebody else noted it meanwhile
+            if sums is None:  # another call has it
                 continue
             tenant, session, base_model, hour = key
             data = {
