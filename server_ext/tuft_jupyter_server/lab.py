@@ -19,7 +19,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 from tuft_jupyter import metrics
 from tuft_jupyter.core.feed import Subscription
 from tuft_jupyter.core.outlook import waiting
-from tuft_jupyter.core.shown import public, public_record
+from tuft_jupyter.core.views import record_view, state_view
 from tuft_jupyter_server.host import Host
 from tuft_jupyter_server.logtail import TAIL
 
@@ -40,7 +40,7 @@ class LabState(APIHandler):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        state = public(self.host.ledger.state)
+        state = state_view(self.host.ledger.state)
         body = {"state": state, "status": self.host.status(self.host.owner)}
         self.set_header("Content-Type", "application/json")
         self.finish(msgspec.json.encode(body))
@@ -126,7 +126,7 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
                 subscription.overflowed = False
                 self._post({"type": "resync"})
             else:
-                shown = [public_record(record) for record in records]
+                shown = [record_view(record) for record in records]
                 await self._write({"type": "records", "records": shown})
 
     async def _send_gauges(self) -> None:

@@ -16,8 +16,8 @@ from tests.support.http_server import BOB_KEY, ROOT, Server, filled, on_server, 
 from tuft_jupyter.config import ModelSettings
 from tuft_jupyter.core.loss_graph import from_id
 from tuft_jupyter.core.promises import Answer
-from tuft_jupyter.core.shown import public
 from tuft_jupyter.core.types import JSON, PROTOBUF, SAMPLED
+from tuft_jupyter.core.views import state_view
 from tuft_jupyter.wire import tuft_wire_pb2 as pb
 from tuft_jupyter.wire.routes import ROUTES, Access
 
@@ -151,12 +151,12 @@ def test_bad_input_is_refused_at_once_by_name(tmp_path: Path, path: str, change:
             "path": "tinker://x/weights/y" if path == "/load_weights" else "name",
             "sampling_session_id": "x",
         }
-        before = public(server.host.ledger.state)
+        before = state_view(server.host.ledger.state)
         asked = change.replace(b"RUN", run.encode()) if isinstance(change, bytes) else {**good, **change}
         headers = {"Content-Type": "application/x-protobuf"} if path == "/forward_backward" else {}
         detail = refusal(await server.ask("POST", path, asked, headers=headers))
         assert re.search(said, detail), detail
-        assert public(server.host.ledger.state) == before
+        assert state_view(server.host.ledger.state) == before
         assert await server.new_run() != run
 
     on_server(tmp_path, body)
@@ -178,13 +178,13 @@ def test_a_checkpoint_of_another_base_model_is_refused_when_it_is_asked_for(tmp_
         await done("/create_model", **other, lora_config={"rank": 8})
         offered = json.loads((await server.ask("GET", "/get_server_capabilities")).body)["supported_models"]
         assert [model["model_name"] for model in offered] == ["tuft/demo", "other"]
-        before = public(server.host.ledger.state)
+        before = state_view(server.host.ledger.state)
         asked = {"model_id": f"{session}:train:1", "path": f"tinker://{run}/weights/n", "seq_id": 1}
         told = refusal(await server.ask("POST", "/load_weights", asked))
         assert (
             "trained on tuft/demo, this model on other: create a training client from the checkpoint" in told
         )
-        assert public(server.host.ledger.state) == before
+        assert state_view(server.host.ledger.state) == before
 
     models = [ModelSettings("tuft/demo"), ModelSettings("other", model_path="tuft/demo")]
     on_server(tmp_path, body, supported_models=models)

@@ -15,7 +15,7 @@ from tests.support import http_server, peft_trip
 from tests.support.archives import adapter, packed
 from tests.support.http_server import BOB_KEY, on_server, refusal
 from tests.support.live import key_of
-from tuft_jupyter.core.shown import public
+from tuft_jupyter.core.views import state_view
 from tuft_jupyter_server import tinker
 
 WHERE = "/tuft/adapters?base_model=tuft/demo"
@@ -71,9 +71,9 @@ def test_a_refused_upload_leaves_nothing_behind(
     path, content, said = REFUSED[name]
 
     async def body(server: http_server.Server) -> None:
-        before = public(server.host.ledger.state)
+        before = state_view(server.host.ledger.state)
         assert said in refusal(await server.ask("POST", path, content))
-        assert public(server.host.ledger.state) == before
+        assert state_view(server.host.ledger.state) == before
         root = server.host.service.checkpoints.root
         assert not root.exists() or not list(root.iterdir())
 
@@ -85,9 +85,9 @@ def test_an_upload_counts_towards_the_tenants_storage(tmp_path: Path) -> None:
 
     async def body(server: http_server.Server) -> None:
         assert (await server.ask("POST", WHERE, adapter(), BOB_KEY)).code == 200
-        before = public(server.host.ledger.state)
+        before = state_view(server.host.ledger.state)
         assert "Checkpoint storage is full" in refusal(await server.ask("POST", WHERE, adapter(), BOB_KEY))
-        assert public(server.host.ledger.state) == before
+        assert state_view(server.host.ledger.state) == before
         assert len(list(server.host.service.checkpoints.root.iterdir())) == 1
 
     on_server(tmp_path, body, max_checkpoint_bytes=10_000)

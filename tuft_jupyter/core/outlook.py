@@ -11,8 +11,8 @@ from typing import Any
 
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.service import Service
-from tuft_jupyter.core.shown import public
 from tuft_jupyter.core.state import CURVE_COLUMNS, Run
+from tuft_jupyter.core.views import state_view
 
 RATE_STEPS = 20
 """Tokens per second are counted over this many steps."""
@@ -20,7 +20,7 @@ RATE_STEPS = 20
 
 def outlook(service: Service, tenant: str) -> dict[str, Any]:
     """Sessions, runs, samplers and checkpoints of one tenant; runs without their curves, in numbers of now."""
-    shown = public(service.state, tenant)
+    shown = state_view(service.state, tenant)
     shown.pop("n")  # it moves with other tenants' work
     for run in shown["runs"]:
         run.pop("curve")

@@ -11,8 +11,8 @@ from tests.support.scripted_engine import ScriptedEngines
 from tests.support.world import ALICE, BOB, LORA, World, scenario, stepped, until, world
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
-from tuft_jupyter.core.shown import public
 from tuft_jupyter.core.snapshots import SnapshotRule
+from tuft_jupyter.core.views import state_view
 
 
 def test_pipelined_ops_run_once_and_in_order(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, steps: int) -> Non
         engines.trainer.hangs = True  # nothing is answered from here on
         waiting = await first.forward_backward(run)
         step = await first.optim_step(run)
-        shown = public(first.service.state)
+        shown = state_view(first.service.state)
         for task in first.service._tasks:  # as kill -9: no orderly stop, no last snapshot
             task.cancel()
         await first.service.ledger.close()
@@ -176,7 +176,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path, steps: int) -> Non
         engines.trainer.hangs = False
         engines.trainer.kill()
         async with world(tmp_path, journal=SqliteJournal(path), engines=engines) as second:
-            assert public(second.service.state)["runs"][0]["id"] == shown["runs"][0]["id"]
+            assert state_view(second.service.state)["runs"][0]["id"] == shown["runs"][0]["id"]
             assert (await second.answer(waiting)).body == b"done"
             assert not (await second.answer(step)).category
             assert (await second.answer(passes[0])).body == b"done"

@@ -10,8 +10,8 @@ import pytest
 from tests.support.scripted_engine import OneModel
 from tests.support.world import ALICE, BOB, LORA, scenario, stepped, until, world
 from tuft_jupyter.core.errors import NotFound, UserError
-from tuft_jupyter.core.shown import public
 from tuft_jupyter.core.types import AdamParams, CheckpointKind
+from tuft_jupyter.core.views import state_view
 
 
 def test_what_is_not_yours_is_not_there_and_a_refusal_changes_nothing(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_what_is_not_yours_is_not_there_and_a_refusal_changes_nothing(tmp_path: 
             await w.answer(saved)
             path = f"tinker://{run}/weights/s"
             sampler = await service.sampling.open(ALICE, session, 0, OneModel.card, None)
-            before = public(service.state)
+            before = state_view(service.state)
             runs = service.runs
             refused: list[Callable[[], Awaitable[object]]] = [
                 lambda: runs.forward_backward(BOB, run, 1, 8, b"b:8", "x", backward=True),
@@ -49,7 +49,7 @@ def test_what_is_not_yours_is_not_there_and_a_refusal_changes_nothing(tmp_path: 
             bobs = await service.sessions.open(BOB, {})
             with pytest.raises(NotFound):
                 await runs.load_new_model(BOB, bobs, 0, path, False, {}, b"")
-            after = public(service.state, "alice")
+            after = state_view(service.state, "alice")
             assert {**after, "n": 0} == {**before, "n": 0}
 
     scenario(body)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from tuft_jupyter.core import state as fold
-from tuft_jupyter.core.shown import public, public_record
 from tuft_jupyter.core.types import Record
+from tuft_jupyter.core.views import record_view, state_view
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -18,12 +18,12 @@ def records() -> list[Record]:
 
 
 def test_folding_the_golden_journal_gives_the_golden_state() -> None:
-    shown = public(fold.fold(records()))
+    shown = state_view(fold.fold(records()))
     assert shown == json.loads((GOLDEN / "state.json").read_text())
 
 
 def test_the_feed_shows_no_directory_and_no_digest() -> None:
-    shown = [public_record(record) for record in records()]
+    shown = [record_view(record) for record in records()]
     assert shown == [json.loads(line) for line in (GOLDEN / "feed.jsonl").read_text().splitlines()]
     assert "directory" not in json.dumps(shown)
     assert "digest" not in json.dumps(shown)
@@ -32,13 +32,13 @@ def test_the_feed_shows_no_directory_and_no_digest() -> None:
 def test_a_copy_of_weights_is_folded_as_the_browser_does() -> None:
     golden = json.loads((GOLDEN / "copied.json").read_text())
     record = Record(**golden["record"])
-    assert public(fold.fold([record])) == golden["state"]
-    assert public_record(record) == golden["feed"]
+    assert state_view(fold.fold([record])) == golden["state"]
+    assert record_view(record) == golden["feed"]
     assert "directory" not in json.dumps(golden["feed"])
 
 
 def test_a_tenant_sees_only_its_own() -> None:
-    shown = public(fold.fold(records()), "bob")
+    shown = state_view(fold.fold(records()), "bob")
     owners = {
         item["tenant"] for kind in ("sessions", "runs", "samplers", "checkpoints") for item in shown[kind]
     }
@@ -48,7 +48,7 @@ def test_a_tenant_sees_only_its_own() -> None:
 def test_a_record_of_a_later_version_changes_nothing_but_n() -> None:
     state = fold.State()
     fold.apply(state, Record("a_kind_of_a_later_version", "alice", {"x": 1}, n=7))
-    assert public(state) == {**public(fold.State()), "n": 7}
+    assert state_view(state) == {**state_view(fold.State()), "n": 7}
 
 
 def test_replay_starts_at_the_snapshot_and_holds_what_was_done_since() -> None:

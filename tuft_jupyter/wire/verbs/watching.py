@@ -12,7 +12,7 @@ import hashlib
 import msgspec
 
 from tuft_jupyter.core.outlook import next_seq, outlook, points
-from tuft_jupyter.core.shown import public
+from tuft_jupyter.core.views import state_view
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.said import said
 from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, number, reply
@@ -45,7 +45,7 @@ class WatchingVerbs(Verbs):
         asked = call.query.get("tenant", "") if call.principal.admin else ""
         tenant = None if asked == "*" else asked or call.principal.tenant
         return reply(
-            {"state": public(self.service.state, tenant), "status": self.host.status(call.principal)}
+            {"state": state_view(self.service.state, tenant), "status": self.host.status(call.principal)}
         )
 
     async def curve(self, call: Call) -> Reply:

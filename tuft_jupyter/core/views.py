@@ -9,7 +9,7 @@ from tuft_jupyter.core.state import Run, State
 from tuft_jupyter.core.types import Record
 
 
-def public(state: State, tenant: str | None = None) -> dict[str, Any]:
+def state_view(state: State, tenant: str | None = None) -> dict[str, Any]:
     """What the lab may show: plain JSON, of one tenant or (None) of everybody, without directories."""
 
     def mine(items: Iterable[Any]) -> list[Any]:
@@ -28,7 +28,7 @@ def public(state: State, tenant: str | None = None) -> dict[str, Any]:
             }
             for s in mine(state.sessions.values())
         ],
-        "runs": [_public_run(r) for r in mine(state.runs.values())],
+        "runs": [_run_view(r) for r in mine(state.runs.values())],
         "samplers": [
             {
                 "id": s.id,
@@ -60,7 +60,7 @@ def public(state: State, tenant: str | None = None) -> dict[str, Any]:
     }
 
 
-def _public_run(run: Run) -> dict[str, Any]:
+def _run_view(run: Run) -> dict[str, Any]:
     return {
         "id": run.id,
         "session": run.session,
@@ -86,7 +86,7 @@ def _public_run(run: Run) -> dict[str, Any]:
     }
 
 
-def public_record(record: Record) -> dict[str, Any]:
+def record_view(record: Record) -> dict[str, Any]:
     """A record as a live event: what the browser needs to fold it, without bodies and directories."""
     data = {
         k: v
