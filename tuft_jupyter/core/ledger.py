@@ -16,10 +16,10 @@ from typing import Any
 from tuft_jupyter.core import state as fold
 from tuft_jupyter.core.errors import Overloaded
 from tuft_jupyter.core.feed import Feed
+from tuft_jupyter.core.idempotency import SeenRequests
 from tuft_jupyter.core.image import plain, state_of
 from tuft_jupyter.core.journal import FOLDED, Damaged, Journal
 from tuft_jupyter.core.promises import Answer, Promise, Promises
-from tuft_jupyter.core.seen import Seen
 from tuft_jupyter.core.types import JSON, Op, OpKind, Record
 
 RESULT_SECONDS = 86400.0
@@ -47,7 +47,7 @@ class Ledger:
         self.result_seconds = result_seconds
         self.state = fold.State()
         self.promises = Promises()
-        self.seen = Seen()
+        self.seen = SeenRequests()
         self.feed = Feed()
         self.observers: list[Callable[[Record, float], None]] = []
         """told of each new record, and of the seconds until it was durable"""

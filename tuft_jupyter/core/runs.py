@@ -21,11 +21,11 @@ from tuft_jupyter.core.access import owned
 from tuft_jupyter.core.checkpoints import Checkpoints
 from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.errors import Overloaded, TuftError, UserError
+from tuft_jupyter.core.idempotency import already_used
 from tuft_jupyter.core.lanes import Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.lifetimes import LAST_CHECKPOINT, Lifetimes
 from tuft_jupyter.core.quotas import Limits, Quotas
-from tuft_jupyter.core.seen import already_used
 from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.state import ENDED, Checkpoint, Run
 from tuft_jupyter.core.types import (

@@ -14,7 +14,7 @@ REMEMBERED = 1024
 """Requests remembered for each run: far more than a client can have in flight."""
 
 
-class Seen:
+class SeenRequests:
     def __init__(self) -> None:
         self._runs: dict[str, OrderedDict[int, tuple[str, str]]] = {}
 
