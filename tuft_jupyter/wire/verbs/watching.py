@@ -14,7 +14,7 @@ import msgspec
 from tuft_jupyter.core.outlook import next_seq, outlook, points
 from tuft_jupyter.core.views import state_view
 from tuft_jupyter.wire import messages as m
-from tuft_jupyter.wire.said import said
+from tuft_jupyter.wire.sample_view import sample_views
 from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, number, reply
 
 
@@ -62,7 +62,7 @@ class WatchingVerbs(Verbs):
         if near is not None:
             step, kept = near
             card = self.service.catalog.resolve(run.base_model)
-            shown = await asyncio.to_thread(lambda: said(kept, self.host.words(card)))
+            shown = await asyncio.to_thread(lambda: sample_views(kept, self.host.words(card)))
         return reply(
             {"run": run.id, "step": step, "steps": samples.steps(tenant, run.id), "samples": shown}
             | {"keeping": samples.keeping}

@@ -20,12 +20,12 @@ Words = Callable[[Sequence[int]], str | None]
 """Token ids as text, or None where the tokenizer is not at hand."""
 
 
-def said(kept: Sequence[Kept], words: Words) -> list[dict[str, Any]]:
+def sample_views(kept: Sequence[Kept], words: Words) -> list[dict[str, Any]]:
     """One value per request, in the order in which they were asked."""
-    return [_said(each, words) for each in kept]
+    return [_view(each, words) for each in kept]
 
 
-def _said(kept: Kept, words: Words) -> dict[str, Any]:
+def _view(kept: Kept, words: Words) -> dict[str, Any]:
     asked = decode_sample_request(kept.body, default_max_tokens=1)
     sequences = msgspec.json.decode(sample_response_as_json(kept.answer))["sequences"]
     return {
