@@ -22,7 +22,7 @@ from tuft_jupyter.checked import ConfigError
 from tuft_jupyter.config import config_file, load_settings
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.home import KEY_PREFIX
-from tuft_jupyter_server import lab, lab_calls, logtail, tinker, unusable
+from tuft_jupyter_server import lab, lab_calls, logtail, misconfigured, tinker
 from tuft_jupyter_server.host import Host
 
 ACTIVITY_SECONDS = 10.0
@@ -65,7 +65,7 @@ class TuftExtension(ExtensionApp):
     def initialize_handlers(self) -> None:
         root = r"/tuft"
         if self.problem:
-            self.handlers.extend(unusable.handlers(root, self.problem))
+            self.handlers.extend(misconfigured.handlers(root, self.problem))
             return
         self.handlers.extend(lab.handlers(root, self.host))
         self.handlers.extend(lab_calls.handlers(root, self.host))

@@ -37,10 +37,10 @@ from tuft_jupyter.kernel.versions import sdk_note
 from tuft_jupyter.wire.api import Api
 from tuft_jupyter.wire.tickets import Tickets
 from tuft_jupyter_server.catalog import ServerCatalog
+from tuft_jupyter_server.detokenize import detokenizer
 from tuft_jupyter_server.gauges import Gauges
 from tuft_jupyter_server.metrics import CONTENT_TYPE, Metrics
 from tuft_jupyter_server.traces import Traces
-from tuft_jupyter_server.wording import words_of
 
 log = logging.getLogger("tuft_jupyter")
 
@@ -276,7 +276,7 @@ class Host:
         return {path.name: path.read_text(encoding="utf-8") for path in models.tokenizer_files(card)}
 
     def words(self, card: ModelCard) -> Callable[[Sequence[int]], str | None]:
-        return words_of(card)
+        return detokenizer(card)
 
     def _model_state(self, card: ModelCard) -> dict[str, str]:
         driver = self.service.drivers.get(card.name)

@@ -20,7 +20,7 @@ from tuft_jupyter.core.types import JSON
 from tuft_jupyter.wire.api import Call, Reply, error_reply
 from tuft_jupyter.wire.routes import OPENAI_ROUTES, ROUTES, Access, Route
 from tuft_jupyter.wire.verbs.base import ANYTHING
-from tuft_jupyter_server.answering import Answering
+from tuft_jupyter_server.base_handler import BaseHandler
 from tuft_jupyter_server.host import Host
 from tuft_jupyter_server.uploads import LabUpload
 
@@ -28,7 +28,7 @@ TINKER, OPENAI = "/lab/api/v1", "/lab/oai"
 OF_A_KEY = {"auth_token", "key_info", "revoke_key"}
 
 
-class LabCall(Answering, APIHandler):
+class LabCall(BaseHandler, APIHandler):
     """One path of the table. ``routes`` maps its methods."""
 
     auth_resource = "tuft"

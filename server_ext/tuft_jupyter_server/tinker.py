@@ -38,7 +38,7 @@ from tuft_jupyter.wire.routes import (
     Route,
 )
 from tuft_jupyter.wire.verbs.base import ANYTHING
-from tuft_jupyter_server.answering import Answering
+from tuft_jupyter_server.base_handler import BaseHandler
 from tuft_jupyter_server.logs import begin_request
 from tuft_jupyter_server.uploads import Spool
 
@@ -51,7 +51,7 @@ BODY_SECONDS, UPLOAD_SECONDS = 120.0, 3600.0
 
 
 @stream_request_body
-class TinkerHandler(Answering):
+class TinkerHandler(BaseHandler):
     """One path. ``routes`` maps its methods; an empty map is a path that we do not have."""
 
     def initialize(

@@ -18,7 +18,7 @@ from tornado import web
 from tuft_jupyter.core.errors import ServerError, TooLarge, TuftError
 from tuft_jupyter.wire.api import Call, error_reply
 from tuft_jupyter.wire.routes import Route
-from tuft_jupyter_server.answering import Answering
+from tuft_jupyter_server.base_handler import BaseHandler
 from tuft_jupyter_server.host import Host
 
 
@@ -52,7 +52,7 @@ class Spool:
 
 
 @web.stream_request_body
-class LabUpload(Answering, APIHandler):
+class LabUpload(BaseHandler, APIHandler):
     """The one method of an upload's path, for the panel: Jupyter's identity, XSRF check and authorizer apply."""
 
     auth_resource = "tuft"

@@ -225,7 +225,7 @@ def test_a_client_that_goes_away_while_it_waits_leaves_nothing_behind(tmp_path: 
         writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
         while promise.waiters is None:  # noqa: ASYNC110 - the promise itself says when somebody waits
             await asyncio.sleep(0)
-        (waiting,) = [t for t in asyncio.all_tasks() if t.get_coro().__qualname__ == "Answering._answer"]
+        (waiting,) = [t for t in asyncio.all_tasks() if t.get_coro().__qualname__ == "BaseHandler._answer"]
         writer.close()
         await asyncio.wait([waiting], timeout=5)
         assert waiting.cancelled()

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.support.http_server import ROOT, Server, on_server
-from tuft_jupyter_server import answering, tinker
+from tuft_jupyter_server import base_handler, tinker
 
 
 def head(server: Server, path: str, length: int) -> bytes:
@@ -80,7 +80,7 @@ def test_connections_that_break_at_any_point_leave_no_descriptor(tmp_path: Path)
 
 def test_who_does_not_read_a_stream_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """L3: a reader that stops is gone after its minute (here less), and what it was sent is not made up whole."""
-    monkeypatch.setattr(answering, "TAKES_SECONDS", 0.5)
+    monkeypatch.setattr(base_handler, "TAKES_SECONDS", 0.5)
 
     async def body(server: Server) -> None:
         run = await server.new_run()

@@ -25,7 +25,7 @@ TAKES_SECONDS = 60.0
 """How long a client may leave a chunk of a stream lying."""
 
 
-class Answering(RequestHandler):
+class BaseHandler(RequestHandler):
     """A handler that has the api answer; subclasses say who asks."""
 
     api: Api

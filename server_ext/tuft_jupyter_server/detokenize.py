@@ -17,7 +17,7 @@ from tuft_jupyter.core.types import ModelCard
 log = logging.getLogger("tuft_jupyter")
 
 
-def words_of(card: ModelCard) -> Callable[[Sequence[int]], str | None]:
+def detokenizer(card: ModelCard) -> Callable[[Sequence[int]], str | None]:
     """A function from token ids to text, or to None if this model's tokenizer cannot be read here. Blocks a moment."""
     tokenizer = _tokenizer(str(Path(card.path) / "tokenizer.json"))
     if tokenizer is None:
