@@ -1,8 +1,8 @@
 """Requests in OpenAI's form inside a sampling actor: bytes in, chunks out as tokens are drawn.
 
-A conversation is begun with one call and its chunks are fetched with further ones. A fetch waits for something new and
-takes all there is, so a slow reader gets fewer, larger answers and nothing polls. Tokenizing happens in a thread of its
-own. Promises: a conversation ends with its last fetch or with its cancellation, and then draws no more.
+A task is begun with one call, and its chunks are fetched with further ones. A fetch waits for something new and takes
+all there is, so a slow reader gets fewer, larger parts and nothing polls. Tokenizing happens in a thread of its own.
+Promises: a task ends with its last part or with its cancellation, and then draws no more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tuft_jupyter.core.quotas import check_input
 from tuft_jupyter.core.types import Drawn, Int32Array, SampleRequest, SampleResult, SamplingParams
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.text import Reader, StopFinder, TextModel
-from tuft_jupyter.wire.openai import Answer, Choice, Said, TextRequest, decode_request, usage_of
+from tuft_jupyter.wire.openai import Answer, Choice, TextRequest, TokenLogprob, decode_request, usage_of
 from tuft_jupyter.wire.sample_codec import checked_params
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 CANCELLED = Part(ended=True, category="user", error="this request was cancelled")
 
 SPACING = 0.001
-"""Seconds for which each open conversation makes the others gather before a fetch is answered: about a thousand fetches
+"""Seconds for which each open task makes the others gather before a fetch is answered: about a thousand fetches
 a second altogether, however many read along. Alone, a reader gets every token as it is drawn."""
 
 
@@ -44,11 +44,11 @@ class TextWorker:
         self._context = context
         self._model: TextModel | None = None
         self._thread = ThreadPoolExecutor(1, "tokenizer")
-        self._open: dict[str, _Conversation] = {}
+        self._open: dict[str, _OpenTask] = {}
         self._preparing: set[str] = set()
 
     async def begin(self, task: TextTask) -> Part:
-        """Start a conversation; returns its first part."""
+        """Start a task; returns its first part."""
         request_id = task.request_id
         self._preparing.add(request_id)
         try:
@@ -64,12 +64,12 @@ class TextWorker:
         return await self.more(request_id)
 
     async def more(self, request_id: str) -> Part:
-        """The next part of a conversation, once there is one."""
+        """The next part of a task, once there is one."""
         asked = self._open.get(request_id)
         if asked is None:
             return CANCELLED
         try:
-            await asked.something(SPACING * (len(self._open) - 1))
+            await asked.wait(SPACING * (len(self._open) - 1))
             part = await asked.part()
         except TuftError as error:
             part = Part(ended=True, category=error.category, error=error.message)
@@ -82,13 +82,13 @@ class TextWorker:
         return part
 
     def cancel(self, request_id: str) -> None:
-        """End a conversation; unknown ids are ignored."""
+        """End a task; unknown ids are ignored."""
         self._preparing.discard(request_id)
         asked = self._open.pop(request_id, None)
         if asked is not None:
             asked.stop()
 
-    def _prepare(self, task: TextTask) -> _Conversation:
+    def _prepare(self, task: TextTask) -> _OpenTask:
         request = decode_request(task.body, chat=task.chat)
         if self._model is None:
             self._model = TextModel(self._directory)
@@ -117,7 +117,7 @@ class TextWorker:
         ]
         for sample in samples:
             self._worker.sampler.check(sample)
-        return _Conversation(task.request_id, request, samples, model)
+        return _OpenTask(task.request_id, request, samples, model)
 
 
 def _ids(tokens: Sequence[int]) -> Int32Array:
@@ -127,7 +127,7 @@ def _ids(tokens: Sequence[int]) -> Int32Array:
         raise UserError("prompt: a token id does not fit int32") from None
 
 
-class _Conversation:
+class _OpenTask:
     """One request: a sample request for each prompt, a choice for each sample. Lives on the event loop."""
 
     def __init__(
@@ -137,8 +137,8 @@ class _Conversation:
         self._samples = samples
         self._model = model
         self._answer = Answer(request, request_id)
-        self._voices = [
-            _Voice(index, request, sample, model)
+        self._texts = [
+            _ChoiceText(index, request, sample, model)
             for index, sample in enumerate(sample for sample in samples for _ in range(sample.num_samples))
         ]
         self._inbox: deque[tuple[int, Drawn]] = deque()
@@ -153,7 +153,7 @@ class _Conversation:
     def stop(self) -> None:
         self._drawing.cancel()
 
-    async def something(self, more: float) -> None:
+    async def wait(self, more: float) -> None:
         """Wait for news of a stream, and then that long for more of it."""
         if self._request.stream:
             await self._news.wait()
@@ -199,31 +199,31 @@ class _Conversation:
                 draw.cancel()
 
     def _listener(self, first: int) -> Listener:
-        def heard(drawn: Drawn) -> None:  # in the sampler's thread
+        def listen(drawn: Drawn) -> None:  # in the sampler's thread
             self._inbox.append((first, drawn))
             self._loop.call_soon_threadsafe(self._news.set)
 
-        return heard
+        return listen
 
     def _take(self) -> list[Choice]:
-        """What was heard since the last time, token by token."""
+        """What was drawn since the last time, token by token."""
         news = []
         while self._inbox:
             first, drawn = self._inbox.popleft()
-            fresh = self._voices[first + drawn.index].hear(drawn)
+            fresh = self._texts[first + drawn.index].push(drawn)
             if fresh is not None:
                 news.append(fresh)
         return news
 
     def _choices(self, results: Sequence[SampleResult]) -> list[Choice]:
-        choices = [voice.choice for voice in self._voices]
+        choices = [text.choice for text in self._texts]
         if self._request.echo:
-            for voice, result in zip(self._voices, _each(results, self._request.n), strict=True):
-                voice.echo(result)
+            for text, result in zip(self._texts, _each(results, self._request.n), strict=True):
+                text.echo(result)
         return choices
 
     def _facts(self) -> dict[str, int]:
-        drawn = sum(voice.tokens for voice in self._voices) if self._request.max_tokens != 0 else 0
+        drawn = sum(text.count for text in self._texts) if self._request.max_tokens != 0 else 0
         return {"prompt_tokens": sum(len(sample.prompt) for sample in self._samples), "tokens": drawn}
 
     def _usage(self) -> dict[str, int]:
@@ -235,39 +235,39 @@ def _each(results: Sequence[SampleResult], n: int) -> list[SampleResult]:
     return [result for result in results for _ in range(n)]
 
 
-class _Voice:
+class _ChoiceText:
     """One sample as it becomes text."""
 
     def __init__(self, index: int, request: TextRequest, sample: SampleRequest, model: TextModel) -> None:
         self.choice = Choice(index)
-        self.tokens = 0
+        self.count = 0
         self._silent = request.max_tokens == 0
         self._echo = request.echo and request.stream
-        self._told = request.top is not None
+        self._logprobs = request.top is not None
         self._prompt = sample.prompt
         self._model = model
         self._reader = Reader(model.text, sample.prompt.tolist())
         self._stops = StopFinder(request.stop)
 
-    def hear(self, drawn: Drawn) -> Choice | None:
+    def push(self, drawn: Drawn) -> Choice | None:
         """What one more token adds; None if it adds nothing to show yet."""
-        self.tokens += 1
+        self.count += 1
         fresh = Choice(self.choice.index)
         if self._echo:
             fresh.text, self._echo = self._model.text(self._prompt.tolist()), False
         if not self._silent:
             fresh.text += self._stops.push(self._reader.push(drawn.token))
-            if self._told:
+            if self._logprobs:
                 top = [(self._model.name(token), logprob) for token, logprob in drawn.top]
-                fresh.said.append(Said(self._model.name(drawn.token), drawn.logprob, top))
+                fresh.tokens.append(TokenLogprob(self._model.name(drawn.token), drawn.logprob, top))
         if drawn.stop_reason is not None:
             if not self._silent:
                 fresh.text += self._stops.push(self._reader.rest()) + self._stops.rest()
             fresh.finish_reason = drawn.stop_reason.value
         self.choice.text += fresh.text
-        self.choice.said += fresh.said
+        self.choice.tokens += fresh.tokens
         self.choice.finish_reason = fresh.finish_reason
-        return fresh if fresh.text or fresh.said or fresh.finish_reason else None
+        return fresh if fresh.text or fresh.tokens or fresh.finish_reason else None
 
     def echo(self, result: SampleResult) -> None:
         """Put the prompt before what was drawn from it."""
@@ -275,11 +275,13 @@ class _Voice:
         self.choice.text = self._model.text(prompt) + self.choice.text
         if result.prompt_logprobs is None:
             return
-        said = [Said(self._model.name(prompt[0]), None)]
+        tokens = [TokenLogprob(self._model.name(prompt[0]), None)]
         for place in range(1, len(prompt)):
             top = []
             if result.topk_prompt_ids is not None and result.topk_prompt_logprobs is not None:
                 ids, logprobs = result.topk_prompt_ids[place], result.topk_prompt_logprobs[place]
                 top = [(self._model.name(int(t)), float(lp)) for t, lp in zip(ids, logprobs, strict=True)]
-            said.append(Said(self._model.name(prompt[place]), float(result.prompt_logprobs[place]), top))
-        self.choice.said[:0] = said
+            tokens.append(
+                TokenLogprob(self._model.name(prompt[place]), float(result.prompt_logprobs[place]), top)
+            )
+        self.choice.tokens[:0] = tokens

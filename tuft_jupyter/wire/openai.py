@@ -26,7 +26,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
-_SAYS_NOTHING = frozenset(
+_IGNORED = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
     "parallel_tool_calls stream_options".split()
 )
@@ -108,7 +108,7 @@ class TextRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class TokenLogprob:
     """One token as text, with its log-probability (None: nothing predicts it) and the likeliest in its place."""
 
     text: str
@@ -122,7 +122,7 @@ class Choice:
 
     index: int
     text: str = ""
-    said: list[Said] = field(default_factory=list)
+    tokens: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -186,7 +186,7 @@ def _completion(asked: Completion, shared: TextRequest) -> TextRequest:
 
 def _refuse_what_is_not_offered(given: Mapping[str, Any], known: Sequence[str]) -> None:
     for name, value in given.items():
-        if name in known or name in _SAYS_NOTHING:
+        if name in known or name in _IGNORED:
             continue
         off = value is None or value is False or value in _NEUTRAL.get(name, (0, "", [], {}))
         if not off or value is True:
@@ -305,19 +305,19 @@ class Answer:
         if self._request.chat:
             return {
                 "content": [
-                    _entry(said.text, said.logprob, top_logprobs=[_entry(*one) for one in said.top])
-                    for said in choice.said
+                    _entry(token.text, token.logprob, top_logprobs=[_entry(*one) for one in token.top])
+                    for token in choice.tokens
                 ],
                 "refusal": None,
             }
         offsets = []
-        for said in choice.said:
+        for token in choice.tokens:
             offsets.append(self._offsets.get(choice.index, 0))
-            self._offsets[choice.index] = offsets[-1] + len(said.text)
-        top = [dict(said.top) if said.logprob is not None else None for said in choice.said]
+            self._offsets[choice.index] = offsets[-1] + len(token.text)
+        top = [dict(token.top) if token.logprob is not None else None for token in choice.tokens]
         return {
-            "tokens": [said.text for said in choice.said],
-            "token_logprobs": [said.logprob for said in choice.said],
+            "tokens": [token.text for token in choice.tokens],
+            "token_logprobs": [token.logprob for token in choice.tokens],
             "top_logprobs": top if self._request.top else None,
             "text_offset": offsets,
         }
