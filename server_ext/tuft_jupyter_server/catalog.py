@@ -15,7 +15,7 @@ from tuft_jupyter.core.types import ModelCard
 
 
 class ServerCatalog:
-    """Implements :class:`tuft_jupyter.core.service.Catalog`; added models are read from the ledger's state."""
+    """Implements :class:`tuft_jupyter.core.engine.Catalog`; added models are read from the ledger's state."""
 
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._ledger = ledger

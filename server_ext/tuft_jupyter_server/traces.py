@@ -128,7 +128,7 @@ def _ended(span: Span) -> Iterator[None]:
 
 
 class TracedEngines:
-    """Implements ``core.service.Engines`` over another one."""
+    """Implements ``core.engine.Engines`` over another one."""
 
     def __init__(self, engines: Any, traces: Traces) -> None:
         self._engines = engines
@@ -156,12 +156,12 @@ class _Traced(Generic[Engine]):
         self._model, self._traces = model, traces
 
     @property
-    def say(self) -> Callable[[str], None]:
-        return self._engine.say
+    def on_progress(self) -> Callable[[str], None]:
+        return self._engine.on_progress
 
-    @say.setter
-    def say(self, told: Callable[[str], None]) -> None:
-        self._engine.say = told
+    @on_progress.setter
+    def on_progress(self, listener: Callable[[str], None]) -> None:
+        self._engine.on_progress = listener
 
     async def start(self) -> None:
         await self._engine.start()

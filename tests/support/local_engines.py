@@ -101,7 +101,7 @@ class LocalSampling:
 
 
 class LocalEngines:
-    """Implements ``core.service.Engines``."""
+    """Implements ``core.engine.Engines``."""
 
     def training(self, card: ModelCard) -> LocalTraining:
         return LocalTraining(card)

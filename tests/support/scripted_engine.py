@@ -160,7 +160,7 @@ class ScriptedSampler:
 
 
 class ScriptedEngines:
-    """Implements ``core.service.Engines``: ``trainer`` is that of the first model asked for, others have their own."""
+    """Implements ``core.engine.Engines``: ``trainer`` is that of the first model asked for, others have their own."""
 
     def __init__(self) -> None:
         self.trainer = ScriptedEngine()

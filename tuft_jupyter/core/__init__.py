@@ -1,5 +1,4 @@
-"""The ground floor: values, rules and asyncio, with the standard library and numpy only.
+"""The core: values, rules and asyncio, with the standard library and numpy only (one journal also uses redis).
 
-Nothing here knows HTTP, Ray, torch or Jupyter. Inside, imports point one way:
-``types, errors <- engine, state <- journal, lanes, access, feed <- service``.
+Nothing here knows HTTP, Ray, torch or Jupyter. Imports point one way; ARCHITECTURE.md has the order.
 """

@@ -1,9 +1,9 @@
-"""What the core asks of the muscles.
+"""What the core asks of engines, and of whoever makes them.
 
-Two layers. :class:`Trainer` and :class:`Sampler` are the muscles themselves: plain, synchronous, over decoded
-values, without Ray and without HTTP. :class:`TrainingEngine` and :class:`SamplingEngine` are how the service
-reaches them from the event loop: asynchronous, over bytes, wherever they live. A worker (``engine/worker``) joins
-the two: it decodes, cuts, calls and encodes, so the notebook's process only ever moves bytes.
+Engines have two layers. :class:`Trainer` and :class:`Sampler` compute: plain, synchronous, over decoded values,
+without Ray and without HTTP. :class:`TrainingEngine` and :class:`SamplingEngine` are how the service reaches them from
+the event loop: asynchronous, over bytes, wherever they live. A worker (``engine/worker``) joins the two: it decodes
+requests, cuts them into parts, calls, and encodes the results, so the notebook's process only ever moves bytes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from tuft_jupyter.core.types import (
     ForwardBackward,
     ForwardBackwardResult,
     LoraSpec,
+    ModelCard,
     OpKind,
     SampleRequest,
     SampleResult,
 )
 
 Listener = Callable[[Drawn], None]
-"""Told of every token as it is drawn, in the sampler's own thread: it must return at once."""
+"""Called with every token as it is drawn, in the sampler's own thread: it must return at once."""
 
 
 class Trainer(Protocol):
@@ -173,8 +174,8 @@ class EngineDied(Exception):
 class TrainingEngine(Protocol):
     """One base model's training worker, reached from the event loop."""
 
-    say: Callable[[str], None]
-    """Told, while it starts, what it is at; set by who starts it."""
+    on_progress: Callable[[str], None]
+    """Called during a start with what is being done; set by whoever starts the engine."""
 
     @property
     def grain(self) -> int:
@@ -199,7 +200,7 @@ class TrainingEngine(Protocol):
 class SamplingEngine(Protocol):
     """One base model's sampling worker, reached from the event loop."""
 
-    say: Callable[[str], None]
+    on_progress: Callable[[str], None]
 
     async def start(self) -> None: ...
 
@@ -218,3 +219,24 @@ class SamplingEngine(Protocol):
         """In words, what the worker has a request wait for; empty if it draws."""
 
     async def stop(self) -> None: ...
+
+
+class Catalog(Protocol):
+    """The base models this server offers."""
+
+    def cards(self) -> list[ModelCard]:
+        """The models offered, in the order of the configuration."""
+
+    def resolve(self, name: str) -> ModelCard:
+        """The card of an offered model by name or path; UserError names what is offered."""
+
+    def find(self, name: str) -> ModelCard:
+        """The card of any model on this machine, offered or not; UserError says what was looked for."""
+
+
+class Engines(Protocol):
+    """Makes the engines of a base model (not started yet)."""
+
+    def training(self, card: ModelCard) -> TrainingEngine: ...
+
+    def sampling(self, card: ModelCard) -> SamplingEngine: ...

@@ -15,11 +15,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tuft_jupyter.core.access import owned
 from tuft_jupyter.core.completions import Completions
-from tuft_jupyter.core.engine import EngineDied, SamplingEngine
+from tuft_jupyter.core.engine import Catalog, EngineDied, SamplingEngine
 from tuft_jupyter.core.errors import NotFound, Overloaded, TuftError
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
@@ -28,9 +28,6 @@ from tuft_jupyter.core.sampling_usage import SamplingUsage
 from tuft_jupyter.core.startup import bring_up
 from tuft_jupyter.core.state import Checkpoint, Sampler
 from tuft_jupyter.core.types import ModelCard, Principal, sampler_id
-
-if TYPE_CHECKING:
-    from tuft_jupyter.core.service import Catalog
 
 log = logging.getLogger("tuft_jupyter.sampling")
 

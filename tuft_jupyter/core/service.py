@@ -12,12 +12,12 @@ import secrets
 import shutil
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tuft_jupyter.core.checkpoints import Checkpoints
 from tuft_jupyter.core.counters import Counters
 from tuft_jupyter.core.driver import Driver
-from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
+from tuft_jupyter.core.engine import Catalog, Engines
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.journal import Damaged
 from tuft_jupyter.core.lanes import Lanes
@@ -42,27 +42,6 @@ DRAIN_SECONDS = 8.0
 """How long a stop waits for the steps under way: a Hub gives a server ten seconds."""
 EPHEMERAL = "ephemeral"
 """Below ``home``: weights that were saved for one sampler, without a name."""
-
-
-class Catalog(Protocol):
-    """The base models this server offers."""
-
-    def cards(self) -> list[ModelCard]:
-        """The models offered, in the order of the configuration."""
-
-    def resolve(self, name: str) -> ModelCard:
-        """The card of an offered model by name or path; UserError names what is offered."""
-
-    def find(self, name: str) -> ModelCard:
-        """The card of any model on this machine, offered or not; UserError says what was looked for."""
-
-
-class Engines(Protocol):
-    """Makes the engines of a base model (not started yet)."""
-
-    def training(self, card: ModelCard) -> TrainingEngine: ...
-
-    def sampling(self, card: ModelCard) -> SamplingEngine: ...
 
 
 class Service:

@@ -20,15 +20,14 @@ PAUSES = (1.0, 2.0, 4.0, 8.0)
 
 
 class Startable(Protocol):
-    say: Callable[[str], None]
-    """Told, while it starts, what it is at."""
+    on_progress: Callable[[str], None]
 
     async def start(self) -> None: ...
 
 
 async def bring_up(engine: Startable, name: str, say: Callable[[str], None]) -> None:
     """Start an engine. ``say`` is told what is being done; UserError or ServerError if it cannot be brought up."""
-    engine.say = lambda step: say(f"loading {name}: {step}")
+    engine.on_progress = lambda step: say(f"loading {name}: {step}")
     for pause in (*PAUSES, None):
         say(f"loading {name}")
         try:

@@ -54,12 +54,12 @@ class Watchdog:
         self._ahead = 0.0
 
     @property
-    def say(self) -> Callable[[str], None]:
-        return self.engine.say
+    def on_progress(self) -> Callable[[str], None]:
+        return self.engine.on_progress
 
-    @say.setter
-    def say(self, told: Callable[[str], None]) -> None:
-        self.engine.say = told
+    @on_progress.setter
+    def on_progress(self, listener: Callable[[str], None]) -> None:
+        self.engine.on_progress = listener
 
     @property
     def grain(self) -> int:

@@ -1,4 +1,4 @@
-"""The muscles: training and sampling with plain torch, transformers and PEFT.
+"""The engines: training and sampling with plain torch, transformers and PEFT.
 
-The modules here run without Ray, without HTTP and without asyncio; ``cluster`` alone puts them into actors.
+Trainer and samplers are plain classes that run without Ray and HTTP; ``cluster`` alone puts them into actors.
 """

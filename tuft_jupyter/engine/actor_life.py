@@ -60,7 +60,7 @@ class ActorEngine:
         self.card = card
         self.threads = threads
         self.trusted = trusted
-        self.say: Callable[[str], None] = lambda _: None
+        self.on_progress: Callable[[str], None] = lambda _: None
         self._runtime = runtime
         self._options = ActorOptions(card, threads, options or {}, place=place)
         self._actor: Actor | None = None
@@ -79,7 +79,7 @@ class ActorEngine:
     async def start(self) -> None:
         """Bring up a (new) actor with the model loaded; TuftError says why it cannot be."""
         await self.end()
-        self.say("starting a worker" if self._runtime.running else "starting Ray, then a worker")
+        self.on_progress("starting a worker" if self._runtime.running else "starting Ray, then a worker")
         session = await self._runtime.acquire(self)
         loop = asyncio.get_running_loop()
         handle = await self._runtime.thread.run(lambda: self._create(session))
@@ -167,7 +167,7 @@ class ActorEngine:
             with contextlib.suppress(psutil.Error):
                 self._process = psutil.Process(actor.pid)
                 actor.session.guard.watch(self._process)
-        self.say("reading the weights")
+        self.on_progress("reading the weights")
         loaded: Loaded = await self._answer(actor, actor.handle.load.remote())
         if loaded.category:
             raise failure(loaded.category, loaded.error)

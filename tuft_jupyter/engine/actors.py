@@ -1,4 +1,4 @@
-"""What runs in Ray's worker processes: a worker with its muscle, and how it starts and ends.
+"""What runs in Ray's worker processes: a worker with its trainer or sampler, and how it starts and ends.
 
 The classes are plain; ``cluster`` makes actors of them. Torch is imported inside methods, so the process that creates
 the actors never loads it. Nothing but dataclasses, bytes and numbers crosses the border.

@@ -34,12 +34,12 @@ class TrainingGroup:
         self._meeting = meeting
 
     @property
-    def say(self) -> Callable[[str], None]:
-        return self.ranks[0].say
+    def on_progress(self) -> Callable[[str], None]:
+        return self.ranks[0].on_progress
 
-    @say.setter
-    def say(self, told: Callable[[str], None]) -> None:
-        self.ranks[0].say = told
+    @on_progress.setter
+    def on_progress(self, listener: Callable[[str], None]) -> None:
+        self.ranks[0].on_progress = listener
 
     @property
     def grain(self) -> int:
