@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help properties demo lab binder test unit check fault format hub-trial bench load cycles continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
+.PHONY: help properties demo lab binder test unit check fault format hub-trial bench load cycles soak continuity security interrupts sdk-matrix recipes vllm-env vllm-test install system proto clean
 
 help:  ## say what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ bench: $(STAMPS)/installed  ## measure speed and size against a plain PyTorch + 
 
 cycles: $(STAMPS)/installed  ## a thousand clients come, train, sample and go; what stays in memory and on disk
 	$(BIN)/python -m tests.support.cycles
+
+soak: $(STAMPS)/installed  ## months of a server's life in minutes, with an instant engine: what stays in memory and on disk
+	$(BIN)/python -m tests.support.soak
 
 continuity: $(STAMPS)/installed  ## kill a notebook's kernel twenty times; the run goes on at the next step
 	TUFT_KERNEL_KILLS=20 $(BIN)/python -m pytest -q tests/contract/test_continuity.py

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
@@ -22,143 +22,16 @@ from tuft_jupyter import home as homes
 from tuft_jupyter.checked import ConfigError as ConfigError
 from tuft_jupyter.checked import Reader, at_least, web_address
 from tuft_jupyter.models import context_offered
+from tuft_jupyter.sections import QUOTAS, check_sampler
+from tuft_jupyter.sections import ModelSettings as ModelSettings
+from tuft_jupyter.sections import PersistenceConfig as PersistenceConfig
+from tuft_jupyter.sections import TenantSettings as TenantSettings
 
 DEFAULT_PORT = 10610
 DEFAULT_RANK_LIMIT = 64
 DEMO_MODEL = "tuft/demo"
 LOCAL_USER = "local-user"
-_QUOTAS = {
-    "per_token_model_limit": "runs",
-    "rps_limit": "requests_per_second",
-    "tps_limit": "tokens_per_second",
-    "max_input_tokens": "input_tokens",
-    "max_checkpoint_bytes": "checkpoint_bytes",
-}
-"""Our settings, which are the seeds' words, and what they limit."""
-SAMPLERS = ("auto", "torch", "vllm")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-MODES = {
-    "disabled": "disabled", "disable": "disabled", "memory": "disabled",
-    "redis_url": "redis_url", "redis": "redis_url",
-    "file_redis": "file_redis", "file": "file_redis",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class PersistenceConfig:
-    """Where the journal of operations is kept.
-
-    ``disabled`` keeps it in memory, ``redis_url`` in a Redis server, ``file_redis`` in one SQLite file (the
-    word is TuFT's). ``future_ttl_seconds`` is how long a result waits for its client (None: for ever). The
-    later words DISABLE, REDIS, FILE and memory, redis, file are understood, in any case.
-    """
-
-    mode: str = "disabled"
-    redis_url: str = field(default="redis://localhost:6379/0", repr=False)
-    file_path: Path = Path("~/.cache/tuft/file_redis.json")
-    namespace: str = "tuft"
-    future_ttl_seconds: int | None = 86400
-
-    def __post_init__(self) -> None:
-        mode = MODES.get(str(self.mode).lower())
-        if mode is None:
-            raise ConfigError(f"mode must be disabled, redis_url or file_redis, not {self.mode!r}")
-        object.__setattr__(self, "mode", mode)
-        object.__setattr__(self, "file_path", Path(self.file_path).expanduser())
-        if not self.namespace:
-            raise ConfigError("namespace must not be empty")
-        at_least("future_ttl_seconds", self.future_ttl_seconds, 1)
-
-    @property
-    def enabled(self) -> bool:
-        return self.mode != "disabled"
-
-    @classmethod
-    def disabled(cls) -> Self:
-        return cls()
-
-    @classmethod
-    def from_redis_url(cls, redis_url: str, namespace: str = "tuft") -> Self:
-        return cls(mode="redis_url", redis_url=redis_url, namespace=namespace)
-
-    @classmethod
-    def from_file_redis(
-        cls, file_path: str | Path = "~/.cache/tuft/file_redis.json", namespace: str = "tuft"
-    ) -> Self:
-        return cls(mode="file_redis", file_path=Path(file_path), namespace=namespace)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSettings:
-    """One base model: ``model_name`` on the wire, ``model_path`` a directory or a hub id (default: the name).
-
-    ``max_model_len`` in tokens; None: as far as the model itself goes. ``temperature`` to
-    ``min_response_tokens`` are the sampler's defaults, ``max_lora_rank`` and ``max_loras`` its limits. Names and
-    defaults are those of TuFT 0.1. ``trust_remote_code``, ``sampler_type`` None: the server's. Of each GPU's memory
-    vLLM takes ``gpu_memory_utilization``; ``data_parallel`` processes train together, each on a GPU if there are any.
-    """
-
-    model_name: str
-    model_path: str = ""
-    max_model_len: int | None = None
-    tensor_parallel_size: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    logprobs: int = 0
-    seed: int = 42
-    min_response_tokens: int = 0
-    max_lora_rank: int = 16
-    max_loras: int = 1
-    trust_remote_code: bool | None = None
-    sampler_type: str | None = None
-    gpu_memory_utilization: float = 0.4
-    data_parallel: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.model_name:
-            raise ConfigError("model_name must not be empty")
-        if not self.model_path:
-            object.__setattr__(self, "model_path", self.model_name)
-        for name in ("max_model_len", "tensor_parallel_size", "max_lora_rank", "max_loras", "data_parallel"):
-            at_least(name, getattr(self, name), 1)
-        if self.sampler_type is not None:
-            _check_sampler(self.sampler_type)
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class TenantSettings:
-    """Other limits for one tenant, or for the members of a JupyterHub group; what is None stays as it is for all.
-
-    ``weight`` is the share of a busy engine beside tenants of weight 1.
-    """
-
-    tenant: str = ""
-    group: str = ""
-    per_token_model_limit: int | None = None
-    rps_limit: float | None = None
-    tps_limit: float | None = None
-    max_input_tokens: int | None = None
-    max_checkpoint_bytes: int | None = None
-    weight: float | None = None
-
-    def __post_init__(self) -> None:
-        if bool(self.tenant) == bool(self.group):
-            raise ConfigError("tenant: name one tenant, or one group")
-        for name in _QUOTAS:
-            at_least(name, getattr(self, name), 0)
-        if self.weight is not None and not 0 < self.weight <= 1000:
-            raise ConfigError(f"weight must be more than 0 and at most 1000, not {self.weight}")
-
-    def given(self) -> dict[str, float]:
-        """The limits that differ, by the names of :class:`tuft_jupyter.core.quotas.Quota`."""
-        named = {**_QUOTAS, "weight": "weight"}
-        values = {quota: getattr(self, name) for name, quota in named.items()}
-        return {quota: value for quota, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +42,10 @@ class Settings:
     to tenants. ``public_url`` is where clients reach this server if a proxy stands before it ("": where they say
     themselves that they do). ``adapter_timeout`` and ``adapter_max_lifetime`` are seconds, ``max_body_bytes`` bounds
     one request body, ``max_upload_bytes`` an adapter that is uploaded. ``per_token_model_limit`` (runs), ``rps_limit``
-    and ``tps_limit`` (requests and input tokens a second), ``max_input_tokens`` (of one request) and
-    ``max_checkpoint_bytes`` hold for each tenant, ``max_loras`` for the runs in use on one base model; 0 means no
-    limit, and ``tenants`` lists who has others. ``trust_remote_code`` lets models run Python
+    and ``tps_limit`` (requests and input tokens a second), ``max_input_tokens`` (of one request),
+    ``max_checkpoint_bytes``, ``max_sessions`` and ``max_samplers`` hold for each tenant, ``max_loras`` for the runs in
+    use on one base model; 0 means no limit, and ``tenants`` lists who has others. ``history_days`` is how long what is
+    over stays on record (0: for ever). ``trust_remote_code`` lets models run Python
     that they bring, ``keep_samples`` keeps the newest samples of each step in memory for whoever asked for them,
     ``custom_loss_server_side`` computes losses that users wrote beside the model, ``hub_cache_seconds`` is how long
     what JupyterHub says of a token is believed. None means:
@@ -199,7 +73,10 @@ class Settings:
     tps_limit: float = 0.0
     max_input_tokens: int = 0
     max_checkpoint_bytes: int = 0
+    max_sessions: int = 0
+    max_samplers: int = 0
     max_loras: int = 0
+    history_days: float = 30.0
     tenants: tuple[TenantSettings, ...] = ()
     hub_cache_seconds: float = 30.0
     micro_batch_tokens: int | None = None
@@ -225,7 +102,7 @@ class Settings:
             "trainer_threads",
         ):
             at_least(name, getattr(self, name), 1)
-        for name in (*_QUOTAS, "max_loras"):
+        for name in (*QUOTAS, "max_loras", "history_days"):
             at_least(name, getattr(self, name), 0)
         at_least("kv_tokens", self.kv_tokens, 512)
         if not 0 <= self.port <= 65535:
@@ -233,7 +110,7 @@ class Settings:
         if self.log_level.lower() not in LOG_LEVELS:
             raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
         object.__setattr__(self, "log_level", self.log_level.lower())
-        _check_sampler(self.sampler_type)
+        check_sampler(self.sampler_type)
         web_address("public_url", self.public_url)
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")
@@ -382,8 +259,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must hold keys and values, such as 'supported_models:'")
     return document
-
-
-def _check_sampler(name: str) -> None:
-    if name not in SAMPLERS:
-        raise ConfigError(f"sampler_type must be one of {', '.join(SAMPLERS)}, not {name!r}")

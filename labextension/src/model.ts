@@ -80,7 +80,8 @@ const HANDLERS = new Map<string, Handler>([
   ['checkpoint_changed', checkpointChanged],
   ['weights_copied', weightsCopied],
   ['run_closed', runClosed],
-  ['run_resumed', runResumed]
+  ['run_resumed', runResumed],
+  ['forgotten', forgotten]
 ]);
 
 function createsRun(op: string): boolean {
@@ -289,4 +290,10 @@ function runResumed(state: IState, _: IRecord, data: Data): void {
   if (run) {
     run.session = data.session;
   }
+}
+
+function forgotten(state: IState, _: IRecord, data: Data): void {
+  data.runs.forEach((id: string) => state.runs.delete(id));
+  data.samplers.forEach((id: string) => state.samplers.delete(id));
+  data.sessions.forEach((id: string) => state.sessions.delete(id));
 }

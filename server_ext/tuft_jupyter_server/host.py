@@ -146,6 +146,7 @@ class Host:
                 idle_timeout=settings.adapter_timeout,
                 max_lifetime=settings.adapter_max_lifetime,
                 owner=self.owner.tenant,
+                history=settings.history_days * 86400,
                 custom_loss=settings.custom_loss_server_side,
             ),
             quotas=_quotas(settings, lambda tenant: self.groups.get(tenant, ())),
@@ -296,6 +297,8 @@ def _quotas(settings: Settings, members: Callable[[str], Collection[str]]) -> Qu
         tokens_per_second=settings.tps_limit,
         input_tokens=settings.max_input_tokens,
         checkpoint_bytes=settings.max_checkpoint_bytes,
+        sessions=settings.max_sessions,
+        samplers=settings.max_samplers,
     )
     tenants = {each.tenant: each.given() for each in settings.tenants if each.tenant}
     groups = {each.group: each.given() for each in settings.tenants if each.group}

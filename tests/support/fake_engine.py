@@ -377,3 +377,6 @@ class FakeEngines:
 
     def sampling(self, card: ModelCard) -> FakeSamplingEngine:
         return self.sampler
+
+    def workers(self) -> list[tuple[str, int]]:
+        return []

@@ -147,14 +147,19 @@ class Client:
 
     def passed(self, run: str, datums: int, tokens: int, loss: str = "cross_entropy") -> bytes:
         self.seq += 1
-        body = pb.ForwardBackwardRequest(model_id=run, seq_id=self.seq, loss_fn=loss)
-        for _ in range(datums):
-            datum = body.data.add()
-            datum.model_input.add().encoded_text.tokens = struct.pack(f"<{tokens}i", *[7] * tokens)
-            target = datum.loss_fn_inputs["target_tokens"]
-            target.dense, target.dtype = struct.pack(f"<{tokens}q", *[8] * tokens), pb.DTYPE_INT64
-            target.shape[:] = [tokens]
-        return body.SerializeToString()
+        return passed(run, self.seq, datums, tokens, loss)
+
+
+def passed(run: str, seq: int, datums: int, tokens: int, loss: str = "cross_entropy") -> bytes:
+    """The body of a pass."""
+    body = pb.ForwardBackwardRequest(model_id=run, seq_id=seq, loss_fn=loss)
+    for _ in range(datums):
+        datum = body.data.add()
+        datum.model_input.add().encoded_text.tokens = struct.pack(f"<{tokens}i", *[7] * tokens)
+        target = datum.loss_fn_inputs["target_tokens"]
+        target.dense, target.dtype = struct.pack(f"<{tokens}q", *[8] * tokens), pb.DTYPE_INT64
+        target.shape[:] = [tokens]
+    return body.SerializeToString()
 
 
 @contextmanager

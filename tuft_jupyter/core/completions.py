@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 KEPT = 8192
@@ -30,8 +31,10 @@ class Completion:
 
 @dataclass(slots=True)
 class _List:
-    ended: deque[Completion] = field(default_factory=lambda: deque(maxlen=KEPT))
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Plain values: most samplers are asked one thing, and nobody polls."""
+
+    ended: list[Completion] = field(default_factory=list)
+    changed: asyncio.Event | None = None
 
 
 class Completions:
@@ -43,16 +46,19 @@ class Completions:
         self._cursor += 1
         found = self._list(sampler, seq // CLONE_STRIDE)
         found.ended.append(Completion(self._cursor, request_id, size_bytes))
-        found.changed.set()
+        if len(found.ended) > KEPT:
+            del found.ended[: KEPT // 8]
+        if found.changed is not None:
+            found.changed.set()
 
     async def after(
         self, sampler: str, clone: int, cursor: int, seconds: float
     ) -> tuple[list[Completion], int]:
         """What ended after ``cursor``, waiting up to ``seconds`` for something; with the new cursor."""
         found = self._list(sampler, clone)
-        while found.ended and found.ended[0].cursor <= cursor:
-            found.ended.popleft()
+        found.ended = [one for one in found.ended if one.cursor > cursor]
         if not found.ended and seconds > 0:
+            found.changed = found.changed or asyncio.Event()
             found.changed.clear()
             try:
                 async with asyncio.timeout(seconds):
@@ -61,6 +67,10 @@ class Completions:
                 return [], cursor
         ended = list(found.ended)
         return ended, ended[-1].cursor if ended else cursor
+
+    def forget(self, samplers: Collection[str]) -> None:
+        for key in [key for key in self._lists if key[0] in samplers]:
+            del self._lists[key]
 
     def _list(self, sampler: str, clone: int) -> _List:
         found = self._lists.setdefault((sampler, clone), _List())

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
+from tuft_jupyter.core.curve import WHOLE, Column
 from tuft_jupyter.core.objects import CURVE_COLUMNS, State
 
 _PLAIN = (str, int, float, bool, type(None))
@@ -36,7 +37,8 @@ def state_of(image: Mapping[str, Any]) -> State:
     made: State = _build(State, image)
     for run in made.runs.values():
         for name in CURVE_COLUMNS:
-            run.curve.setdefault(name, [None] * len(run.curve["step"]))
+            told = run.curve.get(name) or [None] * len(run.curve["step"])
+            run.curve[name] = Column(told, whole=name in WHOLE)
     return made
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-CURVE_COLUMNS = ("step", "time", "loss", "tokens", "grad_norm", "learning_rate", "kl")
+from tuft_jupyter.core.curve import CURVE_COLUMNS as CURVE_COLUMNS
+from tuft_jupyter.core.curve import Column, new_curve
 
 
 @dataclass(slots=True)
@@ -50,7 +51,7 @@ class Run:
     tokens: int = 0
     engine_ms: float = 0.0
     pending: int = 0
-    curve: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in CURVE_COLUMNS})
+    curve: dict[str, Column] = field(default_factory=new_curve)
     snapshot: str | None = None
     covers: int = 0
     replay: list[int] = field(default_factory=list)
@@ -113,7 +114,10 @@ class IssuedKey:
 
 @dataclass(slots=True)
 class Sampled:
-    """Tokens sampled in the hour that began at ``hour``; ``session`` is "" for requests without one."""
+    """Tokens sampled in the hour that began at ``hour``; ``session`` is "" for requests without one.
+
+    ``trained`` are tokens of runs that are not on record any more.
+    """
 
     tenant: str
     session: str
@@ -121,6 +125,7 @@ class Sampled:
     hour: float
     prompt_tokens: int = 0
     tokens: int = 0
+    trained: int = 0
 
 
 @dataclass(slots=True)

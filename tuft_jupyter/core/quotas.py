@@ -28,7 +28,8 @@ class Limits:
 
     ``batch_tokens`` and ``shared_batch_tokens`` are the parts in which passes are worked off, alone and beside other
     tenants, on an engine that does not say what suits it. ``owner`` is the tenant whose server it is: the lifetime of
-    runs does not bind it. ``custom_loss``: whether losses that users wrote are computed here.
+    runs does not bind it. ``custom_loss``: whether losses that users wrote are computed here. ``history`` is how long
+    what is over stays on record.
     """
 
     max_rank: int = 64
@@ -40,6 +41,7 @@ class Limits:
     max_lifetime: float = 0.0
     owner: str = ""
     ephemeral_per_session: int = 32
+    history: float = 30 * 86400.0
     custom_loss: bool = False
 
 
@@ -52,6 +54,8 @@ class Quota:
     tokens_per_second: float = 0.0
     input_tokens: int = 0
     checkpoint_bytes: int = 0
+    sessions: int = 0
+    samplers: int = 0
     weight: float = 1.0
 
     def with_(self, given: Mapping[str, float]) -> Quota:
@@ -181,6 +185,25 @@ class Quotas:
             raise UserError(
                 f"Checkpoint storage is full: {used} of {allowed} bytes are used: delete checkpoints, "
                 "or let them expire (ttl_seconds)"
+            )
+
+    def check_sessions(self, tenant: str, live: int) -> None:
+        """UserError if a tenant with so many sessions may open no more."""
+        allowed = self.of(tenant).sessions
+        if allowed and live >= allowed:
+            raise UserError(
+                f"Session limit exceeded: {live}/{allowed}: finish one you no longer use (or restart its kernel); "
+                "one that falls silent stops counting after adapter_timeout"
+            )
+
+    def check_samplers(self, tenant: str, kept: int) -> None:
+        """UserError if a tenant with so many samplers may save weights for one more."""
+        allowed = self.of(tenant).samplers
+        if allowed and kept >= allowed:
+            raise UserError(
+                f"Sampler limit exceeded: {kept}/{allowed} samplers hold weights of your other sessions: finish a "
+                "session you no longer use, or save the weights under a name (save_weights_for_sampler) and sample "
+                "from that checkpoint"
             )
 
     # ---- runs -------------------------------------------------------------------------------------------------

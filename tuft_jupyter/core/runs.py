@@ -20,6 +20,7 @@ from typing import Any
 from tuft_jupyter.core.access import owned
 from tuft_jupyter.core.checkpoints import Checkpoints
 from tuft_jupyter.core.driver import Driver
+from tuft_jupyter.core.ephemeral import Ephemeral
 from tuft_jupyter.core.errors import Overloaded, TuftError, UserError
 from tuft_jupyter.core.idempotency import already_used
 from tuft_jupyter.core.lanes import Lanes
@@ -49,7 +50,10 @@ ALPHA = 32.0
 
 
 class Runs:
-    """``driver`` gives the driver of a base model by its name, ``card`` the base model a request names."""
+    """``driver`` gives the driver of a base model by its name, ``card`` the base model a request names.
+
+    ``home`` is where weights go that have no name.
+    """
 
     def __init__(
         self,
@@ -58,7 +62,8 @@ class Runs:
         checkpoints: Checkpoints,
         driver: Callable[[str], Driver],
         card: Callable[[Principal, str], Awaitable[ModelCard]],
-        ephemeral: Path,
+        home: Path,
+        ephemeral: Ephemeral,
         limits: Limits,
         quotas: Quotas,
         lifetimes: Lifetimes,
@@ -71,7 +76,8 @@ class Runs:
         self.lifetimes = lifetimes
         self._driver = driver
         self._card = card
-        self._ephemeral = ephemeral
+        self._home = home
+        self.ephemeral = ephemeral
         self._accepting: dict[tuple[str, int], tuple[str, asyncio.Task[str]]] = {}
 
     def get(self, principal: Principal, run: str) -> Run:
@@ -211,7 +217,8 @@ class Runs:
     ) -> str:
         """Accept an ephemeral save: the weights become a sampler at once, without a checkpoint."""
         found = self.live(principal, run)
-        directory = str(self._ephemeral / uuid.uuid4().hex)
+        self.ephemeral.check(self.sessions.get(principal, found.session))
+        directory = str(self._home / uuid.uuid4().hex)
         sampler = sampler_id(found.session, number)
         opened = {
             "sampler": sampler,

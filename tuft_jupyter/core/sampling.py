@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,16 @@ class Sampling:
         together = [one for one in self._drawing.values() if one.sampler.base_model == sampler.base_model]
         own = sum(one.sampler.tenant == sampler.tenant for one in together)
         return f"drawing tokens: {own} requests of yours among {len(together)} share {sampler.base_model}"
+
+    def forget(self, samplers: Collection[Sampler]) -> None:
+        """Keep nothing of samplers that left the record."""
+        gone = {sampler.id for sampler in samplers}
+        for name in gone:
+            self._joined.pop(name, None)
+        if gone:
+            for key in [key for key in self._seen if key[0] in gone]:
+                del self._seen[key]
+            self.completions.forget(gone)
 
     async def _warm(self, card: ModelCard) -> None:
         try:

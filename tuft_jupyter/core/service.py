@@ -18,7 +18,9 @@ from tuft_jupyter.core.checkpoints import Checkpoints
 from tuft_jupyter.core.counters import Counters
 from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.engine import Catalog, Engines
+from tuft_jupyter.core.ephemeral import Ephemeral
 from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.history import History
 from tuft_jupyter.core.journal import Damaged
 from tuft_jupyter.core.lanes import Lanes
 from tuft_jupyter.core.ledger import Ledger
@@ -69,7 +71,9 @@ class Service:
         self.drain_seconds = DRAIN_SECONDS
         self.drivers: dict[str, Driver] = {}
         self.quotas = quotas or Quotas()
-        self.sessions = Sessions(ledger)
+        self.sessions = Sessions(ledger, self.limits, self.quotas)
+        self.ephemeral = Ephemeral(ledger, self.sessions, self.limits, self.quotas)
+        self.history = History(ledger, self.sessions, self.ephemeral, self.limits)
         self.lifetimes = Lifetimes(ledger, self.sessions, self.limits)
         self.checkpoints = Checkpoints(ledger, checkpoint_dir, self.quotas)
         self.runs = Runs(
@@ -79,6 +83,7 @@ class Service:
             self.driver,
             self.card,
             home / EPHEMERAL,
+            self.ephemeral,
             self.limits,
             self.quotas,
             self.lifetimes,
@@ -143,11 +148,13 @@ class Service:
                 self.limits.batch_tokens, self.limits.shared_batch_tokens, weight=self.quotas.weight
             )
             engine = Watchdog(self.engines.training(card), card.max_context_length)
-            snapshots = Snapshots(self.home / "snapshots", self.rule, self.ledger.clock)
-            driver = Driver(card, engine, lanes, self.ledger, snapshots)
+            driver = Driver(card, engine, lanes, self.ledger, self._snapshots())
             self.drivers[card.name] = driver
             self._spawn(driver.run(), f"driver {card.name}")
         return driver
+
+    def _snapshots(self) -> Snapshots:
+        return Snapshots(self.home / "snapshots", self.rule, self.ledger.clock)
 
     def _driver_of(self, run: str) -> Driver | None:
         """The driver a recovered run belongs to; None while its base model is not on offer any more."""
@@ -181,29 +188,18 @@ class Service:
         await self.runs.close_over(now)
         await self.checkpoints.collect()
         await self.sampling.usage.flush()
+        await asyncio.to_thread(_remove, self.home / EPHEMERAL, self.ephemeral.spent(now))
+        runs, samplers = await self.history.forget(now)
+        for gone in runs:  # where a crash came between their end and the removal of their files
+            await self._snapshots().remove(gone.id, gone.snapshot)
+        self.sampling.forget(samplers)
         await self.ledger.tidy()
-        await asyncio.to_thread(_remove, self.home / EPHEMERAL, self._spent_samplers(now))
         for driver in self.drivers.values():
             for lane in list(driver.lanes.by_run.values()):
                 run = self.ledger.state.runs.get(lane.run)
                 if run is not None and lane.resident and not lane.queue and self.lifetimes.idle(run, now):
                     driver.release(run.id)
             await driver.forget_idle()
-
-    def _spent_samplers(self, now: float) -> set[str]:
-        """Directories of ephemeral weights that nobody will sample from any more: of sessions that ended or fell
-        silent, and all but the newest few of each session (a reinforcement-learning loop makes one every step).
-        """
-        held: dict[str, list[str]] = {}
-        for sampler in self.ledger.state.samplers.values():
-            if sampler.model_path is None and sampler.directory is not None:
-                held.setdefault(sampler.session, []).append(sampler.directory)
-        spent: set[str] = set()
-        for session, directories in held.items():
-            silent = now - self.sessions.last_seen(session) > self.limits.idle_timeout
-            ended = silent or self.ledger.state.sessions[session].finished is not None
-            spent |= set(directories if ended else directories[: -self.limits.ephemeral_per_session])
-        return spent
 
     # ---- models -----------------------------------------------------------------------------------------------
 

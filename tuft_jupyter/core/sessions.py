@@ -6,27 +6,45 @@ A heartbeat is a fact of this process only and is not journaled; after a restart
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from tuft_jupyter.core.access import owned
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.state import Session
 from tuft_jupyter.core.types import Principal
 
 
 class Sessions:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, limits: Limits | None = None, quotas: Quotas | None = None) -> None:
         self.ledger = ledger
+        self._silence = (limits or Limits()).idle_timeout
+        self._quotas = quotas or Quotas()
         self._seen: dict[str, float] = {}
+        self._opening: Counter[str] = Counter()  # by tenant
 
     async def open(self, principal: Principal, details: Mapping[str, Any]) -> str:
-        """Open a session; returns its id."""
+        """Open a session; returns its id. UserError if the tenant has as many as it may."""
+        tenant = principal.tenant
+        if self._quotas.of(tenant).sessions:
+            self._quotas.check_sessions(tenant, self._connected(tenant) + self._opening[tenant])
         session = str(uuid.uuid4())
-        await self.ledger.record("session_opened", principal.tenant, {"session": session, **details})
+        self._opening[tenant] += 1
+        try:
+            await self.ledger.record("session_opened", tenant, {"session": session, **details})
+        finally:
+            self._opening[tenant] -= 1
+            if not self._opening[tenant]:
+                del self._opening[tenant]
         self._seen[session] = self.ledger.clock()
         return session
+
+    def _connected(self, tenant: str) -> int:
+        now, sessions = self.ledger.clock(), self.ledger.state.sessions.values()
+        return sum(1 for each in sessions if each.tenant == tenant and not self.over(each, now))
 
     def get(self, principal: Principal, session: str) -> Session:
         return owned(principal, self.ledger.state.sessions, session, "session")
@@ -57,6 +75,14 @@ class Sessions:
     def last_seen(self, session: str) -> float:
         """When the session was last heard of, in seconds since the epoch."""
         return self._seen.setdefault(session, self.ledger.clock())
+
+    def over(self, session: Session, now: float) -> bool:
+        """Whether it was finished, or has fallen silent: then its client is gone, or asleep."""
+        return session.finished is not None or now - self.last_seen(session.id) > self._silence
+
+    def forget(self, session: Session) -> None:
+        """Keep nothing of a session that left the record."""
+        self._seen.pop(session.id, None)
 
     async def finish(self, session: Session, reason: str, detail: str | None) -> None:
         """End a session; the first reason wins."""

@@ -26,6 +26,7 @@ Record kinds and their ``data``:
 ``key_changed``           ``id``, ``digest``, ``expires``
 ``key_revoked``           ``id``, ``digest``
 ``model_offered``         ``name``, ``path``: a base model added while the server ran
+``forgotten``             ``runs``, ``samplers``, ``sessions``: ids of what leaves the record; what it used stays
 ========================  =====================================================================================
 """
 
@@ -55,6 +56,8 @@ __all__ = [
 CREATES_RUN = {OpKind.CREATE_MODEL, OpKind.LOAD_WEIGHTS}
 ENDED = {"closed", "failed"}
 """The ``status`` of a run of which nothing can be asked any more."""
+HOUR = 3600.0
+"""Seconds of the spans in which usage is told."""
 SAVES = {OpKind.SAVE_WEIGHTS, OpKind.SAVE_WEIGHTS_FOR_SAMPLER}
 
 
@@ -275,11 +278,33 @@ def _sampler_joined(state: State, record: Record, data: Mapping[str, Any]) -> No
 
 
 def _sampled(state: State, record: Record, data: Mapping[str, Any]) -> None:
-    session, base_model, hour = data["session"], data["base_model"], data["hour"]
-    key = f"{record.tenant} {session} {base_model} {hour:.0f}"
-    sums = state.sampled.setdefault(key, Sampled(record.tenant, session, base_model, hour))
+    sums = _sums(state, record.tenant, data["session"], data["base_model"], data["hour"])
     sums.prompt_tokens += data["prompt_tokens"]
     sums.tokens += data["tokens"]
+
+
+def _sums(state: State, tenant: str, session: str, base_model: str, hour: float) -> Sampled:
+    key = f"{tenant} {session} {base_model} {hour:.0f}"
+    return state.sampled.setdefault(key, Sampled(tenant, session, base_model, hour))
+
+
+def _forgotten(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    for name in data["runs"]:
+        run = state.runs.pop(name)
+        for time, tokens in zip(run.curve["time"], run.curve["tokens"], strict=True):
+            hour = (time or 0.0) // HOUR * HOUR
+            _sums(state, run.tenant, run.session, run.base_model, hour).trained += int(tokens or 0)
+    for name in data["samplers"]:
+        del state.samplers[name]
+    gone = set(data["sessions"])
+    for name in gone:
+        del state.sessions[name]
+    for key in [key for key, sums in state.sampled.items() if sums.session in gone]:
+        sums = state.sampled.pop(key)
+        kept = _sums(state, sums.tenant, "", sums.base_model, sums.hour)
+        kept.prompt_tokens += sums.prompt_tokens
+        kept.tokens += sums.tokens
+        kept.trained += sums.trained
 
 
 def _weights_copied(state: State, record: Record, data: Mapping[str, Any]) -> None:
@@ -322,6 +347,7 @@ _HANDLERS = {
     "key_changed": _key_changed,
     "key_revoked": _key_revoked,
     "model_offered": _model_offered,
+    "forgotten": _forgotten,
     "session_opened": _session_opened,
     "session_finished": _session_finished,
     "op_accepted": _op_accepted,

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from tuft_jupyter.core.state import HOUR as HOUR
 from tuft_jupyter.core.state import Checkpoint, State
-
-HOUR = 3600.0
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -37,7 +36,10 @@ def hourly(state: State, tenant: str, start: float, end: float) -> list[tuple[Bu
             found[Bucket(hour_of(time or 0.0), run.session, run.base_model, "training")] += int(tokens or 0)
     for sums in state.sampled.values():
         if sums.tenant == tenant:
-            for kind, tokens in (("sampling_prefill", sums.prompt_tokens), ("sampling_sample", sums.tokens)):
+            used = {
+                "sampling_prefill": sums.prompt_tokens, "sampling_sample": sums.tokens, "training": sums.trained
+            }  # fmt: skip
+            for kind, tokens in used.items():
                 found[Bucket(sums.hour, sums.session, sums.base_model, kind)] += tokens
     for checkpoint in kept(state, tenant):
         session = state.runs[checkpoint.run].session

@@ -82,7 +82,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "kl_tokens": run.kl_tokens,
         "step_tokens": run.step_tokens,
         "passes": run.passes,
-        "curve": run.curve,
+        "curve": {name: list(values) for name, values in run.curve.items()},
     }
 
 

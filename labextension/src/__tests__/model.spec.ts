@@ -1,6 +1,11 @@
 import { apply, emptyState, fromSnapshot, toSnapshot } from '../model';
 import { IState } from '../objects';
-import { goldenCopy, goldenFeed, goldenState } from './support';
+import {
+  goldenCopy,
+  goldenFeed,
+  goldenForgotten,
+  goldenState
+} from './support';
 
 function fold(from: IState, records = goldenFeed()): IState {
   records.forEach(record => apply(from, record));
@@ -15,6 +20,12 @@ describe('the fold', () => {
   it('shows a copy of weights as Python does', () => {
     const { feed, state } = goldenCopy();
     expect(toSnapshot(fold(emptyState(), [feed]))).toEqual(state);
+  });
+
+  it('forgets what Python forgets', () => {
+    const { records, state } = goldenForgotten();
+    const all = fold(emptyState());
+    expect(toSnapshot(fold(all, records))).toEqual(state);
   });
 
   it('goes on from a snapshot taken after any record', () => {

@@ -23,6 +23,11 @@ export function goldenCopy(): { feed: IRecord; state: ISnapshot } {
   return JSON.parse(readFileSync(resolve(GOLDEN, 'copied.json'), 'utf-8'));
 }
 
+/** Records of what leaves, and the state after the golden ones and these. */
+export function goldenForgotten(): { records: IRecord[]; state: ISnapshot } {
+  return JSON.parse(readFileSync(resolve(GOLDEN, 'forgotten.json'), 'utf-8'));
+}
+
 export const READY: IStatus = {
   version: '0.1.0',
   tenant: 'alice',
