@@ -290,15 +290,17 @@ def _sums(state: State, tenant: str, session: str, base_model: str, hour: float)
 
 def _forgotten(state: State, record: Record, data: Mapping[str, Any]) -> None:
     for name in data["runs"]:
-        run = state.runs.pop(name)
+        run = state.runs.pop(name, None)
+        if run is None:
+            continue
         for time, tokens in zip(run.curve["time"], run.curve["tokens"], strict=True):
             hour = (time or 0.0) // HOUR * HOUR
             _sums(state, run.tenant, run.session, run.base_model, hour).trained += int(tokens or 0)
     for name in data["samplers"]:
-        del state.samplers[name]
+        state.samplers.pop(name, None)
     gone = set(data["sessions"])
     for name in gone:
-        del state.sessions[name]
+        state.sessions.pop(name, None)
     for key in [key for key, sums in state.sampled.items() if sums.session in gone]:
         sums = state.sampled.pop(key)
         kept = _sums(state, sums.tenant, "", sums.base_model, sums.hour)
