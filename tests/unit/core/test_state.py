@@ -40,8 +40,8 @@ def test_a_copy_of_weights_is_folded_as_the_browser_does() -> None:
 def test_what_was_forgotten_is_gone_as_in_the_browser() -> None:
     golden = json.loads((GOLDEN / "forgotten.json").read_text())
     gone = [Record(**record) for record in golden["records"]]
-    assert public(fold.fold([*records(), *gone])) == golden["state"]
-    assert [public_record(record) for record in gone] == golden["records"]
+    assert state_view(fold.fold([*records(), *gone])) == golden["state"]
+    assert [record_view(record) for record in gone] == golden["records"]
 
 
 def test_a_tenant_sees_only_its_own() -> None:
