@@ -27,7 +27,7 @@ from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.web import HTTPError
 
 from tuft_jupyter.config import ConfigError, Settings
-from tuft_jupyter.core.access import Grant, KeyRing, digest
+from tuft_jupyter.core.access import ActiveKey, KeyRing, digest
 from tuft_jupyter.core.errors import Forbidden, Overloaded
 from tuft_jupyter.core.types import Principal
 from tuft_jupyter.home import KEY_PREFIX
@@ -126,18 +126,18 @@ class HubKeys(KeyRing):
         self._refused: OrderedDict[str, float] = OrderedDict()
         self._asking: dict[str, asyncio.Task[None]] = {}
 
-    async def presented(self, key: str | None) -> Grant:
+    async def authenticate(self, key: str | None) -> ActiveKey:
         known = digest(key or "")
         if known not in self._vouched:
             try:
-                return await super().presented(key)
+                return await super().authenticate(key)
             except Forbidden:
                 if self._refused.get(known, -1e9) > self._now() - REFUSED_SECONDS:
                     raise
         token, since = self._vouched.get(known, ((key or "").removeprefix(KEY_PREFIX), -1e9))
         if self._now() - since > self.max_age:
             await self._ask(known, token)
-        return self.grant(key)
+        return self.active(key)
 
     async def look_again(self) -> None:
         """Ask the Hub anew about tokens under which something is being served; for ever."""

@@ -17,7 +17,7 @@ import zstandard
 from jupyter_server.auth.decorator import allow_unauthenticated
 from tornado.web import HTTPError, stream_request_body
 
-from tuft_jupyter.core.access import TOKEN_PREFIX, Grant, KeyRing
+from tuft_jupyter.core.access import TOKEN_PREFIX, ActiveKey, KeyRing
 from tuft_jupyter.core.errors import (
     Elsewhere,
     Forbidden,
@@ -71,7 +71,7 @@ class TinkerHandler(BaseHandler):
         self.max_upload = max_upload
         self.principal = Principal("")
         self.credential = ""
-        self.grant: Grant | None = None
+        self.key: ActiveKey | None = None
         self.known_path = next((route.path for route in routes.values()), "unknown path")
         self._chunks: list[bytes] = []
         self._size = 0
@@ -96,9 +96,9 @@ class TinkerHandler(BaseHandler):
             self.route = await self._route()
             if self.route.access is Access.KEY:
                 key = self._key()
-                self.grant = await self.keys.presented(key)
-                self.principal = self.grant.principal
-                self.credential = "" if not key or key.startswith(TOKEN_PREFIX) else self.grant.digest
+                self.key = await self.keys.authenticate(key)
+                self.principal = self.key.principal
+                self.credential = "" if not key or key.startswith(TOKEN_PREFIX) else self.key.digest
             self.limit = self.max_upload if self.route.upload else min(self.route.max_body, self.max_body)
             announced = self.request.headers.get("Content-Length", "0")
             if announced.isdecimal() and int(announced) > self.limit:
@@ -148,10 +148,10 @@ class TinkerHandler(BaseHandler):
 
     async def _serve_while_good(self, parts: Mapping[str, str]) -> None:
         """Serve, and break off when the caller's key ends, also where a poll is parked or bytes are on their way."""
-        if self.grant is None:
+        if self.key is None:
             await self._serve(parts)
         else:
-            with self.grant.held(self._key_ended):
+            with self.key.in_use(self._key_ended):
                 await self._serve(parts)
 
     def _key_ended(self) -> None:
@@ -187,7 +187,7 @@ class TinkerHandler(BaseHandler):
         route = self.routes.get(self.request.method or "")
         if route is not None:
             return route
-        await self.keys.presented(self._key())
+        await self.keys.authenticate(self._key())
         what = f"{self.request.method} {self.request.path}"
         if self.routes:
             raise UserError(f"{what}: this path answers {', '.join(self.routes)}")

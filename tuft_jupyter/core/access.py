@@ -35,38 +35,38 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-class Grant:
-    """A key that is good for now: the ``digest`` it is known by, whom it speaks for, until when (None: no end)."""
+class ActiveKey:
+    """A key that is accepted: the ``digest`` it is known by, whom it speaks for, until when (None: no end)."""
 
     def __init__(self, known: str, principal: Principal, expires: float | None = None) -> None:
         self.digest = known
         self.principal = principal
         self.expires = expires
-        self._told: set[Callable[[], None]] = set()
+        self._listeners: set[Callable[[], None]] = set()
 
     @contextlib.contextmanager
-    def held(self, ended: Callable[[], None]) -> Iterator[None]:
-        """Within the block, ``ended`` is called if the key is revoked or expires."""
-        self._told.add(ended)
+    def in_use(self, on_end: Callable[[], None]) -> Iterator[None]:
+        """Within the block, ``on_end`` is called if the key is revoked or expires."""
+        self._listeners.add(on_end)
         try:
             yield
         finally:
-            self._told.discard(ended)
+            self._listeners.discard(on_end)
 
     @property
     def busy(self) -> bool:
-        return bool(self._told)
+        return bool(self._listeners)
 
     def end(self) -> None:
-        for tell in tuple(self._told):
-            tell()
+        for on_end in tuple(self._listeners):
+            on_end()
 
 
 class KeyRing:
     """Maps API keys to principals without holding the keys.
 
     ``token`` tells which of some digests a signed token stands for; a token is as good as its key, and no longer.
-    Grants are filed under a MAC of the digest with a secret of this process, so the time of a look-up says nothing
+    Keys are filed under a MAC of the digest with a secret of this process, so the time of a look-up says nothing
     about the digests that are near the one presented.
     """
 
@@ -75,7 +75,7 @@ class KeyRing:
         token: Callable[[str, Iterable[str]], str | None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._grants: dict[bytes, Grant] = {}
+        self._active: dict[bytes, ActiveKey] = {}
         self.token = token
         self._clock = clock
         self._blind = secrets.token_bytes(32)
@@ -86,51 +86,51 @@ class KeyRing:
     def admit(self, known: str, principal: Principal, expires: float | None = None) -> None:
         """Accept the key with this digest; one that is accepted already keeps who is served under it."""
         name = self._name(known)
-        grant = self._grants.get(name)
-        if grant is None:
-            self._grants[name] = Grant(known, principal, expires)
+        found = self._active.get(name)
+        if found is None:
+            self._active[name] = ActiveKey(known, principal, expires)
         else:
-            grant.principal, grant.expires = principal, expires
+            found.principal, found.expires = principal, expires
 
     def revoke(self, key: str) -> None:
         self.forget(digest(key))
 
     def forget(self, known: str) -> None:
         """Revoke the key with this digest, and tell whoever is served under it."""
-        grant = self._grants.pop(self._name(known), None)
-        if grant is not None:
-            grant.end()
+        found = self._active.pop(self._name(known), None)
+        if found is not None:
+            found.end()
 
     def expire(self) -> None:
         """Forget the keys whose time has come."""
         now = self._clock()
-        for grant in list(self._grants.values()):
-            if grant.expires is not None and grant.expires <= now:
-                self.forget(grant.digest)
+        for found in list(self._active.values()):
+            if found.expires is not None and found.expires <= now:
+                self.forget(found.digest)
 
     def principal(self, key: str | None) -> Principal:
-        return self.grant(key).principal
+        return self.active(key).principal
 
-    async def presented(self, key: str | None) -> Grant:
-        """As :meth:`grant`, where somebody else may have to be asked about the key first."""
-        return self.grant(key)
+    async def authenticate(self, key: str | None) -> ActiveKey:
+        """As :meth:`active`, where somebody else may have to be asked about the key first."""
+        return self.active(key)
 
     def serving(self, known: str) -> bool:
         """Whether a request is being served under the key with this digest."""
-        grant = self._grants.get(self._name(known))
-        return grant is not None and grant.busy
+        found = self._active.get(self._name(known))
+        return found is not None and found.busy
 
-    def grant(self, key: str | None) -> Grant:
+    def active(self, key: str | None) -> ActiveKey:
         """Unauthenticated without a key, Forbidden with one that is not known (any more)."""
         if not key:
             raise Unauthenticated(
                 "Missing API key: send it as the X-API-Key header "
                 "(the Tinker SDK does so when TINKER_API_KEY or api_key= is set)"
             )
-        found = self._grants.get(self._name(digest(key)))
+        found = self._active.get(self._name(digest(key)))
         if found is None and self.token is not None and key.startswith(TOKEN_PREFIX):
-            known = self.token(key, [grant.digest for grant in self._grants.values()])
-            found = self._grants.get(self._name(known or ""))
+            known = self.token(key, [one.digest for one in self._active.values()])
+            found = self._active.get(self._name(known or ""))
         if found is None or (found.expires is not None and found.expires <= self._clock()):
             raise Forbidden("Invalid API key: it is unknown to this server, revoked or expired")
         return found
