@@ -84,7 +84,7 @@ def stop(options: argparse.Namespace) -> int:
     while _lives(process):
         if time.monotonic() > deadline:
             raise TuftConnectionError(
-                f"{address} has not ended within {STOP_SECONDS:.0f} s; its process is {process.pid}"
+                f"{address} has not ended within {STOP_SECONDS:.0f} s; end it with `kill -9 {process.pid}`"
             )
         time.sleep(0.1)
     print(f"tuft: {address} is stopped")

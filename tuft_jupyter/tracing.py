@@ -28,7 +28,7 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 SERVICE = "tuft-jupyter"
 
-carried: ContextVar[str] = ContextVar("tuft_traceparent", default="")
+current_traceparent: ContextVar[str] = ContextVar("tuft_traceparent", default="")
 """The ``traceparent`` that a call to a worker takes along; "" where nothing is traced."""
 
 
@@ -60,14 +60,14 @@ def _provider(role: str, env: Mapping[str, str]) -> TracerProvider:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 
-    said: dict[str, str | int] = {
+    attributes: dict[str, str | int] = {
         "service.version": __version__,
         "tuft.role": role,
         "process.pid": os.getpid(),
     }
     if not env.get("OTEL_SERVICE_NAME"):
-        said["service.name"] = SERVICE
-    provider = TracerProvider(resource=Resource.create(said))
+        attributes["service.name"] = SERVICE
+    provider = TracerProvider(resource=Resource.create(attributes))
     if env.get("OTEL_TRACES_EXPORTER", "").lower() == "console":
         provider.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter()))
     else:
@@ -91,9 +91,9 @@ class Tracing:
         *,
         kind: str = "internal",
         links: Sequence[str] = (),
-        said: Mapping[str, str | int] | None = None,
+        attributes: Mapping[str, str | int] | None = None,
     ) -> Span:
-        """A span that whoever asked for it ends; ``said`` are its attributes."""
+        """A span; the caller ends it."""
         from opentelemetry.trace import Link, SpanKind, get_current_span
 
         others = [get_current_span(_context(link)).get_span_context() for link in links]
@@ -101,7 +101,7 @@ class Tracing:
             name,
             context=_context(parent) if parent else None,
             kind=SpanKind[kind.upper()],
-            attributes=dict(said or {}),
+            attributes=dict(attributes or {}),
             links=[Link(other) for other in others],
         )
 
@@ -112,12 +112,12 @@ class Tracing:
         parent: str = "",
         *,
         kind: str = "internal",
-        said: Mapping[str, str | int] | None = None,
+        attributes: Mapping[str, str | int] | None = None,
     ) -> Iterator[Span]:
         """The same for a block, in which it is the current one; an exception is named by its class alone."""
         from opentelemetry.trace import use_span
 
-        span = self.start(name, parent, kind=kind, said=said)
+        span = self.start(name, parent, kind=kind, attributes=attributes)
         try:
             with use_span(span, record_exception=False, set_status_on_exception=False):
                 yield span
@@ -141,7 +141,7 @@ def failed(span: Span, why: str) -> None:
 
 
 def traceparent(span: Span) -> str:
-    """A span as others are told of it (W3C Trace Context, section 3.2)."""
+    """The header value that names a span as a parent (W3C Trace Context, section 3.2)."""
     it = span.get_span_context()
     return f"00-{it.trace_id:032x}-{it.span_id:016x}-{it.trace_flags:02x}"
 

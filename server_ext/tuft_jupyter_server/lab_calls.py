@@ -75,7 +75,9 @@ class LabCall(BaseHandler, APIHandler):
             return
         size, limit = len(request.body), min(route.max_body, self.host.settings.max_body_bytes)
         if size > limit:
-            refusal = TooLarge(f"the body has {size} bytes, the limit of {route.path} is {limit}")
+            refusal = TooLarge(
+                f"the body has {size} bytes, the limit of {route.path} is {limit}: send less at once"
+            )
             self.send(error_reply(refusal, self.dialect))
             return
         prefix = request.path.partition(TINKER)[0]

@@ -117,7 +117,7 @@ class Metrics:
             runs.add_metric([status], count)
         yield runs
         for name, doc, value in (
-            ("tuft_samples_in_flight", "Sample requests being drawn", len(service.sampling.drawing)),
+            ("tuft_samples_in_flight", "Sample requests under way", service.sampling.in_flight),
             ("tuft_feed_subscribers", "Panels and pollers that listen", len(service.ledger.feed)),
             ("tuft_ready", "1 once requests are answered", float(self.host.serving)),
         ):

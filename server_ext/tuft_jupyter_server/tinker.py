@@ -202,7 +202,7 @@ class TinkerHandler(BaseHandler):
         try:
             return {name: self.get_query_argument(name) for name in self.request.query_arguments}
         except HTTPError:
-            raise UserError("the query string is not UTF-8") from None
+            raise UserError("the query string is not UTF-8: percent-encode it as UTF-8") from None
 
     def _body(self) -> bytes:
         if self._size > self.limit:
@@ -223,7 +223,9 @@ class TinkerHandler(BaseHandler):
             with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(body) as reader:
                 plain: bytes = reader.read(self.limit + 1)
         except zstandard.ZstdError as error:
-            raise UserError(f"the body is not valid zstd: {error}") from None
+            raise UserError(
+                f"the body is not valid zstd ({error}): compress it again, or leave Content-Encoding out"
+            ) from None
         if len(plain) > self.limit:
             raise self._too_large(len(plain))
         return plain

@@ -1,4 +1,4 @@
-"""What is traced in a server: requests, the ops they lead to, the batches in which ops run.
+"""The spans of a server: requests, the ops they lead to, the batches in which ops run.
 
 The chain is ``POST /forward_backward`` -> ``forward_backward`` (from acceptance to outcome) with ``queued`` in it ->
 ``training batch``, which is linked to every op in it -> the worker's own span, in its process. Ops follow the journal's
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from tuft_jupyter.core.engine import Outcome, Part, SamplingEngine, Task, TextTask, TrainingEngine
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.types import ModelCard, Record
-from tuft_jupyter.tracing import Tracing, carried, failed, traceparent
+from tuft_jupyter.tracing import Tracing, current_traceparent, failed, traceparent
 from tuft_jupyter.wire.routes import Route
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ class Traces:
         if route.verb in UNTRACED:
             yield lambda status: None
             return
-        said = {"http.request.method": route.method, "http.route": route.path}
-        with self.tracing.span(f"{route.method} {route.path}", parent, kind="server", said=said) as span:
+        attributes = {"http.request.method": route.method, "http.route": route.path}
+        with self.tracing.span(
+            f"{route.method} {route.path}", parent, kind="server", attributes=attributes
+        ) as span:
 
             def answered(status: int) -> None:
                 span.set_attribute("http.response.status_code", status)
@@ -63,8 +65,8 @@ class Traces:
         """An op was accepted (in the context of its request), or has an outcome."""
         data = record.data
         if record.kind == "op_accepted" and len(self._ops) < REMEMBERED:
-            said = {"tuft.request_id": data["request_id"], "tuft.tokens": data["tokens"]}
-            span = self.tracing.start(data["op"], said=said)
+            attributes = {"tuft.request_id": data["request_id"], "tuft.tokens": data["tokens"]}
+            span = self.tracing.start(data["op"], attributes=attributes)
             name = traceparent(span)
             self._ops[data["request_id"]] = _Op(span, self.tracing.start("queued", name), name)
         elif record.kind in ("op_done", "op_failed") and data["request_id"] in self._ops:
@@ -77,7 +79,7 @@ class Traces:
 
     @contextlib.contextmanager
     def batch(self, model: str, tasks: Sequence[Task]) -> Iterator[Span]:
-        """Within the block a worker works on these tasks, and is told the span it belongs to."""
+        """Within the block a worker works on these tasks; the span is propagated to it."""
         known = [self._ops[task.request_id] for task in tasks if task.request_id in self._ops]
         for op in known:
             if op.queued is not None:
@@ -85,34 +87,34 @@ class Traces:
                 op.queued = None
         names = [op.name for op in known]
         tokens = sum(task.grant for task in tasks)
-        said: dict[str, str | int] = {
+        attributes: dict[str, str | int] = {
             "tuft.base_model": model,
             "tuft.ops": len(tasks),
             "tuft.granted_tokens": tokens,
         }
         span = self.tracing.start(
-            "training batch", names[0] if names else "", kind="client", links=names[1:], said=said
+            "training batch", names[0] if names else "", kind="client", links=names[1:], attributes=attributes
         )
-        with _ended(span), _told(span):
+        with _ended(span), _propagated(span):
             yield span
 
     def sampling(self, model: str, request_id: str) -> Span:
         """A request that a worker samples, in the context of the HTTP request it came with."""
-        said = {"tuft.base_model": model, "tuft.request_id": request_id}
-        return self.tracing.start("sampling", kind="client", said=said)
+        attributes = {"tuft.base_model": model, "tuft.request_id": request_id}
+        return self.tracing.start("sampling", kind="client", attributes=attributes)
 
     def around(self, engines: Any) -> TracedEngines:
         return TracedEngines(engines, self)
 
 
 @contextlib.contextmanager
-def _told(span: Span) -> Iterator[None]:
-    """Carry a span's name to whatever is called in the block."""
-    token = carried.set(traceparent(span))
+def _propagated(span: Span) -> Iterator[None]:
+    """Propagate the span to workers that are called in the block."""
+    token = current_traceparent.set(traceparent(span))
     try:
         yield
     finally:
-        carried.reset(token)
+        current_traceparent.reset(token)
 
 
 @contextlib.contextmanager
@@ -183,24 +185,26 @@ class _Training(_Traced[TrainingEngine]):
 class _Sampling(_Traced[SamplingEngine]):
     async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         span = self._traces.sampling(self._model, request_id)
-        with _ended(span), _told(span):
+        with _ended(span), _propagated(span):
             outcome = await self._engine.sample(request_id, adapter, body, tenant=tenant)
             if outcome.category:
                 failed(span, outcome.category)
             return outcome
 
     async def complete(self, task: TextTask) -> AsyncGenerator[Part, None]:
-        """A worker is told of the span with its first call, which is made for the first part."""
+        """The span is propagated with the first call of the worker, which is made for the first part."""
         span = self._traces.sampling(self._model, task.request_id)
         with _ended(span):
             async with contextlib.aclosing(self._engine.complete(task)) as parts:
-                with _told(span):
+                with _propagated(span):
                     part = await anext(parts)
-                yield part
-                async for part in parts:
+                while True:
+                    if part.category:  # before it is yielded: whoever gets an error does not come back
+                        failed(span, part.category)
                     yield part
-                if part.category:
-                    failed(span, part.category)
+                    if part.ended:
+                        return
+                    part = await anext(parts)
 
     async def cancel(self, request_id: str) -> None:
         await self._engine.cancel(request_id)

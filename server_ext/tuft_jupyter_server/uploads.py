@@ -43,9 +43,15 @@ class Spool:
     def check(self, path: str) -> None:
         """TooLarge if more came than ``path`` takes, ServerError if the disk did not take it."""
         if self.size > self.limit:
-            raise TooLarge(f"the body has {self.size} bytes or more, the limit of {path} is {self.limit}")
+            raise TooLarge(
+                f"the body has {self.size} bytes or more, the limit of {path} is {self.limit}: "
+                "send a smaller adapter, or ask the operator to raise max_upload_bytes"
+            )
         if self._failed is not None:
-            raise ServerError(f"the upload could not be kept: {self._failed.strerror}")
+            raise ServerError(
+                f"the upload could not be kept ({self._failed.strerror}): "
+                "free space in checkpoint_dir, then send it again"
+            )
 
     def close(self) -> None:
         self.file.close()

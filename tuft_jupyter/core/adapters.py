@@ -138,7 +138,9 @@ def _geometry(config: bytes, max_rank: int) -> tuple[int, float]:
     try:
         said = json.loads(config)
     except (ValueError, RecursionError):
-        raise UserError(f"{CONFIG}: it is not JSON") from None
+        raise UserError(
+            f"{CONFIG}: it is not JSON; send the file that PEFT's save_pretrained wrote"
+        ) from None
     if not isinstance(said, dict) or said.get("peft_type") != "LORA":
         raise UserError(f"{CONFIG}: peft_type must be 'LORA', only plain LoRA can be trained here")
     for key, value in said.items():
@@ -154,7 +156,7 @@ def _geometry(config: bytes, max_rank: int) -> tuple[int, float]:
     rank, alpha = said.get("r"), said.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= max_rank:
         raise UserError(
-            f"{CONFIG}: r is {_short(rank)}, outside 1..{max_rank}, the limit here (max_lora_rank)"
+            f"{CONFIG}: r is {_short(rank)}, outside 1..{max_rank}, the limit here (max_lora_rank); use a smaller rank"
         )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MAX_ALPHA:
         raise UserError(
@@ -180,14 +182,17 @@ def _modules(found: Mapping[str, Tensor], rank: int) -> dict[str, tuple[int, int
             )
         halves[module.removeprefix(PREFIX)][half] = tensor
     if not halves:
-        raise UserError(f"{WEIGHTS}: it holds no tensors")
+        raise UserError(f"{WEIGHTS}: it holds no tensors; save the adapter with PEFT's save_pretrained")
     modules = {}
     for module, pair in halves.items():
         if len(pair) != len(PAIR):
             raise UserError(f"{WEIGHTS}: {module} has {' and '.join(pair)} alone; both halves are needed")
         a, b = (pair[half].shape for half in PAIR)
         if a[0] != rank or b[1] != rank:
-            raise UserError(f"{WEIGHTS}: {module} has rank {a[0]} and {b[1]}, {CONFIG} says r = {rank}")
+            raise UserError(
+                f"{WEIGHTS}: {module} has rank {a[0]} and {b[1]}, {CONFIG} says r = {rank}; "
+                "send two files of one adapter"
+            )
         modules[module] = (b[0], a[1])
     return modules
 
@@ -238,7 +243,9 @@ def _check_finite(weights: Path) -> None:
             kind, exponent = _DTYPES[tensor.dtype]
             for numbers in _numbers(file, tensor, kind):
                 if bool(((numbers & exponent) == exponent).any()):
-                    raise UserError(f"{WEIGHTS}: {name} has numbers that are not finite")
+                    raise UserError(
+                        f"{WEIGHTS}: {name} has numbers that are not finite; send an earlier state of the adapter"
+                    )
 
 
 def _numbers(file: Any, tensor: Tensor, kind: str) -> Iterator[Any]:
@@ -256,4 +263,6 @@ def _short(value: Any) -> str:
 
 
 def _unreadable(why: str) -> UserError:
-    return UserError(f"{WEIGHTS}: it is no safetensors file: {why}")
+    return UserError(
+        f"{WEIGHTS}: it is no safetensors file: {why}; save it again with PEFT's save_pretrained"
+    )

@@ -60,7 +60,9 @@ class Checkpoints:
         self._quotas.check_storage(tenant, sum(kept) + sum(size or 0 for size in coming), more or 0)
         if more is None and None in coming and self._quotas.of(tenant).checkpoint_bytes:
             raise Overloaded(
-                "another checkpoint is being saved, and tells how large this one will be: wait", 1.0
+                "the first checkpoint of this shape is still being saved, and its size decides whether another fits: "
+                "try again in a second",
+                1.0,
             )
         held = self._coming[directory] = Coming(tenant, more)
 
@@ -253,4 +255,4 @@ def _link(source: Path, target: Path) -> None:
     try:
         shutil.copytree(source, target, copy_function=link)
     except FileNotFoundError:
-        raise NotFound(f"the files of the checkpoint in {source.name} were deleted") from None
+        raise NotFound(f"the files of the checkpoint in {source.name} were deleted: save it again") from None

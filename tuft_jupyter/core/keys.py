@@ -97,7 +97,7 @@ class KeyBook:
         if not TENANT.fullmatch(tenant):
             raise UserError(f"tenant: {tenant!r} is no name of a tenant: 1 to 128 characters without spaces")
         if len(name) > 200:
-            raise UserError(f"name: {len(name)} characters are more than 200")
+            raise UserError(f"name: {len(name)} characters are more than 200: choose a shorter name")
         key = PREFIX + secrets.token_hex(16)
         known = digest(key)
         data = {"digest": known, "name": name, "admin": admin, "expires": self._end(seconds)}
@@ -114,7 +114,9 @@ class KeyBook:
         known = self._find(principal, key)
         kept = self.ledger.state.keys.get(known)
         if kept is None or known in self.ledger.state.revoked:
-            raise UserError(f"key {key!r} was not issued here or is revoked: nothing of it can be changed")
+            raise UserError(
+                f"key {key!r} was not issued here or is revoked, so it cannot be changed: create a new one"
+            )
         data = {"id": known[:ID_LENGTH], "digest": known, "expires": self._end(seconds)}
         await self.ledger.record("key_changed", kept.tenant, data)
         self.ring.admit(known, Principal(kept.tenant, kept.admin), kept.expires)

@@ -240,7 +240,9 @@ class Runs:
         self.lifetimes.check(found)
         self._usable(found)
         if self.sessions.live(principal, session).tenant != found.tenant:
-            raise UserError(f"session_id: {session!r} belongs to somebody else than model {run!r}")
+            raise UserError(
+                f"session_id: {session!r} and model {run!r} have different owners: use a session of the model's owner"
+            )
         if session != found.session:
             await self.ledger.record("run_resumed", found.tenant, {"run": run, "session": session})
         return found
@@ -278,7 +280,10 @@ class Runs:
     @staticmethod
     def _usable(run: Run) -> None:
         if run.status in ENDED:
-            raise UserError(f"model {run.id!r} cannot be used any more: {run.error or 'it was unloaded'}")
+            raise UserError(
+                f"model {run.id!r} cannot be used any more ({run.error or 'it was unloaded'}): "
+                "create a new one, or load a checkpoint into one"
+            )
 
     def _lora(self, card: ModelCard, lora: Mapping[str, Any]) -> LoraSpec:
         rank, limit = lora["rank"], card.max_rank or self.limits.max_rank
@@ -291,7 +296,7 @@ class Runs:
         flags = {name: bool(lora.get(name, True)) for name in ("train_attn", "train_mlp", "train_unembed")}
         if not any(flags.values()):
             raise UserError(
-                "lora_config: train_attn, train_mlp and train_unembed are all false: nothing to train"
+                "lora_config: train_attn, train_mlp and train_unembed are all false: set at least one of them"
             )
         return LoraSpec(rank, ALPHA, secrets.randbits(31) if seed is None else seed, **flags)
 

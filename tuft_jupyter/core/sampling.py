@@ -114,20 +114,22 @@ class Sampling:
         self._make_engine = make_engine
         self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._joined: dict[str, int] = {}
-        self._running: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._drawing: dict[str, _Drawing] = {}
-        self._count: Counter[str] = Counter()  # by tenant
+        self._count: Counter[str] = Counter()
+        """requests under way, by tenant; those in OpenAI's form too"""
         self._bytes: Counter[str] = Counter()
+        """of their bodies, by tenant"""
 
     @property
-    def drawing(self) -> set[asyncio.Task[None]]:
-        """The requests that are on their way."""
-        return self._running
+    def in_flight(self) -> int:
+        """Requests under way, of all tenants and through either API."""
+        return self._count.total()
 
     async def stop(self) -> None:
-        for task in list(self._running):
+        for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.usage.flush()
         await asyncio.gather(*(worker.engine.stop() for worker in self.workers.values()))
 
@@ -312,6 +314,6 @@ class Sampling:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task

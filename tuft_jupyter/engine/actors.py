@@ -130,8 +130,8 @@ class EngineActor:
         """What is done for a caller, in its trace, where there are any."""
         if self._tracing is None:
             return nullcontext()
-        said = {"tuft.base_model": self.options.card.name, "tuft.device": self.device}
-        return self._tracing.span(name, trace, kind="server", said=said)
+        attributes = {"tuft.base_model": self.options.card.name, "tuft.device": self.device}
+        return self._tracing.span(name, trace, kind="server", attributes=attributes)
 
     def setup_device(self) -> None:
         """CUDA if Ray gave us some of it, else the CPU with as many threads as were planned."""

@@ -70,14 +70,18 @@ class Saved:
             found = {name: tensor.shape for name, tensor in tensors.items()}
             for name in sorted(expected.keys() | found.keys()):
                 if name not in found:
-                    raise UserError(f"checkpoint: target_modules do not fit the run: {name} is missing")
+                    raise UserError(
+                        f"checkpoint: target_modules do not fit the run: {name} is missing; load it into a new run"
+                    )
                 if name not in expected:
                     raise UserError(
-                        f"checkpoint: target_modules do not fit the run: {name} has no place in it"
+                        f"checkpoint: target_modules do not fit the run: {name} has no place in it; "
+                        "load it into a new run"
                     )
                 if found[name] != expected[name]:
                     raise UserError(
-                        f"checkpoint: {name} is {list(found[name])}, the run needs {list(expected[name])}"
+                        f"checkpoint: {name} is {list(found[name])}, the run needs {list(expected[name])}; "
+                        "load it into a new run"
                     )
 
 
@@ -156,7 +160,10 @@ def read(source: Path, base: BaseModel, *, optimizer: bool) -> Saved:
     spec = LoraSpec(**manifest["lora"])
     config = _peft_config(source)
     if config.r != spec.rank or config.lora_alpha != spec.alpha:
-        raise UserError(f"checkpoint: {CONFIG} and {MANIFEST} disagree on rank or alpha")
+        raise UserError(
+            f"checkpoint: {CONFIG} and {MANIFEST} disagree on rank or alpha; "
+            "it was changed after it was saved, use another checkpoint"
+        )
     moments: list[dict[str, Tensor]] = []
     if optimizer:
         named = _tensors(OPTIMIZER, contents[OPTIMIZER])
@@ -241,9 +248,11 @@ def _manifest(source: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"checkpoint: {MANIFEST} cannot be read: {error}") from error
     if digest != _digest_of(manifest):
-        raise UserError(f"checkpoint: {MANIFEST} was changed after it was written")
+        raise UserError(f"checkpoint: {MANIFEST} was changed after it was written; use another checkpoint")
     if manifest["format"] != FORMAT:
-        raise UserError(f"checkpoint: its format is {manifest['format']}, this server reads {FORMAT}")
+        raise UserError(
+            f"checkpoint: its format is {manifest['format']}, this server reads {FORMAT}; upgrade tuft-jupyter"
+        )
     return manifest  # type: ignore[no-any-return]
 
 
@@ -251,10 +260,11 @@ def _verified(file: Path, digest: str | None) -> bytes:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"checkpoint: {file.name} is missing") from error
+        raise UserError(f"checkpoint: {file.name} is missing; use another checkpoint") from error
     if _digest(content) != digest:
         raise UserError(
-            f"checkpoint: {file.name} was changed or damaged after it was written (digest differs)"
+            f"checkpoint: {file.name} was changed or damaged after it was written (digest differs); "
+            "use another checkpoint"
         )
     return content
 
@@ -266,7 +276,9 @@ def _tensors(name: str, content: bytes) -> dict[str, Tensor]:
         raise UserError(f"checkpoint: {name} cannot be read: {error}") from error
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"checkpoint: {key} in {name} has numbers that are not finite")
+            raise UserError(
+                f"checkpoint: {key} in {name} has numbers that are not finite; use an earlier checkpoint"
+            )
     return tensors
 
 

@@ -20,7 +20,7 @@ from tuft_jupyter.engine.actors import ActorOptions, Place, SamplingActor, Train
 from tuft_jupyter.engine.group import TrainingGroup
 from tuft_jupyter.engine.ray_local import cpus
 from tuft_jupyter.engine.ray_runtime import Runtime
-from tuft_jupyter.tracing import carried
+from tuft_jupyter.tracing import current_traceparent
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class ClusterTrainingEngine(ActorEngine):
         actor = self._ready()
         outcomes: list[Outcome]
         outcomes, actor.gpu_bytes = await self._answer(
-            actor, actor.handle.step.remote(list(tasks), carried.get())
+            actor, actor.handle.step.remote(list(tasks), current_traceparent.get())
         )
         return outcomes
 
@@ -87,7 +87,7 @@ class ClusterSamplingEngine(ActorEngine):
         actor = self._ready()
         outcome: Outcome
         outcome, actor.gpu_bytes = await self._answer(
-            actor, actor.handle.sample.remote(request_id, adapter, body, tenant, carried.get())
+            actor, actor.handle.sample.remote(request_id, adapter, body, tenant, current_traceparent.get())
         )
         return outcome
 
@@ -96,7 +96,7 @@ class ClusterSamplingEngine(ActorEngine):
         actor = self._ready()
         ended = False
         try:
-            call = actor.handle.complete.remote(task, carried.get())
+            call = actor.handle.complete.remote(task, current_traceparent.get())
             while not ended:
                 part: Part = await self._answer(actor, call)
                 ended = part.ended

@@ -124,7 +124,9 @@ def _ids(tokens: Sequence[int]) -> Int32Array:
     try:
         return np.array(tokens, np.int32)
     except OverflowError:
-        raise UserError("prompt: a token id does not fit int32") from None
+        raise UserError(
+            "prompt: a token id does not fit int32; use the tokenizer of this base model"
+        ) from None
 
 
 class _OpenTask:

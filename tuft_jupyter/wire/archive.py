@@ -60,7 +60,7 @@ def _open(path: Path) -> tuple[BinaryIO, int]:
         file = path.open("rb")
     except FileNotFoundError:
         raise NotFound(
-            f"the checkpoint has no file {path.name!r}: it was deleted, or never written"
+            f"the checkpoint has no file {path.name!r}: it was deleted, or never written; save it again"
         ) from None
     return file, os.fstat(file.fileno()).st_size
 

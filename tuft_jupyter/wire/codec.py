@@ -68,7 +68,7 @@ def decode_forward_backward(body: bytes, content_type: str = PROTOBUF) -> Forwar
         request = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError:
         raise UserError(
-            "the request is not a valid protobuf message of type ForwardBackwardRequest"
+            "the request is not a valid protobuf message of type ForwardBackwardRequest: send it as the SDK encodes it"
         ) from None
     room = Room()
     return ForwardBackward(
@@ -115,7 +115,7 @@ def _loss_config(request: pb.ForwardBackwardRequest) -> dict[str, float | str]:
     for name, value in request.loss_fn_config_v2.items():
         kind = value.WhichOneof("value")
         if kind is None:
-            raise UserError(f"loss_fn_config[{name!r}] has no value")
+            raise UserError(f"loss_fn_config[{name!r}] has no value; give it a number or a text")
         config[name] = value.text if kind == "text" else value.number
     return config
 

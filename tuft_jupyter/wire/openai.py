@@ -168,9 +168,11 @@ def decode_request(body: bytes, *, chat: bool) -> TextRequest:
 def _completion(asked: Completion, shared: TextRequest) -> TextRequest:
     prompts = _prompts(asked.prompt)
     if len(prompts) * shared.n > MAX_CHOICES:
-        raise UserError(f"prompt: {len(prompts)} prompts with n={shared.n} are over {MAX_CHOICES} choices")
+        raise UserError(
+            f"prompt: {len(prompts)} prompts with n={shared.n} are over {MAX_CHOICES} choices; ask for fewer at once"
+        )
     if asked.max_tokens == 0 and not asked.echo:
-        raise UserError("max_tokens: 0 asks for nothing, unless echo is true")
+        raise UserError("max_tokens: 0 asks for nothing, unless echo is true; set one of them")
     if asked.echo and asked.logprobs is not None and shared.stream:
         raise UserError(
             "echo: the log-probabilities of a prompt are not streamed; leave out stream or logprobs"
@@ -199,7 +201,7 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if "" in stops:
         raise UserError("stop: an empty string would stop at once; leave it out")
     if len(stops) > MAX_STOPS:
-        raise UserError(f"stop: {len(stops)} strings, at most {MAX_STOPS} are looked for")
+        raise UserError(f"stop: {len(stops)} strings, at most {MAX_STOPS} are looked for; leave some out")
     return stops
 
 

@@ -149,7 +149,9 @@ def _prompt(prompt: _Prompt) -> Int32Array:
     try:
         return np.array(tokens, dtype=np.int32)
     except OverflowError:
-        raise UserError("prompt has a token id that does not fit int32") from None
+        raise UserError(
+            "prompt has a token id that does not fit int32; use the tokenizer of this base model"
+        ) from None
 
 
 def _params(given: dict[str, Any], default_max_tokens: int) -> SamplingParams:

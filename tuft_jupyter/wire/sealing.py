@@ -36,7 +36,9 @@ def seal(directory: Path, names: Sequence[str], recipients: Sequence[str]) -> li
             plain, sealed = directory / name, directory / (name + SUFFIX)
             if not sealed.exists():
                 if not plain.exists():
-                    raise NotFound(f"the export has no file {name!r}: it was deleted, or never written")
+                    raise NotFound(
+                        f"the export has no file {name!r}: it was deleted, or never written; save it again"
+                    )
                 fresh = directory / f".{name}-{secrets.token_hex(4)}"
                 try:
                     _pyrage().encrypt_file(str(plain), str(fresh), parsed)

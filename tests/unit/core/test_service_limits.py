@@ -172,7 +172,7 @@ def test_saves_that_wait_count_as_if_they_were_done(tmp_path: Path) -> None:
             saves = here.service.runs.save_weights
             here.engines.trainer.gate.clear()
             first = await saves(ALICE, run, 50, "c0", kind, b"0")
-            with pytest.raises(Overloaded, match="tells how large"):  # nobody knows yet what one takes
+            with pytest.raises(Overloaded, match="still being saved"):  # nobody knows yet what one takes
                 await saves(ALICE, run, 51, "c1", kind, b"1")
             assert await saves(ALICE, run, 50, "c0", kind, b"0") == first
             here.engines.trainer.gate.set()
