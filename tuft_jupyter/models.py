@@ -14,10 +14,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.core.types import ModelCard
+
+if TYPE_CHECKING:
+    from tuft_jupyter.core.types import ModelCard
 
 DEMO = "tuft/demo"
 CONTEXT_LIMIT = 32768
@@ -118,6 +120,10 @@ def _card(name: str, directory: Path) -> ModelCard:
     _check_tokenizer(name, directory)
     _check_weights(name, directory)
     architectures = config.get("architectures") or ["unknown"]
+    from tuft_jupyter.core.types import (
+        ModelCard,  # with it comes numpy, which importing the package must not load
+    )
+
     return ModelCard(
         name=name,
         path=str(directory),
