@@ -116,14 +116,13 @@ def _snapshot(name: str, cache: Path) -> Path:
 
 
 def _card(name: str, directory: Path) -> ModelCard:
+    # Imported here: numpy comes with it, which importing the package must not load.
+    from tuft_jupyter.core.types import ModelCard
+
     config = _config(name, directory)
     _check_tokenizer(name, directory)
     _check_weights(name, directory)
     architectures = config.get("architectures") or ["unknown"]
-    from tuft_jupyter.core.types import (
-        ModelCard,  # with it comes numpy, which importing the package must not load
-    )
-
     return ModelCard(
         name=name,
         path=str(directory),
