@@ -28,14 +28,18 @@ COALESCE = 0.1
 GAUGE_SECONDS = 1.0
 
 
-class LabState(APIHandler):
-    """GET: everything the panel shows, as of record ``state.n``."""
+class LabRead(APIHandler):
+    """What the panel may read: behind Jupyter's authorizer, and no activity that keeps a server alive."""
 
     auth_resource = "tuft"
     _track_activity = False
 
     def initialize(self, host: Host) -> None:
         self.host = host
+
+
+class LabState(LabRead):
+    """GET: everything the panel shows, as of record ``state.n``."""
 
     @web.authenticated
     @authorized
@@ -46,14 +50,8 @@ class LabState(APIHandler):
         self.finish(msgspec.json.encode(body))
 
 
-class LabExport(APIHandler):
+class LabExport(LabRead):
     """GET: a run's metrics as a file (``?run=``, ``?format=csv``, ``jsonl`` or ``tensorboard``)."""
-
-    auth_resource = "tuft"
-    _track_activity = False
-
-    def initialize(self, host: Host) -> None:
-        self.host = host
 
     @web.authenticated
     @authorized

@@ -1,8 +1,8 @@
 """The JSON requests of the Tinker protocol, as we read them.
 
-Each struct names the fields we use; everything else is read over, because a newer SDK may send more than this version
-knows (DESIGN, decision 1). What would change numbers if it were ignored is named here and refused by
-:mod:`~tuft_jupyter.wire.api`. Decoding errors name the field. Nothing here imports the SDK.
+Each struct names the fields we use; everything else is ignored, because a newer SDK may send more than this version
+knows. What would change numbers if it were ignored is named here and refused by the verbs. Decoding errors name the
+field. Nothing here imports the SDK.
 """
 
 from __future__ import annotations
@@ -189,7 +189,6 @@ class LoadWeights(Message):
     base_model: str | None = None
     user_metadata: dict[str, str] | None = None
     optimizer_config: OptimizerConfig | None = None
-    weights_access_token: str | None = None
 
 
 class CreateSamplingSession(Message):
@@ -209,7 +208,6 @@ class SampleEnvelope(Message):
     sampling_session_id: str
     seq_id: int = 0
     num_samples: int = 1
-    record_stability_info: bool = False
 
 
 class PromptChunk(Message, gc=False):
@@ -252,7 +250,6 @@ class CreateCustomLoss(Message):
 
 class RetrieveFuture(Message):
     request_id: str
-    allow_metadata_only: bool = False
 
 
 class RequestOnly(Message):
@@ -269,7 +266,6 @@ class RetrieveFutures(Message):
     target: PollTarget
     prev_cursor: int = 0
     timeout: float | None = None
-    retrieved_request_ids: list[str] = []
 
 
 class TinkerPath(Message):

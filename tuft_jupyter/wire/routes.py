@@ -1,4 +1,4 @@
-"""THE TABLE: every route of the Tinker API that this server answers.
+"""The route table: every route of the Tinker API that this server answers.
 
 From it come the Tornado handlers, the API reference, and the tests of access, documentation and error shape. Paths are
 below ``<base url>/tuft/api/v1`` in a notebook server and below ``/api/v1`` in a daemon. ``{name}`` matches one path
@@ -14,7 +14,7 @@ from enum import StrEnum
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire import openai
 
-KIB, MIB = 2**10, 2**20
+MIB = 2**20
 
 
 class Access(StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -139,16 +140,22 @@ def test_a_step_that_is_due_runs_before_any_pass() -> None:
     assert {grant.entry.op.run for grant in lanes.next_batch()} == {"a", "b"}
 
 
+def tokens_by_tenant(lanes: Lanes) -> Counter[str]:
+    """What fifty batches grant to each tenant."""
+    granted: Counter[str] = Counter()
+    for _ in range(50):
+        for grant in lanes.next_batch():
+            granted[grant.lane.tenant] += grant.tokens
+            grant.entry.done += grant.tokens
+    return granted
+
+
 def test_two_heavy_tenants_get_equal_shares() -> None:
     lanes = Lanes(512, 256)
     lanes.push(op("a", 0, 100_000), 1)
     lanes.push(op("b", 0, 100_000), 2)
-    given_to = {"a": 0, "b": 0}
-    for _ in range(50):
-        for grant in lanes.next_batch():
-            given_to[grant.lane.tenant] += grant.tokens
-            grant.entry.done += grant.tokens
-    assert abs(given_to["a"] - given_to["b"]) <= 256
+    granted = tokens_by_tenant(lanes)
+    assert abs(granted["a"] - granted["b"]) <= 256
 
 
 def test_many_runs_of_one_tenant_do_not_outweigh_one_run_of_another() -> None:
@@ -156,12 +163,8 @@ def test_many_runs_of_one_tenant_do_not_outweigh_one_run_of_another() -> None:
     for i in range(8):
         lanes.push(op(f"a{i}", 0, 100_000, tenant="a"), i)
     lanes.push(op("b", 0, 100_000, tenant="b"), 9)
-    given_to = {"a": 0, "b": 0}
-    for _ in range(50):
-        for grant in lanes.next_batch():
-            given_to[grant.lane.tenant] += grant.tokens
-            grant.entry.done += grant.tokens
-    assert abs(given_to["a"] - given_to["b"]) <= 256
+    granted = tokens_by_tenant(lanes)
+    assert abs(granted["a"] - granted["b"]) <= 256
 
 
 def test_a_suspect_runs_alone() -> None:

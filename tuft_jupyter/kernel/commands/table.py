@@ -1,4 +1,4 @@
-"""THE TABLE of sub-commands: from it come the parser, the help, tab completion, and the test of their documentation."""
+"""The table of sub-commands: from it come the parser, the help, tab completion, and the test of their documentation."""
 
 from __future__ import annotations
 
