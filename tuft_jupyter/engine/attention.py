@@ -8,7 +8,7 @@ heads each, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -17,9 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK = 64
-# Sequence lengths for which matmuls by blocks of queries take a third less time than the CPU's flash kernel, and the
-# probabilities they keep for the backward pass are still small beside the other activations.
-_BLOCKED = range(129, 513)
+# Sequence lengths for which matmuls by blocks of queries take up to a third less time than the CPU's flash kernel, and
+# the probabilities they keep for the backward pass are still small beside the other activations.
+_BLOCKED = range(1, 513)
+
+_AHEAD = torch.full((_BLOCK, _BLOCK), -torch.inf).triu(1)
+
+Back = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From the gradient of what was attended, [1, N, H, D], to those of queries, keys and values as they were given."""
 
 
 class CausalAttention:
@@ -57,6 +62,48 @@ class CausalAttention:
             # The CPU's half-precision kernel takes twice as long, most of all backward.
             q_1HND, k_1GND, v_1GND = q_1HND.float(), k_1GND.float(), v_1GND.float()
         return self._within(q_1HND, k_1GND, v_1GND, scaling, window).to(dtype)
+
+    def taped(self, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor, scaling: float) -> tuple[Tensor, Back]:
+        """The same, and the way back; for who does not use autograd. Each sequence's gradients are written once."""
+        if q_1HND.device.type != "cpu" or self._longest >= _BLOCKED.stop:
+            return self._by_autograd(q_1HND, k_1GND, v_1GND, scaling)
+        dtype = q_1HND.dtype
+        q_HND, k_GND, v_GND = (t[0].float() for t in (q_1HND, k_1GND, v_1GND))
+        o_NHD = q_HND.new_empty(q_HND.shape[1], q_HND.shape[0], q_HND.shape[2])
+        q_GRND = torch.mul(q_HND.unflatten(0, (len(k_GND), -1)), scaling)
+        kept = [
+            _attend_blocks(q_GRND, k_GND, v_GND, o_NHD, blocks)
+            for blocks in map(_sequence, self._sequences())
+        ]
+
+        def back(do_1NHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            do_GRND = _grouped(do_1NHD[0].float(), len(k_GND))
+            grads = tuple(torch.empty(t.shape, device=t.device) for t in (q_GRND, k_GND, v_GND))
+            for sequence, p in zip(self._sequences(), kept, strict=True):
+                _pull_blocks(do_GRND, q_GRND, k_GND, v_GND, p, grads, _sequence(sequence))
+            dq, dk, dv = grads
+            return dq.mul_(scaling).flatten(0, 1)[None].to(dtype), dk[None].to(dtype), dv[None].to(dtype)
+
+        return o_NHD[None].to(dtype), back
+
+    def _by_autograd(
+        self, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor, scaling: float
+    ) -> tuple[Tensor, Back]:
+        inputs = [t.detach().requires_grad_() for t in (q_1HND, k_1GND, v_1GND)]
+        with torch.enable_grad():
+            o_1NHD = self(0, inputs[0], inputs[1], inputs[2], scaling, None)
+
+        def back(do_1NHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dq, dk, dv = torch.autograd.grad(o_1NHD, inputs, do_1NHD)
+            return dq, dk, dv
+
+        return o_1NHD.detach(), back
+
+    def _sequences(self) -> Iterator[tuple[int, int]]:
+        """Start and end of each."""
+        for start, count, length in self._runs:
+            for at in range(start, start + count * length, length):
+                yield at, at + length
 
     def _within(
         self, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor, scaling: float | None, window: int | None
@@ -124,16 +171,9 @@ class _Blocks(torch.autograd.Function):
         q_GRND = torch.mul(q_1HND[0].unflatten(0, (groups, -1)), scaling)
         k_GND, v_GND = k_1GND[0], v_1GND[0]
         o_NHD = q_1HND.new_empty(tokens, heads, size)
-        o_GRND = _grouped(o_NHD, groups)
-        ahead = torch.full((_BLOCK, _BLOCK), -torch.inf).triu(1)
         kept = []
-        for keys, block in _blocks(tokens, count):
-            n = block.stop - block.start
-            scores = torch.bmm(q_GRND[:, :, block].flatten(1, 2), k_GND[:, keys].transpose(1, 2))
-            scores.unflatten(1, (-1, n))[..., -n:].add_(ahead[:n, :n])
-            p = torch.softmax(scores, -1)
-            o_GRND[:, :, block] = torch.bmm(p, v_GND[:, keys]).unflatten(1, (-1, n))
-            kept.append(p)
+        for blocks in _blocks(tokens, count):
+            kept += _attend_blocks(q_GRND, k_GND, v_GND, o_NHD, blocks)
         ctx.save_for_backward(q_GRND, k_GND, v_GND, *kept)
         ctx.count, ctx.scaling = count, scaling
         return o_NHD[None]
@@ -142,17 +182,55 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, do_1NHD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
         q_GRND, k_GND, v_GND, *kept = ctx.saved_tensors
         do_GRND = _grouped(do_1NHD[0], len(k_GND))
-        dq_GRND, dk_GND, dv_GND = torch.empty_like(q_GRND), torch.zeros_like(k_GND), torch.zeros_like(v_GND)
-        for (keys, block), p in zip(_blocks(q_GRND.shape[2], ctx.count), kept, strict=True):
-            d = do_GRND[:, :, block].flatten(1, 2)
-            dv_GND[:, keys].baddbmm_(p.transpose(1, 2), d)
-            dp = torch.bmm(d, v_GND[:, keys].transpose(1, 2))
-            dscores = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq_GRND[:, :, block] = torch.bmm(dscores, k_GND[:, keys]).unflatten(
-                1, (-1, block.stop - block.start)
-            )
-            dk_GND[:, keys].baddbmm_(dscores.transpose(1, 2), q_GRND[:, :, block].flatten(1, 2))
+        grads = torch.empty_like(q_GRND), torch.empty_like(k_GND), torch.empty_like(v_GND)
+        for blocks in _blocks(q_GRND.shape[2], ctx.count):
+            _pull_blocks(do_GRND, q_GRND, k_GND, v_GND, kept[: len(blocks)], grads, blocks)
+            del kept[: len(blocks)]
+        dq_GRND, dk_GND, dv_GND = grads
         return dq_GRND.mul_(ctx.scaling).flatten(0, 1)[None], dk_GND[None], dv_GND[None], None, None
+
+
+Block = tuple[slice, slice]
+"""A block of queries of a sequence: the keys it sees, and its own positions."""
+
+
+def _attend_blocks(
+    q_GRND: Tensor, k_GND: Tensor, v_GND: Tensor, o_NHD: Tensor, blocks: Sequence[Block]
+) -> list[Tensor]:
+    """One sequence, into ``o_NHD``; queries are scaled already. Returns the probabilities of each block."""
+    o_GRND, kept = _grouped(o_NHD, len(k_GND)), []
+    for keys, block in blocks:
+        n = block.stop - block.start
+        scores = torch.bmm(q_GRND[:, :, block].flatten(1, 2), k_GND[:, keys].transpose(1, 2))
+        scores.unflatten(1, (-1, n))[..., -n:].add_(_AHEAD[:n, :n])
+        p = torch.softmax(scores, -1)
+        o_GRND[:, :, block] = torch.bmm(p, v_GND[:, keys]).unflatten(1, (-1, n))
+        kept.append(p)
+    return kept
+
+
+def _pull_blocks(
+    do_GRND: Tensor,
+    q_GRND: Tensor,
+    k_GND: Tensor,
+    v_GND: Tensor,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    blocks: Sequence[Block],
+) -> None:
+    """The way back of one sequence: written into ``grads`` of (scaled) queries, keys and values."""
+    dq_GRND, dk_GND, dv_GND = grads
+    for (keys, block), p in reversed(list(zip(blocks, kept, strict=True))):
+        d, q = do_GRND[:, :, block].flatten(1, 2), q_GRND[:, :, block].flatten(1, 2)
+        dp = torch.bmm(d, v_GND[:, keys].transpose(1, 2))
+        dscores = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        dq_GRND[:, :, block] = torch.bmm(dscores, k_GND[:, keys]).unflatten(1, (-1, block.stop - block.start))
+        if block is blocks[-1][1]:  # it sees all keys of the sequence: what the others see is added to that
+            dv_GND[:, keys] = torch.bmm(p.transpose(1, 2), d)
+            dk_GND[:, keys] = torch.bmm(dscores.transpose(1, 2), q)
+        else:
+            dv_GND[:, keys].baddbmm_(p.transpose(1, 2), d)
+            dk_GND[:, keys].baddbmm_(dscores.transpose(1, 2), q)
 
 
 def _grouped(t_NHD: Tensor, groups: int) -> Tensor:
@@ -160,10 +238,16 @@ def _grouped(t_NHD: Tensor, groups: int) -> Tensor:
     return t_NHD.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
 
 
-def _blocks(tokens: int, count: int) -> Iterator[tuple[slice, slice]]:
-    """For each block of queries of each sequence: the keys it sees, and its own positions."""
+def _blocks(tokens: int, count: int) -> Iterator[list[Block]]:
+    """The blocks of each of ``count`` sequences of equal length."""
     length = tokens // count
     for start in range(0, tokens, length):
-        for at in range(start, start + length, _BLOCK):
-            end = min(at + _BLOCK, start + length)
-            yield slice(start, end), slice(at, end)
+        yield _sequence((start, start + length))
+
+
+def _sequence(edges: tuple[int, int]) -> list[Block]:
+    start, end = edges
+    return [
+        (slice(start, min(at + _BLOCK, end)), slice(at, min(at + _BLOCK, end)))
+        for at in range(start, end, _BLOCK)
+    ]

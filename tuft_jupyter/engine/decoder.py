@@ -28,8 +28,8 @@ class Decoder(Protocol):
         """Hidden states [N, D] after the last norm, and a function to call with their gradient [N, D].
 
         That function adds the gradients of every adapter of the row to its accumulator; it may be called
-        once, and only with ``backward``. With ``recompute`` only the inputs of layers are kept until then: the
-        same numbers in less memory and a third more time.
+        once, and only with ``backward``. It may be told which rows of the gradient are not 0. With ``recompute``
+        only the inputs of layers are kept until then: the same numbers in less memory and a third more time.
         """
 
 
@@ -52,7 +52,7 @@ class ModuleDecoder:
             out = self._decoder(input_ids=ids_N[None], position_ids=positions_1N, use_cache=False)
         hidden_1ND: Tensor = out.last_hidden_state
 
-        def pull(dh_ND: Tensor) -> None:
+        def pull(dh_ND: Tensor, rows_M: Tensor | None = None) -> None:
             if hidden_1ND.requires_grad:  # not if adapters are on the unembedding alone
                 torch.autograd.backward(hidden_1ND, dh_ND[None])
 

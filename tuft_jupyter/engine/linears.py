@@ -182,6 +182,22 @@ class Linears:
         return known
 
 
+def only_rows(
+    parts: Sequence[StackedPart], hidden: Sequence[Tensor], rows_M: Tensor
+) -> tuple[list[StackedPart], list[Tensor]]:
+    """The parts, and their ``x A^T``, of some rows (sorted) standing by themselves."""
+    edges = torch.tensor([edge for start, end, _ in parts for edge in (start, end)], device=rows_M.device)
+    at = iter(torch.searchsorted(rows_M, edges).tolist())
+    found: list[StackedPart] = []
+    kept: list[Tensor] = []
+    for (start, _, stack), h_NR in zip(parts, hidden, strict=True):
+        first, last = next(at), next(at)
+        if first < last:
+            found.append((first, last, stack))
+            kept.append(h_NR[rows_M[first:last] - start])
+    return found, kept
+
+
 def _alike(stacks: list[_Stack]) -> bool:
     """Whether stacks are of one geometry, and only read."""
     one = stacks[0]

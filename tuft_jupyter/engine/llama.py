@@ -3,8 +3,7 @@
 Llama, Qwen2, Qwen3 and their like are the same few operations; run as modules under autograd, a short row spends
 most of its time between them. Here a layer is some thirty tensor operations each way, nothing is recorded but what
 the backward pass reads, and gradients stop at the first layer's inputs. Query, key and value projections share one
-matmul, as do gate and up (:mod:`~tuft_jupyter.engine.linears`). Only attention is differentiated by autograd, so
-that any attention of a packed row fits.
+matmul, as do gate and up (:mod:`~tuft_jupyter.engine.linears`).
 
 Knows no losses and no requests. :func:`fits` tells whether a model has this shape; that the numbers are the
 model's own is checked when it is loaded (:mod:`~tuft_jupyter.engine.base`).
@@ -15,7 +14,7 @@ Shapes: N tokens, D hidden size, H query heads, G key/value heads, J = H + G, C 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,11 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuft_jupyter.engine.linears import Linears, StackedPart
+from tuft_jupyter.engine.attention import Back, CausalAttention
+from tuft_jupyter.engine.linears import Linears, StackedPart, only_rows
 from tuft_jupyter.engine.packing import Packed
 from tuft_jupyter.engine.side_by_side import rows_of
 
-Pull = Callable[[Tensor], None]
+Pull = Callable[[Tensor, Tensor | None], None]
+"""Takes the gradient [N, D] in the hidden states and, if many of its rows are 0, the sorted indices of the others."""
 
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -86,13 +87,15 @@ class LlamaDecoder:
         h_ND, unit_ND, scale_N1 = self._norm(x_ND)
 
         @torch.no_grad()
-        def pull(dh_ND: Tensor) -> None:
-            dx_ND = self._norm.pull(dh_ND, unit_ND, scale_N1)
+        def pull(dh_ND: Tensor, rows_M: Tensor | None = None) -> None:
+            of = (dh_ND, unit_ND, scale_N1)
+            dx_ND = self._norm.pull(*(of if rows_M is None else (t[rows_M] for t in of)))
             for layer in reversed(self._layers):
                 kept = tape.pop()
                 if isinstance(kept, Tensor):
                     _, kept = layer(kept, packed, rope, True)
-                dx_ND = layer.pull(dx_ND, kept, rope, first=not tape)
+                dx_ND = layer.pull(dx_ND, kept, rope, first=not tape, rows_M=rows_M)
+                rows_M = None
 
         return h_ND, pull
 
@@ -106,12 +109,25 @@ class _Kept:
     scale1: Tensor
     unit_heads: Tensor | None
     scale_heads: Tensor | None
-    qkv: tuple[Tensor, Tensor, Tensor]
+    attend_back: Back | None
     attended: Tensor
     unit2: Tensor
     scale2: Tensor
     gate_up: Tensor
     hidden: list[list[Tensor]]
+
+    def at(self, rows_M: Tensor) -> _Kept:
+        """What is left of all behind attention if only these rows have a gradient there."""
+        only = [only_rows(*of, rows_M) for of in zip(self.parts[1:], self.hidden[1:], strict=True)]
+        return replace(
+            self,
+            parts=[self.parts[0], *(parts for parts, _ in only)],
+            hidden=[self.hidden[0], *(hidden for _, hidden in only)],
+            attended=self.attended[rows_M],
+            unit2=self.unit2[rows_M],
+            scale2=self.scale2[rows_M],
+            gate_up=self.gate_up[rows_M],
+        )
 
 
 class _Layer:
@@ -150,24 +166,43 @@ class _Layer:
             qk_NJE, unit_heads, scale_heads = self.head_norm(qk_NJE)
         qk_NJE = rope(qk_NJE)
         qkv = (_heads_first(qk_NJE[:, :h]), _heads_first(qk_NJE[:, h:]), _heads_first(qkv_NCE[:, j:]))
-        with torch.set_grad_enabled(keep):
-            if keep:
-                for tensor in qkv:
-                    tensor.requires_grad_()
+        attend_back: Back | None = None
+        if keep:
+            assert isinstance(packed.attention, CausalAttention)
+            attended_1NHE, attend_back = packed.attention.taped(*qkv, self.scaling)
+        else:
             attended_1NHE = packed.attention(self.index, *qkv, self.scaling, None)
-        x2_ND, h_out = self.out(attended_1NHE.detach().reshape(n, -1), parts[1], x_ND)
+        attended = attended_1NHE.reshape(n, -1)
+        x2_ND, h_out = self.out(attended, parts[1], x_ND)
         n2_ND, unit2, scale2 = self.norm2(x2_ND)
         gate_up, h_gate_up = self.gate_up(n2_ND, parts[2])
         gate_NF, up_NF = gate_up.chunk(2, dim=-1)
         y_ND, h_down = self.down(F.silu(gate_NF).mul_(up_NF), parts[3], x2_ND)
         hidden = [h_qkv, h_out, h_gate_up, h_down]
         return y_ND, _Kept(
-            parts, unit1, scale1, unit_heads, scale_heads, qkv, attended_1NHE, unit2, scale2, gate_up, hidden
+            parts,
+            unit1,
+            scale1,
+            unit_heads,
+            scale_heads,
+            attend_back,
+            attended,
+            unit2,
+            scale2,
+            gate_up,
+            hidden,
         )
 
-    def pull(self, dy_ND: Tensor, kept: _Kept, rope: _Rope, *, first: bool) -> Tensor:
-        """Gradients into the adapters, and the gradient in x (for the ``first`` layer: nothing anyone needs)."""
-        n, h, j = len(dy_ND), self.queries, self.queries + self.keys
+    def pull(
+        self, dy_ND: Tensor, kept: _Kept, rope: _Rope, *, first: bool, rows_M: Tensor | None = None
+    ) -> Tensor:
+        """Gradients into the adapters, and the gradient in x (for the ``first`` layer: nothing anyone needs).
+
+        With ``rows_M``, ``dy_ND`` are these rows, and the others 0: only attention brings a gradient to those.
+        """
+        n, h, j = len(kept.unit1), self.queries, self.queries + self.keys
+        if rows_M is not None:
+            kept = kept.at(rows_M)
         h_qkv, h_out, h_gate_up, h_down = kept.hidden
         gate_NF, up_NF = kept.gate_up.chunk(2, dim=-1)
         silu_NF = F.silu(gate_NF)
@@ -178,10 +213,14 @@ class _Layer:
         torch.ops.aten.silu_backward.grad_input(dact_NF.mul_(up_NF), gate_NF, grad_input=dgate_NF)
         dn2_ND = self.gate_up.pull(dgate_up, kept.unit2 * self.norm2.weight, kept.parts[2], h_gate_up)
         dx2_ND = self.norm2.pull(dn2_ND, kept.unit2, kept.scale2).add_(dy_ND)
-        attended_1NHE = kept.attended
-        dattended = self.out.pull(dx2_ND, attended_1NHE.detach().reshape(n, -1), kept.parts[1], h_out)
-        grads = torch.autograd.grad(attended_1NHE, kept.qkv, dattended.view(attended_1NHE.shape))
-        dqkv_NCE = dy_ND.new_empty(n, j + self.keys, self.head_size)
+        dattended = self.out.pull(dx2_ND, kept.attended, kept.parts[1], h_out)
+        if rows_M is not None:
+            dx2_ND, dattended = (
+                t.new_zeros(n, t.shape[1]).index_copy_(0, rows_M, t) for t in (dx2_ND, dattended)
+            )
+        assert kept.attend_back is not None
+        grads = kept.attend_back(dattended.view(1, n, h, self.head_size))
+        dqkv_NCE = dx2_ND.new_empty(n, j + self.keys, self.head_size)
         for heads, grad in zip((slice(h), slice(h, j), slice(j, None)), grads, strict=True):
             dqkv_NCE[:, heads] = grad[0].transpose(0, 1)
         dqk_NJE = rope.pull(dqkv_NCE[:, :j])
