@@ -20,6 +20,7 @@ import pytest
 
 from tests.support.live import EXAMPLES, ROOT, ask, environment, key_of, python, quickest, until
 from tests.support.stub_server import KEY
+from tests.support.tiny_models import make_model
 from tuft_jupyter import home as homes
 from tuft_jupyter.kernel import discovery
 from tuft_jupyter.kernel.client import Client
@@ -120,6 +121,26 @@ def test_a_daemon_starts_in_every_spelling_and_ends_cleanly(
     finally:
         assert running.stop() == 0
     assert not file.exists()
+
+
+def test_one_directory_with_models_and_checkpoints_is_served_by_the_old_command(
+    env: dict[str, str], port: int, home: Path
+) -> None:
+    """S1-28: checkpoints, two models and models.yaml below one directory, as a container has them in /data."""
+    data = home / "data"
+    names = ("Qwen3-8B", "Qwen3-32B")
+    for name in names:
+        make_model(data / name)
+    listed = [{"model_name": f"Qwen/{name}", "model_path": str(data / name)} for name in names]
+    (data / "models.yaml").write_text(json.dumps({"supported_models": listed}))
+    command = [str(BIN / "tuft"), "--checkpoint-dir", str(data / "checkpoints")]
+    running = Daemon([*command, "--model-config", str(data / "models.yaml")], env, port, home / "daemon.log")
+    try:
+        models = ask(running.address, "get_server_capabilities", key_of(home))["supported_models"]
+        assert [model["model_name"] for model in models] == [f"Qwen/{name}" for name in names]
+        assert (data / "checkpoints").is_dir()
+    finally:
+        assert running.stop() == 0
 
 
 def test_a_daemon_listens_on_loopback_only(daemon: Daemon) -> None:

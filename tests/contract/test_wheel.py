@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +40,15 @@ def call(command: Sequence[str | Path], **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def interpreter(version: str) -> Path | None:
+    """A Python of that version: on the PATH or kept by pyenv."""
+    kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for found in (shutil.which(f"python{version}"), *kept.glob(f"{version}.*/bin/python")):
+        if found and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0:
+            return Path(found)
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +189,30 @@ def test_a_base_install_serves_and_says_what_is_missing(installed: Installed, tm
         backend = ask("tuft/lab/state")["status"]["backend"]
     assert not backend["installed"]
     assert 'pip install "tuft-jupyter[backend]"' in backend["detail"]
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_uv_installs_it_on_newer_pythons(version: str, wheel: Path, tmp_path: Path) -> None:
+    """S1-03: `uv venv --python 3.12`, `uv pip install`, and the server extension is on."""
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f"there is no Python {version} on this machine")
+    uv = [sys.executable, "-m", "uv", "--quiet", "--offline"]
+    call([*uv, "venv", "--python", python, tmp_path / "environment"])
+    bin_ = tmp_path / "environment" / "bin"
+    call([*uv[:-1], "pip", "install", "--python", bin_ / "python", wheel])
+    listing = call([bin_ / "jupyter", "server", "extension", "list"], HOME=str(tmp_path), JUPYTER_PATH="")
+    assert f"tuft_jupyter {__version__} OK" in listing.replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert "tuft launch" in call([bin_ / "tuft", "--help"], PYTHONPATH="")
+
+
+def test_all_extras_fit_together(tmp_path: Path) -> None:
+    """S1-05, S1-06: one environment can hold the backend, vLLM, Redis and what developers need."""
+    chosen = [word for extra in ("backend", "vllm", "persistence", "dev") for word in ("--extra", extra)]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--python-version", "3.12"]
+    call([*command, ROOT / "pyproject.toml", *chosen, "--output-file", tmp_path / "locked.txt"])
+    locked = {line.split("==")[0] for line in (tmp_path / "locked.txt").read_text().splitlines()}
+    assert {"torch", "transformers", "peft", "ray", "vllm", "redis", "pytest"} <= locked
 
 
 def test_installing_the_wheel_enables_the_server_extension(installed: Installed) -> None:

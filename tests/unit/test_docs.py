@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scripts import api_docs
 from tuft_jupyter import cli
@@ -22,6 +23,16 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
 COMMANDS = (ROOT / "docs" / "commands.md").read_text()
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def test_whoever_reports_or_contributes_is_told_how() -> None:
+    """S1-72: CONTRIBUTING and forms for issues, of which each asks for something."""
+    assert "make check" in (ROOT / "CONTRIBUTING.md").read_text()
+    forms = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")]
+    assert len(forms) == 2
+    for form in forms:
+        assert form["name"]
+        assert any(part.get("validations", {}).get("required") for part in form["body"])
 
 
 def test_the_api_reference_is_the_route_table() -> None:
