@@ -89,15 +89,15 @@ class Driver:
     async def run(self) -> None:
         """Serve until closed or cancelled."""
         while True:
-            await self._something_to_do()
+            await self._wait_for_work()
             if self._closing:
                 return
             if self.status != "ready":
                 await self._start()
                 continue
             try:
-                await self._let_go()
-                await self._wait_for_company()
+                await self._release_leaving()
+                await self._anticipate()
                 batch = self.lanes.next_batch()
                 if batch:
                     await self._step(batch)
@@ -118,7 +118,7 @@ class Driver:
             log.warning("no last snapshot of %s: %s", self.card.name, error)
         await self.engine.stop()
 
-    async def _something_to_do(self) -> None:
+    async def _wait_for_work(self) -> None:
         waits = [asyncio.ensure_future(self.lanes.work()), asyncio.ensure_future(self._wanted.wait())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -127,9 +127,9 @@ class Driver:
                 wait.cancel()
         self._wanted.clear()
 
-    async def _wait_for_company(self) -> None:
+    async def _anticipate(self) -> None:
         """Give a light tenant that works step by step the moment it needs, before a heavy part is begun."""
-        while (pause := self.lanes.pause()) > 0:
+        while (pause := self.lanes.anticipation()) > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self.lanes.arrival()
@@ -144,7 +144,7 @@ class Driver:
         else:
             self.status, self.detail = "ready", ""
             if self.engine.grain:
-                self.lanes.cut(self.engine.grain)
+                self.lanes.set_budget(self.engine.grain)
 
     def _say(self, detail: str) -> None:
         self.detail = detail
@@ -183,10 +183,10 @@ class Driver:
             if not lane.resident and lane.queue and not await self._rebuild(lane):
                 return
         first = self._send(batch)
-        riders = await self._riders(batch, first)
-        second = self._send(riders)
+        trailing = await self._trailing_steps(batch, first)
+        second = self._send(trailing)
         await self._settled(batch, await first)
-        await self._settled(riders, await second)
+        await self._settled(trailing, await second)
         for lane in _lanes_of(batch):
             if self._snapshot_due(lane):
                 await self._snapshot(lane)
@@ -202,16 +202,18 @@ class Driver:
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # may never be awaited
         return answer
 
-    async def _riders(self, batch: list[Grant], running: asyncio.Future[list[Outcome]]) -> list[Grant]:
+    async def _trailing_steps(
+        self, batch: list[Grant], running: asyncio.Future[list[Outcome]]
+    ) -> list[Grant]:
         """While a batch runs, wait for the optimizer steps behind its passes: they need not wait for our answer."""
-        riders = self.lanes.riders(batch)
-        while not riders and not running.done():
+        trailing = self.lanes.trailing_steps(batch)
+        while not trailing and not running.done():
             arrival = asyncio.ensure_future(self.lanes.arrival())
             either: list[asyncio.Future[Any]] = [running, arrival]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             arrival.cancel()
-            riders = self.lanes.riders(batch)
-        return [] if running.done() else riders
+            trailing = self.lanes.trailing_steps(batch)
+        return [] if running.done() else trailing
 
     async def _settled(self, batch: Sequence[Grant], outcomes: Sequence[Outcome]) -> None:
         if batch:
@@ -239,19 +241,19 @@ class Driver:
             grant.lane.resident = False
         elif op.kind is OpKind.OPTIM_STEP:
             self.snapshots.stepped(op.run)
-        told = {
+        data = {
             "facts": {**outcome.facts, **op.args.get("facts", {})},
             "content_type": outcome.content_type,
         }
-        await self._keep("op_done", op, told, Answer(outcome.result, outcome.content_type))
+        await self._record("op_done", op, data, Answer(outcome.result, outcome.content_type))
 
     async def _failed(self, grant: Grant, category: str, error: str) -> None:
         self.lanes.finish(grant)
-        await self._keep("op_failed", grant.entry.op, {"category": category, "error": error})
+        await self._record("op_failed", grant.entry.op, {"category": category, "error": error})
 
-    async def _keep(self, kind: str, op: Op, told: dict[str, Any], answer: Answer | None = None) -> None:
+    async def _record(self, kind: str, op: Op, data: dict[str, Any], answer: Answer | None = None) -> None:
         """Record an outcome; while the journal cannot take it, wait: the work is done and must not be lost."""
-        data = {"request_id": op.request_id, "run": op.run, "seq": op.seq, "op": op.kind.value, **told}
+        data = {"request_id": op.request_id, "run": op.run, "seq": op.seq, "op": op.kind.value, **data}
         while True:
             try:
                 await self.ledger.record(kind, op.tenant, data, answer.body if answer else None, answer)
@@ -319,7 +321,7 @@ class Driver:
             return
         await self.snapshots.keep(run.id, directory, before)
 
-    async def _let_go(self) -> None:
+    async def _release_leaving(self) -> None:
         for run in list(self._leaving):
             lane = self.lanes.by_run.get(run)
             if lane is not None and lane.queue:

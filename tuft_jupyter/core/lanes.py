@@ -4,7 +4,7 @@ A lane is first in, first out, in order of arrival. :meth:`Lanes.next_batch` sha
 over tenants (Shreedhar & Varghese 1995), counted in tokens: a large op is granted in parts, so a small op of another
 tenant waits for at most one batch, and is not packed together with a part that would take much longer than itself.
 Before a heavy part is begun, a light tenant that just got an answer and is known to ask again at once is waited for,
-for a moment (anticipatory scheduling, Iyer & Druschel 2001); :data:`PATIENCE` bounds how often a heavy tenant yields.
+for a moment (anticipatory scheduling, Iyer & Druschel 2001); :data:`MAX_YIELDS` bounds how often a heavy tenant yields.
 
 The module knows neither the journal nor the engine: it is a plain data structure for the event loop.
 """
@@ -22,17 +22,17 @@ from tuft_jupyter.core.types import Op, OpKind
 FLAT_COST = 16
 """Tokens that an op without tokens (optim_step, save ...) counts for."""
 
-COMPANY = 4
-"""A tenant's part of a batch may be this many times the parts of all lighter tenants together."""
+MAX_RATIO = 4
+"""A tenant's part of a batch may be at most this many times the parts of all lighter tenants together."""
 
-PATIENCE = 8
+MAX_YIELDS = 8
 """How often in a row a heavy tenant yields to lighter ones before it is served."""
 
-GRACE = 0.1
+MAX_WAIT = 0.1
 """Seconds that a light tenant is waited for at most: about what a heavy part would make it wait instead."""
 
-LEEWAY = 0.005
-"""Seconds by which a request may come later than expected, whatever the pauses before it were."""
+WAIT_SLACK = 0.005
+"""Seconds by which a request may come later than expected, whatever the think times before it were."""
 
 ADDITIVE = {OpKind.FORWARD, OpKind.FORWARD_BACKWARD}
 
@@ -65,18 +65,19 @@ class Lane:
 
 
 @dataclass(slots=True)
-class Habit:
-    """When a tenant last asked and got an answer, the size of its last pass, and its last two pauses in between."""
+class Activity:
+    """When a tenant last asked and was last answered, the tokens of its last pass, and its last two think times: the
+    seconds from an answer to its next request."""
 
     asked: float = -1e9
     answered: float = -1e9
     tokens: int = 0
-    pauses: tuple[float, float] = (1e9, 1e9)
+    think_times: tuple[float, float] = (1e9, 1e9)
 
     @property
     def expected(self) -> float:
-        """When it will have asked again if it does as before; by the shorter pause, since the longer may be a whim."""
-        return self.answered + min(LEEWAY + 2 * min(self.pauses), GRACE)
+        """When it will have asked again if it does as before, by the shorter think time (the longer may be an outlier)."""
+        return self.answered + min(WAIT_SLACK + 2 * min(self.think_times), MAX_WAIT)
 
 
 @dataclass(slots=True, eq=False)
@@ -106,13 +107,13 @@ class Lanes:
         self._next_lane: dict[str, str] = {}
         self._clock = clock
         self._yielded: dict[str, int] = {}
-        self._habits: dict[str, Habit] = {}
+        self._activity: dict[str, Activity] = {}
         self._work = asyncio.Event()
         self._pushed = asyncio.Event()
 
-    def cut(self, grain: int) -> None:
+    def set_budget(self, tokens: int) -> None:
         """Grant parts of this many tokens, and half as many where several tenants wait."""
-        self.budget, self.shared_budget = grain, max(1, grain // 2)
+        self.budget, self.shared_budget = tokens, max(1, tokens // 2)
 
     def lane(self, run: str, tenant: str) -> Lane:
         """The lane of a run, made when first asked for."""
@@ -120,10 +121,12 @@ class Lanes:
 
     def push(self, op: Op, record: int) -> Entry:
         entry = Entry(op, record)
-        habit = self._habits.setdefault(op.tenant, Habit())
-        if habit.asked <= habit.answered:  # the first after an answer, not the second of a pipelined pair
-            habit.asked = self._clock()
-            habit.pauses = (habit.pauses[1], habit.asked - habit.answered)
+        activity = self._activity.setdefault(op.tenant, Activity())
+        if (
+            activity.asked <= activity.answered
+        ):  # the first after an answer, not the second of a pipelined pair
+            activity.asked = self._clock()
+            activity.think_times = (activity.think_times[1], activity.asked - activity.answered)
         self.lane(op.run, op.tenant).queue.append(entry)
         self._deficit.setdefault(op.tenant, 0.0)
         self._work.set()
@@ -133,10 +136,10 @@ class Lanes:
     def finish(self, grant: Grant) -> None:
         """The entry at the head of its lane is over."""
         grant.lane.queue.remove(grant.entry)
-        habit = self._habits.setdefault(grant.lane.tenant, Habit())
-        habit.answered = self._clock()
+        activity = self._activity.setdefault(grant.lane.tenant, Activity())
+        activity.answered = self._clock()
         if grant.entry.op.kind in ADDITIVE:
-            habit.tokens = grant.entry.op.tokens
+            activity.tokens = grant.entry.op.tokens
 
     def drop(self, run: str) -> None:
         self.by_run.pop(run, None)
@@ -152,20 +155,20 @@ class Lanes:
         self._pushed.clear()
         await self._pushed.wait()
 
-    def riders(self, batch: list[Grant]) -> list[Grant]:
+    def trailing_steps(self, batch: list[Grant]) -> list[Grant]:
         """Optimizer steps that come right behind passes which this batch finishes: they may follow it at once."""
         granted = {id(grant.entry): grant for grant in batch}
-        riders = []
+        trailing = []
         for lane in {id(grant.lane): grant.lane for grant in batch}.values():
             for entry in lane.queue:
                 grant = granted.get(id(entry))
                 if grant is None:
                     if entry.op.kind is OpKind.OPTIM_STEP and not entry.attempts:
-                        riders.append(Grant(lane, entry, FLAT_COST))
+                        trailing.append(Grant(lane, entry, FLAT_COST))
                     break
                 if entry.op.kind not in ADDITIVE or grant.tokens < entry.cost:
                     break
-        return riders
+        return trailing
 
     def position(self, run: str, request_id: str) -> tuple[int, int]:
         """(ops of all tenants queued before this one in its own lane, lanes with work)."""
@@ -189,7 +192,7 @@ class Lanes:
             return [suspect]
         heads = [(lane, lane.queue[0]) for lane in self.by_run.values() if lane.queue]
         steps = [Grant(lane, head, FLAT_COST) for lane, head in heads if head.op.kind is OpKind.OPTIM_STEP]
-        return steps or self._in_company(self._shared([lane for lane, _ in heads]))
+        return steps or self._without_oversized(self._shared([lane for lane, _ in heads]))
 
     def _shared(self, lanes: list[Lane]) -> list[Grant]:
         """One budget of tokens, by deficit round robin over the tenants of these lanes."""
@@ -199,7 +202,7 @@ class Lanes:
         for tenant in list(self._deficit):
             if tenant not in waiting:
                 del self._deficit[tenant]  # an idle tenant saves nothing up
-        due = {tenant for tenant in waiting if self._yielded.get(tenant, 0) >= PATIENCE}
+        due = {tenant for tenant in waiting if self._yielded.get(tenant, 0) >= MAX_YIELDS}
         if due:
             waiting = {tenant: waiting[tenant] for tenant in due}
         budget = self.budget if len(self._deficit) <= 1 else self.shared_budget
@@ -208,7 +211,7 @@ class Lanes:
         quanta = {tenant: max(1, int(budget * weights[tenant] / shares)) for tenant in waiting}
         batch: list[Grant] = []
         left = budget
-        for tenant in self._modest_first(waiting, quanta):
+        for tenant in self._small_demands_first(waiting, quanta):
             self._deficit[tenant] = min(self._deficit[tenant] + quanta[tenant], 2.0 * budget)
             left = self._serve(tenant, waiting[tenant], left, batch, int(self._deficit[tenant]))
         for tenant in waiting:  # what nobody claimed goes to whoever still has work
@@ -217,12 +220,12 @@ class Lanes:
             self._deficit.move_to_end(next(iter(self._deficit)))
         return batch
 
-    def _modest_first(self, waiting: dict[str, list[Lane]], quanta: dict[str, int]) -> list[str]:
+    def _small_demands_first(self, waiting: dict[str, list[Lane]], quanta: dict[str, int]) -> list[str]:
         """The tenants in turn, but first who wants no more than its share: savings of others must not crowd it out."""
         turn = [tenant for tenant in self._deficit if tenant in waiting]
         return sorted(turn, key=lambda tenant: _demand(waiting[tenant], quanta[tenant]) > quanta[tenant])
 
-    def _in_company(self, batch: list[Grant]) -> list[Grant]:
+    def _without_oversized(self, batch: list[Grant]) -> list[Grant]:
         """Leave out whose work is so much larger that the others would mostly wait for it; they come next."""
         tokens: dict[str, int] = {}
         for grant in batch:
@@ -230,7 +233,7 @@ class Lanes:
         kept = 0
         out: set[str] = set()
         for tenant in sorted(tokens, key=lambda name: tokens[name]):
-            if kept and tokens[tenant] > COMPANY * kept:
+            if kept and tokens[tenant] > MAX_RATIO * kept:
                 out.add(tenant)
                 self._yielded[tenant] = self._yielded.get(tenant, 0) + 1
                 self._deficit[tenant] += tokens[tenant]
@@ -239,7 +242,7 @@ class Lanes:
                 kept += tokens[tenant]
         return [grant for grant in batch if grant.lane.tenant not in out]
 
-    def pause(self) -> float:
+    def anticipation(self) -> float:
         """Seconds to wait for an :meth:`arrival` before the next batch, because a light tenant is about to ask."""
         heads: dict[str, int] = {}
         for lane in self.by_run.values():
@@ -248,13 +251,13 @@ class Lanes:
                     return 0.0
                 cost = min(lane.queue[0].cost, self.shared_budget)
                 heads[lane.tenant] = min(cost, heads.get(lane.tenant, cost))
-        if not heads or any(self._yielded.get(tenant, 0) >= PATIENCE for tenant in heads):
+        if not heads or any(self._yielded.get(tenant, 0) >= MAX_YIELDS for tenant in heads):
             return 0.0
         now, lightest = self._clock(), min(heads.values())
-        for tenant, habit in self._habits.items():
-            left = habit.expected - now
-            prompt = min(habit.pauses) < GRACE
-            if tenant not in heads and prompt and left > 0 and lightest > COMPANY * habit.tokens:
+        for tenant, activity in self._activity.items():
+            left = activity.expected - now
+            prompt = min(activity.think_times) < MAX_WAIT
+            if tenant not in heads and prompt and left > 0 and lightest > MAX_RATIO * activity.tokens:
                 for heavy in heads:
                     self._yielded[heavy] = self._yielded.get(heavy, 0) + 1
                 return left

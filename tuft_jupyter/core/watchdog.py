@@ -1,9 +1,9 @@
 """The watchdog: a training engine that cannot hang, only die.
 
-A worker that is stuck (a deadlocked kernel, a driver that waits for ever, a file system that went away) looks like one
-that is slow. So a step is given time by what it costs: ten times what steps of its size took so far, never less than a
-minute, and a quarter of an hour while nothing has been measured or files are written. What exceeds that is ended and
-reported as a death, which the driver knows how to mend. It knows neither lanes nor journal.
+A worker that is stuck (a deadlocked kernel, a device driver that never returns, a file system that went away) looks
+like one that is slow. So the timeout of a step follows its cost: ten times what steps of its size took so far, at least
+a minute, and a quarter of an hour while nothing has been measured or files are written. A worker that exceeds it is
+ended and reported as dead, and the driver rebuilds its runs. It knows neither lanes nor journal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MEASURED = {OpKind.FORWARD, OpKind.FORWARD_BACKWARD, OpKind.OPTIM_STEP}
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class Timeouts:
     """Seconds that a step may take: ``factor`` times its expected time, but at least ``least``; ``unknown`` where
     nothing can be expected; ``start`` for loading the model."""
 
@@ -43,12 +43,12 @@ class Watchdog:
         self,
         engine: TrainingEngine,
         longest: int,
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.longest = longest
-        self.patience = patience or Patience()
+        self.timeouts = timeouts or Timeouts()
         self._clock = clock
         self._seconds_per_token: float | None = None
         self._ahead = 0.0
@@ -67,11 +67,11 @@ class Watchdog:
 
     async def start(self) -> None:
         try:
-            async with asyncio.timeout(self.patience.start):
+            async with asyncio.timeout(self.timeouts.start):
                 await self.engine.start()
         except TimeoutError:
             await self.engine.stop()
-            raise ServerError(f"the model was not loaded within {self.patience.start:g} s") from None
+            raise ServerError(f"the model was not loaded within {self.timeouts.start:g} s") from None
 
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
         """As :meth:`TrainingEngine.step`. A call made while another runs has that one's time added to its own."""
@@ -97,9 +97,9 @@ class Watchdog:
 
     def _allowed(self, tasks: Sequence[Task]) -> float:
         if self._seconds_per_token is None or any(task.kind not in MEASURED for task in tasks):
-            return self.patience.unknown
+            return self.timeouts.unknown
         tokens = max(self.longest, sum(task.grant for task in tasks))
-        return max(self.patience.least, self.patience.factor * tokens * self._seconds_per_token)
+        return max(self.timeouts.least, self.timeouts.factor * tokens * self._seconds_per_token)
 
     def _learn(self, tasks: Sequence[Task], seconds: float) -> None:
         """Remember the slower steps for longer: the next one may be as slow again."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuft_jupyter.core.lanes import GRACE, LEEWAY, PATIENCE, Grant, Lanes
+from tuft_jupyter.core.lanes import MAX_WAIT, MAX_YIELDS, WAIT_SLACK, Grant, Lanes
 from tuft_jupyter.core.types import Op, OpKind
 
 
@@ -61,7 +61,7 @@ def test_a_light_tenant_is_not_packed_with_a_heavy_one_and_neither_starves() -> 
     lanes = Lanes(512, 256)
     lanes.push(op("heavy", 0, 100_000), 0)
     served = []
-    for seq in range(4 * PATIENCE):
+    for seq in range(4 * MAX_YIELDS):
         if not lanes.lane("light", "light").queue:
             lanes.push(op("light", seq, 16), seq + 1)
         batch = lanes.next_batch()
@@ -69,38 +69,40 @@ def test_a_light_tenant_is_not_packed_with_a_heavy_one_and_neither_starves() -> 
         work_off(lanes, batch)
     runs = "".join(name[0] for name in served).split("h")
     assert served.count("heavy") >= 3
-    assert max(len(run) for run in runs) <= PATIENCE
+    assert max(len(run) for run in runs) <= MAX_YIELDS
 
 
 def test_a_light_tenant_that_asks_again_at_once_is_waited_for_before_a_heavy_part() -> None:
     now = 100.0
     lanes = Lanes(512, 256, clock=lambda: now)
     lanes.push(op("light", 0, 16), 1)
-    assert lanes.pause() == 0.0
+    assert lanes.anticipation() == 0.0
     work_off(lanes, lanes.next_batch())
     lanes.push(op("heavy", 0, 100_000), 2)
-    assert lanes.pause() == 0.0, "nothing is known of its habit yet"
-    now += GRACE / 4
+    assert lanes.anticipation() == 0.0, "nothing is known of its think time yet"
+    now += MAX_WAIT / 4
     lanes.push(op("light", 1, 16), 3)
     work_off(lanes, lanes.next_batch())
-    assert lanes.pause() == pytest.approx(GRACE / 2 + LEEWAY), "twice the pause that it made before"
-    now += 2 * GRACE
-    assert lanes.pause() == 0.0
+    assert lanes.anticipation() == pytest.approx(MAX_WAIT / 2 + WAIT_SLACK), "twice its think time before"
+    now += 2 * MAX_WAIT
+    assert lanes.anticipation() == 0.0
     lanes.push(op("light", 2, 16), 4)
     work_off(lanes, lanes.next_batch())
-    assert lanes.pause() == pytest.approx(GRACE / 2 + LEEWAY), "one long pause is a whim"
-    now += 2 * GRACE
+    assert lanes.anticipation() == pytest.approx(MAX_WAIT / 2 + WAIT_SLACK), (
+        "one long think time is an outlier"
+    )
+    now += 2 * MAX_WAIT
     lanes.push(op("light", 3, 16), 5)
     work_off(lanes, lanes.next_batch())
-    assert lanes.pause() == 0.0, "two are a habit, so nobody waits for it"
+    assert lanes.anticipation() == 0.0, "two are not, so nobody waits for it"
 
 
 def test_savings_of_a_heavy_tenant_do_not_crowd_a_light_one_out() -> None:
-    """L6, M7: it yields, and is served when its patience ends, not before."""
+    """L6, M7: it yields, and is served after MAX_YIELDS, not before."""
     lanes = Lanes(512, 256)
     lanes.push(op("heavy", 0, 100_000), 0)
     turns = []
-    for seq in range(2 * (PATIENCE + 1)):
+    for seq in range(2 * (MAX_YIELDS + 1)):
         lanes.push(op("light", seq, 16), seq)
         batch = lanes.next_batch()
         turns.append({grant.lane.tenant for grant in batch})
@@ -108,21 +110,21 @@ def test_savings_of_a_heavy_tenant_do_not_crowd_a_light_one_out() -> None:
             work_off(lanes, batch)
             batch = lanes.next_batch()
         work_off(lanes, batch)
-    assert turns[:PATIENCE] == [{"light"}] * PATIENCE
+    assert turns[:MAX_YIELDS] == [{"light"}] * MAX_YIELDS
     assert turns.count({"heavy"}) == 2
 
 
-def test_nobody_waits_for_company_beyond_patience() -> None:
+def test_a_light_tenant_is_waited_for_a_bounded_number_of_times() -> None:
     lanes = Lanes(512, 256, clock=lambda: 100.0)
     lanes.push(op("light", 0, 16), 1)
     work_off(lanes, lanes.next_batch())
     lanes.push(op("light", 1, 16), 2)
     work_off(lanes, lanes.next_batch())
     lanes.push(op("heavy", 0, 100_000), 3)
-    waited = sum(lanes.pause() > 0 for _ in range(3 * PATIENCE))
-    assert waited == PATIENCE
+    waited = sum(lanes.anticipation() > 0 for _ in range(3 * MAX_YIELDS))
+    assert waited == MAX_YIELDS
     assert [grant.lane.tenant for grant in lanes.next_batch()] == ["heavy"]
-    assert lanes.pause() > 0, "it was served, so it may yield again"
+    assert lanes.anticipation() > 0, "it was served, so it may yield again"
 
 
 def test_equals_are_packed_together() -> None:
@@ -215,7 +217,7 @@ def test_work_is_waited_for_without_polling() -> None:
 def test_parts_are_as_large_as_the_engine_asks_for() -> None:
     """A pass of 4,096 tokens is one call where that suits the engine, and halves beside another tenant."""
     lanes = Lanes(512, 256)
-    lanes.cut(4096)
+    lanes.set_budget(4096)
     lanes.push(op("a", 1, 4096), 1)
     assert [grant.tokens for grant in lanes.next_batch()] == [4096]
     lanes.push(op("b", 2, 4096), 2)

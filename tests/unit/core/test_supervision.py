@@ -12,7 +12,7 @@ from tests.support.world import ALICE, BOB, scenario, stepped, until, world
 from tuft_jupyter.core.engine import EngineDied, Task
 from tuft_jupyter.core.errors import Overloaded, ServerError
 from tuft_jupyter.core.types import OpKind, Record
-from tuft_jupyter.core.watchdog import Patience, Watchdog
+from tuft_jupyter.core.watchdog import Timeouts, Watchdog
 
 STEP = [Task("r", "run", OpKind.OPTIM_STEP, grant=16)]
 
@@ -166,7 +166,7 @@ def test_a_hung_worker_is_ended_and_the_op_runs_in_a_new_one(tmp_path: Path) -> 
             passes = await w.train(alices, 2)
             driver = w.service.drivers["tiny"]
             assert isinstance(driver.engine, Watchdog)
-            driver.engine.patience = Patience(least=0.05, factor=1.0)
+            driver.engine.timeouts = Timeouts(least=0.05, factor=1.0)
             engines.trainer.hangs = True
             stuck = await w.forward_backward(alices)
             other = await w.forward_backward(bobs, who=BOB)
@@ -185,11 +185,11 @@ def test_a_model_that_never_finishes_loading_is_said_so() -> None:
             await asyncio.Event().wait()
 
     with pytest.raises(ServerError, match=r"not loaded within 0\.01 s"):
-        asyncio.run(Watchdog(Stuck(), 64, Patience(start=0.01)).start())
+        asyncio.run(Watchdog(Stuck(), 64, Timeouts(start=0.01)).start())
 
 
 def test_time_is_given_by_what_steps_took_so_far() -> None:
-    """F10: a slow model gets more patience than a fast one, and files get the most."""
+    """F10: a slow model gets a longer timeout than a fast one, and files get the most."""
     now = 0.0
 
     class Slow(ScriptedEngine):
@@ -200,10 +200,10 @@ def test_time_is_given_by_what_steps_took_so_far() -> None:
 
     async def body() -> None:
         dog = Watchdog(Slow(), longest=64, clock=lambda: now)
-        assert dog._allowed(STEP) == dog.patience.unknown
+        assert dog._allowed(STEP) == dog.timeouts.unknown
         await dog.step(STEP)
         assert dog._allowed(STEP) == 10 * 64 * 2.0
-        assert dog._allowed([Task("s", "run", OpKind.SAVE_WEIGHTS)]) == dog.patience.unknown
+        assert dog._allowed([Task("s", "run", OpKind.SAVE_WEIGHTS)]) == dog.timeouts.unknown
 
     asyncio.run(body())
 
@@ -212,7 +212,7 @@ def test_a_call_behind_another_has_that_ones_time_too() -> None:
     async def body() -> None:
         engine = ScriptedEngine()
         engine.hangs = True
-        dog = Watchdog(engine, 64, Patience(unknown=0.02))
+        dog = Watchdog(engine, 64, Timeouts(unknown=0.02))
         clock = asyncio.get_running_loop().time
         began = clock()
         first, second = asyncio.ensure_future(dog.step(STEP)), asyncio.ensure_future(dog.step(STEP))
