@@ -76,7 +76,7 @@ class Activity:
 
     @property
     def expected(self) -> float:
-        """When it will have asked again if it does as before, by the shorter think time (the longer may be an outlier)."""
+        """When it will have asked again, by its shorter think time: the longer one may be an outlier."""
         return self.answered + min(WAIT_SLACK + 2 * min(self.think_times), MAX_WAIT)
 
 
