@@ -123,9 +123,9 @@ class Settings:
             raise ConfigError("authorized_users has an empty key")
 
     def trusts_code(self, model_name: str) -> bool:
-        """Whether Python code that lies beside a model may be run: as the model says, else as is said for all."""
-        said = self.model(model_name).trust_remote_code
-        return self.trust_remote_code if said is None else said
+        """Whether Python code that lies beside a model may be run: by the model's own setting, else by that for all."""
+        own = self.model(model_name).trust_remote_code
+        return self.trust_remote_code if own is None else own
 
     def model(self, model_name: str) -> ModelSettings:
         """What is set for a model, also for one that no file lists."""

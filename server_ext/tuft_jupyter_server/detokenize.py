@@ -1,4 +1,4 @@
-"""Token ids as text, for people who look at what a run's weights said.
+"""Token ids as text, for people who look at the samples of a run.
 
 Reads a model's ``tokenizer.json`` with the library ``tokenizers``, which needs neither torch nor transformers; where
 either is missing, there is no text. Special tokens are written out: they are what one looks for when something is odd.

@@ -1,6 +1,6 @@
-"""What the machine is doing: CPU, memory, loop lag, and the workers by process, sampled only while somebody looks.
+"""What the machine is doing: CPU, memory, loop lag, and the workers by process, sampled only while a client watches.
 
-Reading ``/proc`` blocks, so it happens in a thread, once per interval for all who look.
+Reading ``/proc`` blocks, so it happens in a thread, once per interval for all watchers.
 """
 
 from __future__ import annotations

@@ -195,8 +195,8 @@ class Host:
             async with asyncio.timeout(seconds):
                 await self._tried.wait()
         if self.journal.elsewhere:
-            told = f"{self.problem or self.journal.problem} (it answers at {self.journal.elsewhere})"
-            raise Elsewhere(told, self.journal.elsewhere)
+            message = f"{self.problem or self.journal.problem} (it answers at {self.journal.elsewhere})"
+            raise Elsewhere(message, self.journal.elsewhere)
         if not self._ready.is_set():
             raise Overloaded(f"not ready yet: {self.problem or 'reading the journal'}", retry_after=2.0)
 

@@ -106,7 +106,7 @@ class JupyterHub:
 
 
 class HubKeys(KeyRing):
-    """Keys issued here, and the Hub's tokens. ``groups`` is told which groups a tenant is in."""
+    """Keys issued here, and the Hub's tokens. ``groups`` is kept up to date with the groups a tenant is in."""
 
     def __init__(
         self,

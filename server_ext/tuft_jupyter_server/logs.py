@@ -39,7 +39,7 @@ class Json(logging.Formatter):
     """One JSON object per line: time, level, logger, message, and where there is one, request and traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = {
+        entry = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
@@ -47,10 +47,10 @@ class Json(logging.Formatter):
             "message": record.getMessage(),
         }
         if getattr(record, "request_id", ""):
-            said["request_id"] = record.request_id  # type: ignore[attr-defined]
+            entry["request_id"] = record.request_id  # type: ignore[attr-defined]
         if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said)
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
 
 
 class Lines(logging.Formatter):

@@ -1,8 +1,8 @@
-"""What the server does, in numbers for Prometheus: a fold of the journal's records, and a look at what is there now.
+"""Prometheus metrics: a fold of the journal's records, and the state of the server at the time of a scrape.
 
 Histograms and counters are fed by the ledger as records become durable; gauges are read when somebody scrapes. Labels
 come from small fixed sets, except ``tenant``: whose usage it is. The registry is our own, so nothing mixes with what
-Jupyter or Ray export. It knows no HTTP; whoever may scrape is the route table's affair.
+Jupyter or Ray export. It knows no HTTP; the route table decides who may scrape.
 """
 
 from __future__ import annotations

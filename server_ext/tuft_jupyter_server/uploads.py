@@ -1,7 +1,7 @@
 """Request bodies too large for memory, kept in a file without a name that is gone when it is closed.
 
 A body over the limit is no longer written, only counted, so that the refusal can name its size. Both the API's handler
-and the panel's own (:class:`LabUpload`) keep bodies so; what becomes of them is the verb's affair.
+and the panel's own (:class:`LabUpload`) keep bodies so; what becomes of them is up to the verb.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Spool:
         if self.size <= self.limit and self._failed is None:
             try:
                 self.file.write(chunk)
-            except OSError as error:  # said once the body has been read: nobody listens before
+            except OSError as error:  # answered once the body has been read: no client reads before
                 self._failed = error
 
     def check(self, path: str) -> None:

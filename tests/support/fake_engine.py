@@ -199,7 +199,7 @@ class FakeSampler:
     def __init__(self, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()
         self.live: dict[str, tuple[int, SampleRequest, int]] = {}
-        self._heard: dict[str, Listener | None] = {}
+        self._on_token: dict[str, Listener | None] = {}
         self.held_up = ""
         self._lock = threading.Lock()
 
@@ -208,12 +208,12 @@ class FakeSampler:
             raise UserError(f"the prompt has a token outside the vocabulary of {VOCAB}")
 
     def submit(
-        self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None = None
+        self, key: str, adapter: Path | None, request: SampleRequest, on_token: Listener | None = None
     ) -> None:
         shift = 0 if adapter is None else round(json.loads((adapter / "fake.json").read_text())["weight"])
         with self._lock:
             self.live[key] = (shift, request, 0)
-            self._heard[key] = heard
+            self._on_token[key] = on_token
 
     def step(self) -> list[tuple[str, SampleResult | TuftError]]:
         ended: list[tuple[str, SampleResult | TuftError]] = []
@@ -233,10 +233,10 @@ class FakeSampler:
         return ended
 
     def _tell(self, key: str, shift: int, request: SampleRequest, last: bool) -> None:
-        heard = self._heard.get(key)
-        for i in range(request.num_samples if heard else 0):
+        on_token = self._on_token.get(key)
+        for i in range(request.num_samples if on_token else 0):
             token = (int(request.prompt[-1]) + shift + i) % VOCAB
-            heard(Drawn(i, token, -0.5, (), StopReason.LENGTH if last else None))  # type: ignore[misc]
+            on_token(Drawn(i, token, -0.5, (), StopReason.LENGTH if last else None))  # type: ignore[misc]
 
     def busy(self) -> bool:
         with self._lock:

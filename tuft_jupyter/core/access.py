@@ -1,8 +1,8 @@
 """Who may do what: keys become principals, and every object is fetched through one ownership check.
 
 Keys are kept as SHA-256 digests only. A foreign object and a missing one give the same answer, and a refused request
-changes nothing. Whoever is being served under a key can be told when it ends. The module knows no HTTP: it is told the
-key as a string; which keys exist is the affair of :mod:`~tuft_jupyter.core.keys`.
+changes nothing. A request that is being served is notified when its key ends. The module knows no HTTP: it is given
+the key as a string; which keys exist is decided by :mod:`~tuft_jupyter.core.keys`.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def examine(config: bytes, weights: Path, base: ModelCard, max_rank: int) -> For
         "train_mlp": any("mlp" in name for name in names),
         "train_unembed": any(name.endswith("lm_head") for name in names),
     }
-    said = {
+    written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
@@ -93,7 +93,7 @@ def examine(config: bytes, weights: Path, base: ModelCard, max_rank: int) -> For
         "target_modules": _targets(names, Path(base.path)),
         "inference_mode": True,
     }
-    return Foreign(lora, json.dumps(said, indent=2) + "\n")
+    return Foreign(lora, json.dumps(written, indent=2) + "\n")
 
 
 def tensors(path: Path, longest: int = HEADER_BYTES) -> dict[str, Tensor]:
@@ -136,24 +136,24 @@ def _entry(name: str, entry: Mapping[str, Any], start: int) -> Tensor:
 def _geometry(config: bytes, max_rank: int) -> tuple[int, float]:
     """Rank and alpha."""
     try:
-        said = json.loads(config)
+        given = json.loads(config)
     except (ValueError, RecursionError):
         raise UserError(
             f"{CONFIG}: it is not JSON; send the file that PEFT's save_pretrained wrote"
         ) from None
-    if not isinstance(said, dict) or said.get("peft_type") != "LORA":
+    if not isinstance(given, dict) or given.get("peft_type") != "LORA":
         raise UserError(f"{CONFIG}: peft_type must be 'LORA', only plain LoRA can be trained here")
-    for key, value in said.items():
+    for key, value in given.items():
         if key not in _UNDERSTOOD and value:
             raise UserError(f"{CONFIG}: it sets {key[:200]}, only plain LoRA can be trained here")
-    if said.get("bias", "none") != "none":
-        raise UserError(f"{CONFIG}: bias is {_short(said['bias'])}, only 'none' can be trained here")
-    if said.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if given.get("bias", "none") != "none":
+        raise UserError(f"{CONFIG}: bias is {_short(given['bias'])}, only 'none' can be trained here")
+    if given.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise UserError(
-            f"{CONFIG}: init_lora_weights is {_short(said['init_lora_weights'])}, which changes the base model; "
+            f"{CONFIG}: init_lora_weights is {_short(given['init_lora_weights'])}, which changes the base model; "
             "convert the adapter to plain LoRA first"
         )
-    rank, alpha = said.get("r"), said.get("lora_alpha")
+    rank, alpha = given.get("r"), given.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= max_rank:
         raise UserError(
             f"{CONFIG}: r is {_short(rank)}, outside 1..{max_rank}, the limit here (max_lora_rank); use a smaller rank"

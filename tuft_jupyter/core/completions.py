@@ -1,6 +1,6 @@
 """Which sample requests of a sampler have ended: for clients that ask for many answers with one poll.
 
-A client gives the cursor it was told last and hears what ended since. Cursors only grow, also across a restart (they
+A client sends the cursor of the last answer and gets what ended since. Cursors only grow, also across a restart (they
 begin at the time of start), and what is at or before a client's cursor is forgotten. One list belongs to one
 ``(sampler, clone)``, as the SDK polls.
 """

@@ -4,7 +4,7 @@ It takes what :class:`Lanes` chooses, runs it as one step, and records each outc
 be made again: after its death each run is rebuilt, when its next op comes up, from its last snapshot by replaying the
 ops done since, in order; the client only waits a little longer. The driver knows no HTTP and no torch.
 
-Promises: an op's outcome is recorded before anybody hears it; an op that took the worker down twice fails alone; a
+Promises: an op's outcome is recorded before any client gets it; an op that took the worker down twice fails alone; a
 death is held against those ops only that the worker had begun.
 """
 

@@ -82,7 +82,7 @@ class Sampler(Protocol):
         """UserError if the prompt, the counts or the parameters are out of bounds."""
 
     def submit(
-        self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None = None
+        self, key: str, adapter: Path | None, request: SampleRequest, on_token: Listener | None = None
     ) -> None:
         """Queue a request for the base model (None) or for the adapter saved in that directory."""
 

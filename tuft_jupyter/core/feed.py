@@ -1,4 +1,4 @@
-"""The live feed: every record, as it happens, to whoever listens and may see it.
+"""The live feed: every record, as it happens, to every subscriber that may see it.
 
 A subscriber that does not keep up is not waited for: its queue is dropped and it is told to fetch the state again
 (``resync``). The feed knows neither websockets nor what the records mean.
@@ -47,7 +47,7 @@ class Subscription:
 
 
 class Feed:
-    """Fans records out to subscriptions; ``tenant=None`` hears everybody's."""
+    """Fans records out to subscriptions; ``tenant=None`` gets every tenant's."""
 
     def __init__(self) -> None:
         self._subscriptions: set[Subscription] = set()

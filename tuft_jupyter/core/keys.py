@@ -1,8 +1,8 @@
 """Keys that this server issued: made, given an end, revoked and listed, all of it on record.
 
 The journal holds digests, never keys; the key itself is shown once, to whoever made it. Keys that the configuration
-names can be listed and revoked like the others. A key's id is the beginning of its digest. The module knows no HTTP;
-who is let in at this moment is told by the :class:`~tuft_jupyter.core.access.KeyRing`, which it keeps in step.
+names can be listed and revoked like the others. A key's id is the beginning of its digest. The module knows no HTTP.
+It keeps the :class:`~tuft_jupyter.core.access.KeyRing` in step, which has the keys that are accepted at this moment.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Ledger:
         self.seen = SeenRequests()
         self.feed = Feed()
         self.observers: list[Callable[[Record, float], None]] = []
-        """told of each new record, and of the seconds until it was durable"""
+        """called with each new record and the seconds until it was durable"""
         self._answers: dict[str, Answer] = {}
         self._spent: list[int] = []
 

@@ -1,4 +1,4 @@
-"""The names of the losses, and what is said of a name that is none: known before a request is accepted.
+"""The names of the losses, and the refusal of any other name: known before a request is accepted.
 
 Formulas, inputs and settings are :mod:`tuft_jupyter.engine.losses`' to say; a test holds the names against it.
 """

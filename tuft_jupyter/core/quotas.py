@@ -3,7 +3,7 @@
 Limits hold per tenant, however many keys and sessions it has. Rates are paced, not refused: a request that comes too
 soon waits its turn, and only one that would wait longer than :data:`HOLD` seconds is answered "later" (429 with
 Retry-After, which the SDK follows). What cannot become possible by waiting is a user's error with the way out in it.
-The module knows neither requests nor state: it is told numbers, and the time by its clock.
+The module knows neither requests nor state: it gets numbers, and the time from its clock.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs: adapters in training, and the ops that clients ask of them.
 
 Each verb checks ownership first, then the request, then journals the op and puts it into its lane; the answer comes
-later through the op's promise. A refused request changes nothing. How ops are run is the driver's affair.
+later through the op's promise. A refused request changes nothing. The driver runs the ops.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ class Runs:
             task.add_done_callback(lambda done: self._accepted(run, seq, done))
         elif waiting[0] != digest:
             raise already_used(run, seq)
-        # Asked twice at once: nobody hears of it before it is durable.
+        # Asked twice at once: neither is answered before it is durable.
         return await asyncio.shield(waiting[1])
 
     def _accepted(self, run: str, seq: int, done: asyncio.Task[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a run's weights said at each step: the newest sample requests with their answers, for whoever sent them.
+"""The newest sample requests of each training step with their answers, for the tenant that sent them.
 
 Kept in memory only, as the bytes that came and went; nothing is looked into before somebody asks. Bounded: by requests
 per step, by bytes per tenant and by bytes altogether; the oldest go first. Only the tenant that sent a request gets it

@@ -301,7 +301,7 @@ class Sampling:
                 break
         except TuftError as error:
             answer = Answer(category=error.category, error=error.message)
-        except Exception as bug:  # the client must hear something
+        except Exception as bug:  # the client must get an answer
             log.exception("sampling failed")
             answer = Answer(category="server", error=f"sampling failed: {type(bug).__name__}")
         self._settle(sampler, seq, request_id, answer)

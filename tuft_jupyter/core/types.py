@@ -159,10 +159,10 @@ class TargetIds:
 class SampleRequest:
     """A decoded sample request: ``prompt`` is int32 [P], ``num_samples`` sequences are drawn from it.
 
-    What is to be told of the prompt: the log-probabilities of its own tokens, and of the ``topk`` likeliest in their
+    What is asked of the prompt: the log-probabilities of its own tokens, and of the ``topk`` likeliest in their
     places (both only of the last ``prompt_logprobs_last_n`` positions if that is given), those of ``targets``, and
     ``prompt_alt_tokens_k`` tokens drawn at the request's temperature in each place after the first.
-    Requests of different ``salt`` share nothing that is remembered of their prompts.
+    Requests with different ``salt`` do not share cached prompts.
     """
 
     prompt: Int32Array

@@ -103,7 +103,7 @@ def load_base(
 
 
 def _check_memory(path: str, dtype: torch.dtype | None, device: torch.device) -> None:
-    """UserError if the weights alone are more than there is: said now, for afterwards the whole machine suffers."""
+    """UserError if the weights alone exceed the free memory: loading them would make the whole machine swap."""
     try:
         need, free = memory.weights(Path(path), dtype), memory.available(device)
     except (OSError, SafetensorError) as error:

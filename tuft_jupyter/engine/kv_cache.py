@@ -1,15 +1,15 @@
 """Keys and values of the sequences that are being sampled, and attention over them.
 
 A prompt that is being run lies in a :class:`Strip` of its own length. A sequence that is decoded has a
-:class:`Place` in a rack: slots of one size, the live ones always 0..n-1 (the last one moves into a hole), so that
-attention reads a rack in place and never gathers it. A sequence that outgrows its rack moves to the next size.
-Within a rack lengths differ little, so one matmul over all of its slots wastes little.
+:class:`Place` in a bucket: slots of one size, the live ones always 0..n-1 (the last one moves into a hole), so that
+attention reads a bucket in place and never gathers it. A sequence that outgrows its bucket moves to the next size.
+Within a bucket lengths differ little, so one matmul over all of its slots wastes little.
 
 ``budget`` bounds the positions held, all together; who asks for more is told no and has to wait. Knows nothing of
 adapters, requests or tokens.
 
 Shapes: N tokens of the row, H query heads, G key/value heads, D head dimension, P positions of a strip, C slots of
-a rack, S positions of each, R query heads per key/value head.
+a bucket, S positions of each, R query heads per key/value head.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tuft_jupyter.engine.attention import CausalAttention
 
 SMALLEST = 128  # positions of a slot
 MINIMUM = 512  # of a budget: the smallest slots and a short prompt
-_KEEP_BYTES = 64 << 20  # an empty rack up to this size is not worth giving back
+_KEEP_BYTES = 64 << 20  # an empty bucket up to this size is not worth giving back
 
 Layers = dict[int, tuple[Tensor, Tensor]]
 
@@ -60,17 +60,17 @@ class Strip:
 class Place:
     """Where a live sequence is; ``length`` positions of it are filled."""
 
-    rack: Rack
+    bucket: Bucket
     slot: int
     length: int
 
     @property
     def full(self) -> bool:
-        return self.length >= self.rack.size
+        return self.length >= self.bucket.size
 
 
 @dataclass(slots=True, eq=False)
-class Rack:
+class Bucket:
     """Slots of ``size`` positions; ``places[slot]`` is who is there."""
 
     size: int
@@ -103,7 +103,7 @@ class KVCache:
             raise ValueError(f"a KV cache holds at least {MINIMUM} tokens, got {budget}")
         self.budget = budget
         self.taken = 0
-        self.racks: dict[int, Rack] = {}
+        self.buckets: dict[int, Bucket] = {}
 
     @property
     def longest(self) -> int:
@@ -125,8 +125,8 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Storage of the racks."""
-        return sum(k.nbytes + v.nbytes for rack in self.racks.values() for k, v in rack.layers.values())
+        """Storage of the buckets."""
+        return sum(k.nbytes + v.nbytes for bucket in self.buckets.values() for k, v in bucket.layers.values())
 
     def begin(self, strip: Strip) -> Place:
         """A place for one more sequence that begins with a strip; ``slot_size(done + 1)`` must have been taken."""
@@ -134,59 +134,59 @@ class KVCache:
 
     def move(self, place: Place, size: int) -> None:
         """Carry a sequence to a slot of another size, for which ``size`` must have been taken."""
-        old, slot = place.rack, place.slot
+        old, slot = place.bucket, place.slot
         moved = self._put(size, place.length, {at: (k[slot], v[slot]) for at, (k, v) in old.layers.items()})
         self.drop(place)
-        place.rack, place.slot = moved.rack, moved.slot
-        moved.rack.places[moved.slot] = place
+        place.bucket, place.slot = moved.bucket, moved.slot
+        moved.bucket.places[moved.slot] = place
 
     def drop(self, place: Place) -> None:
         """Free a place and give back what was taken for it."""
-        rack, last = place.rack, place.rack.places.pop()
+        bucket, last = place.bucket, place.bucket.places.pop()
         if last is not place:
-            for k_CGSD, v_CGSD in rack.layers.values():
+            for k_CGSD, v_CGSD in bucket.layers.values():
                 k_CGSD[place.slot] = k_CGSD[last.slot]
                 v_CGSD[place.slot] = v_CGSD[last.slot]
-            rack.places[place.slot] = last
+            bucket.places[place.slot] = last
             last.slot = place.slot
-        self.give(rack.size)
-        if not rack.places and sum(k.nbytes + v.nbytes for k, v in rack.layers.values()) > _KEEP_BYTES:
-            del self.racks[rack.size]
+        self.give(bucket.size)
+        if not bucket.places and sum(k.nbytes + v.nbytes for k, v in bucket.layers.values()) > _KEEP_BYTES:
+            del self.buckets[bucket.size]
 
     def _put(self, size: int, length: int, layers: Layers) -> Place:
-        rack = self.racks.setdefault(size, Rack(size))
-        place = Place(rack, len(rack.places), length)
-        rack.places.append(place)
-        if layers and len(rack.places) > rack.slots:
-            self._widen(rack, layers)
+        bucket = self.buckets.setdefault(size, Bucket(size))
+        place = Place(bucket, len(bucket.places), length)
+        bucket.places.append(place)
+        if layers and len(bucket.places) > bucket.slots:
+            self._widen(bucket, layers)
         for layer, pair in layers.items():
-            for storage_CGSD, filled_GPD in zip(rack.layers[layer], pair, strict=True):
+            for storage_CGSD, filled_GPD in zip(bucket.layers[layer], pair, strict=True):
                 storage_CGSD[place.slot, :, :length] = filled_GPD[:, :length]
                 storage_CGSD[place.slot, :, length:] = 0  # who was here before may have left NaN
         return place
 
-    def _widen(self, rack: Rack, like: Layers) -> None:
-        """Storage for everybody in a rack and, if the budget allows, for as many again."""
-        needed = len(rack.places)
+    def _widen(self, bucket: Bucket, like: Layers) -> None:
+        """Storage for everybody in a bucket and, if the budget allows, for as many again."""
+        needed = len(bucket.places)
         wanted = 1 << (needed - 1).bit_length()
         if self.budget is not None:
-            held = sum(other.slots * other.size for other in self.racks.values() if other is not rack)
-            if held + wanted * rack.size > self.budget:
-                self._trim(rack)
-                wanted = max(needed, min(wanted, needed + (self.budget - self.taken) // rack.size))
-        if not rack.layers:
+            held = sum(other.slots * other.size for other in self.buckets.values() if other is not bucket)
+            if held + wanted * bucket.size > self.budget:
+                self._trim(bucket)
+                wanted = max(needed, min(wanted, needed + (self.budget - self.taken) // bucket.size))
+        if not bucket.layers:
             for layer, (k_GPD, v_GPD) in like.items():
-                k_shape, v_shape = ((0, t.shape[0], rack.size, t.shape[2]) for t in (k_GPD, v_GPD))
-                rack.layers[layer] = (k_GPD.new_zeros(k_shape), v_GPD.new_zeros(v_shape))
-        rack.resize(wanted)
+                k_shape, v_shape = ((0, t.shape[0], bucket.size, t.shape[2]) for t in (k_GPD, v_GPD))
+                bucket.layers[layer] = (k_GPD.new_zeros(k_shape), v_GPD.new_zeros(v_shape))
+        bucket.resize(wanted)
 
-    def _trim(self, needy: Rack) -> None:
-        """Take from the other racks what stands empty."""
-        for rack in list(self.racks.values()):
-            if not rack.places:
-                del self.racks[rack.size]
-            elif rack is not needy and rack.slots > len(rack.places):
-                rack.resize(len(rack.places))
+    def _trim(self, needy: Bucket) -> None:
+        """Take from the other buckets what stands empty."""
+        for bucket in list(self.buckets.values()):
+            if not bucket.places:
+                del self.buckets[bucket.size]
+            elif bucket is not needy and bucket.slots > len(bucket.places):
+                bucket.resize(len(bucket.places))
 
 
 class PrefillAttention:
@@ -257,14 +257,14 @@ def _behind(q_1HTD: Tensor, strip: Strip, layer: int, scaling: float | None, win
 class DecodeAttention:
     """One token of every live sequence attends to that sequence's past; row i of the packed row is ``places[i]``.
 
-    A packed row's order is by adapter, the cache's by rack and slot: the row (a few kB) is carried from one to the
+    A packed row's order is by adapter, the cache's by bucket and slot: the row (a few kB) is carried from one to the
     other, not the cache. Lives from one change of the live set to the next; :meth:`advance` goes from one position
     to the next.
     """
 
     def __init__(self, cache: KVCache, places: Sequence[Place], device: torch.device) -> None:
-        self._racks = [rack for _, rack in sorted(cache.racks.items()) if rack.places]
-        self._places = [place for rack in self._racks for place in rack.places]
+        self._buckets = [bucket for _, bucket in sorted(cache.buckets.items()) if bucket.places]
+        self._places = [place for bucket in self._buckets for place in bucket.places]
         row = {id(place): i for i, place in enumerate(places)}
         rows = [row[id(place)] for place in self._places]
         self._rows_C = torch.tensor(rows, device=device)
@@ -299,51 +299,51 @@ class DecodeAttention:
         # The query heads that share keys stand as R queries of one head: nothing has to be repeated.
         q_CGRD = (q_CHD * scale).unflatten(1, (k_CGD.shape[1], -1))
         outputs = []
-        for rack, at in self._stretches():
-            k_CGSD, v_CGSD = rack.layers[layer]
+        for bucket, at in self._stretches():
+            k_CGSD, v_CGSD = bucket.layers[layer]
             slots, filled = self._slots[: at.stop - at.start], self._positions_C[at]
             k_CGSD[slots, :, filled] = k_CGD[at]
             v_CGSD[slots, :, filled] = v_CGD[at]
-            outputs.append(self._attend(rack, q_CGRD[at], k_CGSD, v_CGSD, at, window))
+            outputs.append(self._attend(bucket, q_CGRD[at], k_CGSD, v_CGSD, at, window))
         o_CHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return (o_CHD if self._in_order else o_CHD.index_select(0, self._order_N))[None]
 
-    def _stretches(self) -> Iterator[tuple[Rack, slice]]:
+    def _stretches(self) -> Iterator[tuple[Bucket, slice]]:
         start = 0
-        for rack in self._racks:
-            yield rack, slice(start, start + len(rack.places))
-            start += len(rack.places)
+        for bucket in self._buckets:
+            yield bucket, slice(start, start + len(bucket.places))
+            start += len(bucket.places)
 
     def _attend(
-        self, rack: Rack, q_CGRD: Tensor, k_CGSD: Tensor, v_CGSD: Tensor, at: slice, window: int | None
+        self, bucket: Bucket, q_CGRD: Tensor, k_CGSD: Tensor, v_CGSD: Tensor, at: slice, window: int | None
     ) -> Tensor:
         """[C, H, D]. Two matmuls over all slots: the CPU's flash kernel takes two to three times as long here."""
         count, groups = q_CGRD.shape[:2]
-        span = max(place.length for place in rack.places) + 1
-        if span * 2 > rack.size:
+        span = max(place.length for place in bucket.places) + 1
+        if span * 2 > bucket.size:
             span = (
-                rack.size
+                bucket.size
             )  # matmuls over whole slots need no strides, which is worth more than the rest of them
         k_XSD, v_XSD = (t[:count].flatten(0, 1)[:, :span] for t in (k_CGSD, v_CGSD))
         scores_XRS = torch.bmm(q_CGRD.flatten(0, 1), k_XSD.transpose(1, 2))
-        mask = self._mask(rack, at, span, window, scores_XRS.dtype)
+        mask = self._mask(bucket, at, span, window, scores_XRS.dtype)
         if mask is not None:
             scores_XRS.view(count, groups, -1, span).add_(mask)
         weights_XRS = torch.softmax(scores_XRS, -1, dtype=torch.float32).to(v_XSD.dtype)
         return torch.bmm(weights_XRS, v_XSD).view(count, -1, q_CGRD.shape[-1])
 
     def _mask(
-        self, rack: Rack, at: slice, span: int, window: int | None, dtype: torch.dtype
+        self, bucket: Bucket, at: slice, span: int, window: int | None, dtype: torch.dtype
     ) -> Tensor | None:
-        """What the slots of a rack may see of ``span`` positions, 0 or -inf [C, 1, 1, S]; None if all."""
-        if (rack.size, window) not in self._masks:
+        """What the slots of a bucket may see of ``span`` positions, 0 or -inf [C, 1, 1, S]; None if all."""
+        if (bucket.size, window) not in self._masks:
             mask = None
-            if (window or span) < span or any(place.length + 1 < span for place in rack.places):
+            if (window or span) < span or any(place.length + 1 < span for place in bucket.places):
                 distance_CS = self._positions_C[at, None] - torch.arange(span, device=self._slots.device)
                 seen_CS = distance_CS >= 0
                 if window is not None:
                     seen_CS &= distance_CS < window
                 mask_CS = torch.zeros(seen_CS.shape, dtype=dtype, device=seen_CS.device)
                 mask = mask_CS.masked_fill_(~seen_CS, -torch.inf)[:, None, None, :]
-            self._masks[rack.size, window] = mask
-        return self._masks[rack.size, window]
+            self._masks[bucket.size, window] = mask
+        return self._masks[bucket.size, window]

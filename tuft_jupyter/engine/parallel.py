@@ -58,20 +58,20 @@ class Group:
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by the sum of all ranks' tensors."""
         here = tensor.to(self._device)
-        self._talk(lambda: dist.all_reduce(here))
+        self._collective(lambda: dist.all_reduce(here))
         if here is not tensor:
             tensor.copy_(here)
 
-    def hear(self, words: bytes) -> list[bytes]:
-        """What each rank says."""
+    def gather(self, words: bytes) -> list[bytes]:
+        """The bytes that each rank gives, by rank."""
         size = torch.tensor([len(words)], device=self._device)
         sizes = [torch.empty_like(size) for _ in range(self.ranks)]
-        self._talk(lambda: dist.all_gather(sizes, size))
+        self._collective(lambda: dist.all_gather(sizes, size))
         longest = max(int(one) for one in sizes)
-        said = torch.frombuffer(bytearray(words.ljust(longest + 1)), dtype=torch.uint8).to(self._device)
-        heard = [torch.empty_like(said) for _ in range(self.ranks)]
-        self._talk(lambda: dist.all_gather(heard, said))
-        return [bytes(one.tolist())[: int(n)] for one, n in zip(heard, sizes, strict=True)]
+        padded = torch.frombuffer(bytearray(words.ljust(longest + 1)), dtype=torch.uint8).to(self._device)
+        gathered = [torch.empty_like(padded) for _ in range(self.ranks)]
+        self._collective(lambda: dist.all_gather(gathered, padded))
+        return [bytes(one.tolist())[: int(n)] for one, n in zip(gathered, sizes, strict=True)]
 
     def check(self) -> None:
         """ServerError if a rank was lost: then no call can be relied on any more."""
@@ -82,7 +82,7 @@ class Group:
         """Let :meth:`check` fail from now on."""
         self._lost = self._lost or reason
 
-    def _talk(self, collective: Callable[[], Any]) -> None:
+    def _collective(self, collective: Callable[[], Any]) -> None:
         self.check()
         try:
             collective()
@@ -110,7 +110,7 @@ class ParallelTrainer(PeftTrainer):
         if self.group.rank == 0:
             try:
                 size = super().save(run, target, optimizer=optimizer, durable=durable)
-            except Exception as error:  # noqa: BLE001 - told to all, and raised there
+            except Exception as error:  # noqa: BLE001 - sent to all ranks, and raised there
                 failure = error
         self._agree(failure)
         return size
@@ -129,15 +129,15 @@ class ParallelTrainer(PeftTrainer):
             ]
             results = super()._together(parts, budget, recompute=recompute) if parts else []
         except DatumError as error:
-            # Of a batch of one it is told to the user, who counts all datums
+            # Of a batch of one the error goes to the user, who counts all datums
             failure = DatumError(mine[some[0]][error.datum], error.problem) if len(batch) == 1 else error
-        except Exception as error:  # noqa: BLE001 - told to all, and raised there
+        except Exception as error:  # noqa: BLE001 - sent to all ranks, and raised there
             failure = error
         found = dict(zip(some, results, strict=False))  # none if it failed
-        told = [[found[i].metrics, len(mine[i])] if i in found else None for i in range(len(batch))]
+        facts = [[found[i].metrics, len(mine[i])] if i in found else None for i in range(len(batch))]
         metrics = [
             joined_metrics([part for part in parts if part])
-            for parts in zip(*self._agree(failure, told), strict=True)
+            for parts in zip(*self._agree(failure, facts), strict=True)
         ]
         return self._joined(batch, mine, found, metrics)
 
@@ -179,24 +179,24 @@ class ParallelTrainer(PeftTrainer):
             value, failure = change(), None
         except Exception as error:  # noqa: BLE001 - compared first
             value, failure = None, error
-        heard = self.group.hear(b"" if failure is None else b"failed")
-        if len(set(heard)) > 1:
+        gathered = self.group.gather(b"" if failure is None else b"failed")
+        if len(set(gathered)) > 1:
             self.group.give_up("a change failed on some ranks only")
             raise ServerError("the ranks of the trainer differ: a change failed on some of them") from failure
         if failure is not None:
             raise failure
         return value  # type: ignore[return-value]
 
-    def _agree(self, failure: Exception | None, told: Any = None) -> list[Any]:
-        """What each rank tells; or the first rank's failure, raised on every rank, if there is one."""
+    def _agree(self, failure: Exception | None, facts: Any = None) -> list[Any]:
+        """The facts of each rank; or the first rank's failure, raised on every rank, if there is one."""
         if failure is not None and not isinstance(failure, UserError):
             log.error("rank %d failed", self.group.rank, exc_info=failure)
-        words = [None if failure is None else _told(failure), told if failure is None else None]
-        heard = [json.loads(one) for one in self.group.hear(json.dumps(words).encode())]
-        for problem, _ in heard:
+        words = [None if failure is None else _encoded(failure), facts if failure is None else None]
+        gathered = [json.loads(one) for one in self.group.gather(json.dumps(words).encode())]
+        for problem, _ in gathered:
             if problem is not None:
-                raise _heard(problem)
-        return [facts for _, facts in heard]
+                raise _decoded(problem)
+        return [found for _, found in gathered]
 
 
 def share(batch: Sequence[Item], ranks: int) -> list[list[list[int]]]:
@@ -214,7 +214,7 @@ def share(batch: Sequence[Item], ranks: int) -> list[list[list[int]]]:
     return shares
 
 
-def _told(failure: Exception) -> tuple[str, int, str]:
+def _encoded(failure: Exception) -> tuple[str, int, str]:
     kind = (
         "datum" if isinstance(failure, DatumError) else
         "user" if isinstance(failure, UserError) else
@@ -229,7 +229,7 @@ def _told(failure: Exception) -> tuple[str, int, str]:
     return kind, datum, text
 
 
-def _heard(problem: tuple[str, int, str]) -> Exception:
+def _decoded(problem: tuple[str, int, str]) -> Exception:
     kind, datum, text = problem
     match kind:
         case "datum":

@@ -44,20 +44,20 @@ class PromptScores:
         self._first = min(firsts, default=self._last)
         self._kinds = _kinds(request, own) if firsts else []
 
-    def see(self, start: int, end: int, logits: Callable[[int, int], Tensor]) -> None:
+    def update(self, start: int, end: int, logits: Callable[[int, int], Tensor]) -> None:
         """Positions [start, end) were run; ``logits(start, end)`` are those that follow such positions, [M, V]."""
         end = min(end, self._last)
         for at in range(max(start, self._first), end, _AT_ONCE):
             until = min(at + _AT_ONCE, end)
             logp_MV = torch.log_softmax(logits(at, until), -1, dtype=torch.float32)
             for kind in self._kinds:
-                kind.see(at, until, logp_MV)
+                kind.update(at, until, logp_MV)
 
-    def told(self) -> SampleResult:
+    def result(self) -> SampleResult:
         """All of it, and no sequences."""
         result = SampleResult(())
         for kind in self._kinds:
-            result = kind.told(result)
+            result = kind.fill(result)
         return result
 
 
@@ -81,13 +81,13 @@ class _Own:
         self._prompt, self._first = request.prompt, first
         self._logprobs = np.full(len(request.prompt), np.nan, np.float32)
 
-    def see(self, start: int, end: int, logp_MV: Tensor) -> None:
+    def update(self, start: int, end: int, logp_MV: Tensor) -> None:
         skip = max(self._first - start, 0)
         next_M = torch.from_numpy(self._prompt[start + skip + 1 : end + 1]).to(logp_MV.device, torch.int64)
         found_M1 = logp_MV[skip:].gather(1, next_M[:, None])
         self._logprobs[start + skip + 1 : end + 1] = found_M1[:, 0].cpu()
 
-    def told(self, result: SampleResult) -> SampleResult:
+    def fill(self, result: SampleResult) -> SampleResult:
         return replace(result, prompt_logprobs=self._logprobs)
 
 
@@ -99,13 +99,13 @@ class _Likeliest:
         self._first = first
         self._ids, self._logprobs = np.zeros(shape, np.int32), np.full(shape, _NOTHING, np.float32)
 
-    def see(self, start: int, end: int, logp_MV: Tensor) -> None:
+    def update(self, start: int, end: int, logp_MV: Tensor) -> None:
         skip = max(self._first - start, 0)
         top_MK, ids_MK = logp_MV[skip:].topk(self._ids.shape[1], dim=1)
         self._ids[start + skip + 1 : end + 1] = ids_MK.cpu()
         self._logprobs[start + skip + 1 : end + 1] = top_MK.cpu()
 
-    def told(self, result: SampleResult) -> SampleResult:
+    def fill(self, result: SampleResult) -> SampleResult:
         return replace(result, topk_prompt_ids=self._ids, topk_prompt_logprobs=self._logprobs)
 
 
@@ -116,13 +116,13 @@ class _Targets:
         self._targets = targets
         self._logprobs = np.zeros(len(targets.ids), np.float32)
 
-    def see(self, start: int, end: int, logp_MV: Tensor) -> None:
+    def update(self, start: int, end: int, logp_MV: Tensor) -> None:
         rows, ids = self._targets.rows, self._targets.ids
         cells = np.flatnonzero((rows >= start) & (rows < end) & (ids >= 0))
         at_C = torch.from_numpy(rows[cells] - start).to(logp_MV.device)
         self._logprobs[cells] = logp_MV[at_C, torch.from_numpy(ids[cells]).to(logp_MV.device)].cpu()
 
-    def told(self, result: SampleResult) -> SampleResult:
+    def fill(self, result: SampleResult) -> SampleResult:
         return replace(result, targets=self._targets, target_prompt_logprobs=self._logprobs)
 
 
@@ -135,7 +135,7 @@ class _Alternatives:
         self._rng = generator(request.params.seed, _ALTERNATIVES)
         self._tokens, self._logprobs = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
 
-    def see(self, start: int, end: int, logp_MV: Tensor) -> None:
+    def update(self, start: int, end: int, logp_MV: Tensor) -> None:
         k = self._tokens.shape[1]
         if self._temperature == 0:
             tokens_MK = logp_MV.argmax(-1, keepdim=True).expand(-1, k)
@@ -145,5 +145,5 @@ class _Alternatives:
         self._tokens[start:end] = tokens_MK.cpu()
         self._logprobs[start:end] = logp_MV.gather(1, tokens_MK).cpu()
 
-    def told(self, result: SampleResult) -> SampleResult:
+    def fill(self, result: SampleResult) -> SampleResult:
         return replace(result, alt_tokens=self._tokens, alt_logprobs=self._logprobs)

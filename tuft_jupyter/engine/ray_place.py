@@ -87,7 +87,7 @@ def token_file(home: Path) -> Path:
 def auth_mode(env: Mapping[str, str]) -> str:
     """How to speak to a named cluster: as told, else with a token if there is one.
 
-    Always said outright: Ray's own default differs between its command line and its library.
+    Always explicit: Ray's own default differs between its command line and its library.
     """
     if env.get("RAY_AUTH_MODE"):
         return env["RAY_AUTH_MODE"]

@@ -121,7 +121,7 @@ class Job:
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
     scores: PromptScores | None = None
     held_by: str = ""
-    heard: Listener | None = None
+    on_token: Listener | None = None
 
     @property
     def ended(self) -> bool:
@@ -142,7 +142,7 @@ class Job:
     def result(self) -> SampleResult:
         """Of a job that has ended."""
         sequences = [self.sequences[index] for index in range(self.request.num_samples)]
-        return replace(self.scores.told() if self.scores else SampleResult(()), sequences=sequences)
+        return replace(self.scores.result() if self.scores else SampleResult(()), sequences=sequences)
 
 
 @dataclass(slots=True, eq=False)
@@ -172,9 +172,9 @@ class Live:
 
     def tell(self, reason: StopReason | None) -> None:
         """Let who listens know of the newest token."""
-        if self.job.heard is not None:
+        if self.job.on_token is not None:
             top = self.top[-1] if self.top else ()
-            self.job.heard(Drawn(self.index, self.tokens[-1], self.logprobs[-1], top, reason))
+            self.job.on_token(Drawn(self.index, self.tokens[-1], self.logprobs[-1], top, reason))
 
     def stop_reason(self) -> StopReason | None:
         """Why the sequence ends with its newest token; None if it goes on."""

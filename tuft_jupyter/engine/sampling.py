@@ -112,7 +112,7 @@ class Picker:
     def _candidates(self, masses_MV: Tensor, total_M1: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest tokens, descending: as many as the filters can leave.
 
-        Sorting a whole vocabulary is dear, and a nucleus is mostly small: look further only if it is not.
+        Sorting a whole vocabulary is expensive, and a nucleus is mostly small: look further only if it is not.
         """
         vocab = masses_MV.shape[1]
         count = min(self._largest_k if self._largest_k < vocab else _FIRST_CANDIDATES, vocab)

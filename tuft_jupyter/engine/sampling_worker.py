@@ -73,12 +73,14 @@ class SamplingWorker:
         return Outcome(request_id, result=encoded, content_type=SAMPLED, facts=facts)
 
     async def draw(
-        self, request_id: str, adapter: str | None, request: SampleRequest, heard: Listener | None = None
+        self, request_id: str, adapter: str | None, request: SampleRequest, on_token: Listener | None = None
     ) -> SampleResult:
         """The same over values; TuftError says why there is none. Cancelling the call stops the drawing."""
         self.sampler.check(request)
         path = None if adapter is None else Path(adapter)
-        return await self._result(request_id, lambda: self.sampler.submit(request_id, path, request, heard))
+        return await self._result(
+            request_id, lambda: self.sampler.submit(request_id, path, request, on_token)
+        )
 
     def cancel(self, request_id: str) -> None:
         """Stop drawing for a request; it fails as cancelled. Unknown ids are ignored."""

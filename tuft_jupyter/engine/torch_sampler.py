@@ -3,7 +3,7 @@
 Every call of :meth:`TorchSampler.step` admits what fits, runs some tokens of new prompts as one packed row, and
 decodes one token of every live sequence in another, whatever their adapters. A prompt is run once for all samples
 drawn from it, and for equal prompts of a tenant. A sequence that ends leaves its place to the next in the queue. Where
-memory for keys and values runs short, the sequence that began last is put back and goes on later where it was.
+memory for keys and values runs short, the sequence that began last is preempted and goes on later where it was.
 
 Knows values only: no bodies, no HTTP, no Ray. Promises: what one request gets does not depend on the others
 (up to floating-point rounding in a larger batch); a request that cannot be served fails in its own place.
@@ -108,7 +108,7 @@ class TorchSampler:
         self._jobs: list[Job] = []  # in order of arrival
         self._prompts = Prompts(self._cache)
         self._live: list[Live] = []  # being decoded, in order of their beginning
-        self._put_back: list[Live] = []
+        self._preempted: list[Live] = []
         self._batch: _Batch | None = None
         self._lock = threading.Lock()
         self._arrived: list[tuple[str, Path | None, SampleRequest, Listener | None]] = []
@@ -123,11 +123,11 @@ class TorchSampler:
             raise UserError("sampling_params.stop: this model has no tokenizer; give token ids instead")
 
     def submit(
-        self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None = None
+        self, key: str, adapter: Path | None, request: SampleRequest, on_token: Listener | None = None
     ) -> None:
         """Queue a request; it is looked at in the next step."""
         with self._lock:
-            self._arrived.append((key, adapter, request, heard))
+            self._arrived.append((key, adapter, request, on_token))
 
     def cancel(self, key: str) -> None:
         """Drop a request before the next step; unknown keys are ignored."""
@@ -167,7 +167,7 @@ class TorchSampler:
         with self._lock:
             arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, set()
-        for key, directory, request, heard in arrived:
+        for key, directory, request, on_token in arrived:
             try:
                 self.check(request)
             except TuftError as error:
@@ -183,7 +183,7 @@ class TorchSampler:
                     limit=min(request.params.max_tokens, room),
                     decode=self._decode_text if request.params.stop_strings else None,
                     waiting=request.num_samples,
-                    heard=heard,
+                    on_token=on_token,
                 )
             )
         for job in [job for job in self._jobs if job.key in cancelled]:
@@ -192,13 +192,13 @@ class TorchSampler:
     # ---- admission
 
     def _admit(self, ended: Ended) -> None:
-        """Find room for sequences that were put back, then for the samples that can begin now."""
-        while self._put_back:
-            live = self._put_back[0]
+        """Find room for sequences that were preempted, then for the samples that can begin now."""
+        while self._preempted:
+            live = self._preempted[0]
             ids = np.concatenate([live.job.request.prompt, np.array(live.tokens, np.int32)])
             if not self._prompts.seat(live, self._prompts.add(live.job, ids, shared=False)):
                 return  # nobody overtakes
-            self._put_back.pop(0)
+            self._preempted.pop(0)
         free = self._max_live - sum(job.live for job in self._jobs)
         held_by = f"{self._max_live} sequences are being decoded, which is this sampler's limit"
         for job, count in shares(self._jobs, self._max_live, free):
@@ -265,7 +265,7 @@ class TorchSampler:
         for prompt, start, (first, last) in zip(prompts, starts, pairwise(cu), strict=True):
             for scores in prompt.scores:
                 logits = partial(self._logits_within, hidden_ND[first:last], prompt.adapter, start)
-                scores.see(start, prompt.strip.done, logits)
+                scores.update(start, prompt.strip.done, logits)
             if not prompt.left:
                 prompt.last = hidden_ND[last - 1].clone()
                 prompt.scores.clear()
@@ -297,7 +297,7 @@ class TorchSampler:
     # ---- decoding
 
     def _grow(self) -> None:
-        """A larger place for whom the present one is too small; while there is none, who began last is put back."""
+        """A larger place for whom the present one is too small; while there is none, who began last is preempted."""
         for live in [live for live in self._live if live.where.full]:
             while live.place is not None:
                 wanted = slot_size(live.place.length + 1)
@@ -307,7 +307,7 @@ class TorchSampler:
                     break
                 last = self._live[-1]
                 self._free(last)
-                self._put_back.insert(0, last)
+                self._preempted.insert(0, last)
 
     def _decode(self) -> None:
         """One more token for every live sequence."""
@@ -359,7 +359,7 @@ class TorchSampler:
         self._jobs.remove(job)
         for live in [live for live in self._live if live.job is job]:
             self._free(live)
-        self._put_back = [live for live in self._put_back if live.job is not job]
+        self._preempted = [live for live in self._preempted if live.job is not job]
         self._prompts.drop(job)
         if job.adapter is not None:
             self._adapters.give_back(job.adapter)

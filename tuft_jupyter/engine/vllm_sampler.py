@@ -163,12 +163,12 @@ class VllmSampler:
             )
 
     def submit(
-        self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None = None
+        self, key: str, adapter: Path | None, request: SampleRequest, on_token: Listener | None = None
     ) -> None:
         """Hand a request to the engine, which batches by itself."""
         with self._lock:
             self._tasks[key] = None
-        self._loop.call_soon_threadsafe(self._begin, key, adapter, request, heard)
+        self._loop.call_soon_threadsafe(self._begin, key, adapter, request, on_token)
 
     def cancel(self, key: str) -> None:
         """Stop drawing for a request; unknown keys are ignored."""
@@ -249,8 +249,10 @@ class VllmSampler:
             log.warning("this vLLM cannot score prompts with adapters on the unembedding (vllm#51594)")
         return scores
 
-    def _begin(self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None) -> None:
-        task = self._loop.create_task(self._serve(key, adapter, request, heard))
+    def _begin(
+        self, key: str, adapter: Path | None, request: SampleRequest, on_token: Listener | None
+    ) -> None:
+        task = self._loop.create_task(self._serve(key, adapter, request, on_token))
         # Not in the task itself: one that is cancelled before its first step never runs
         task.add_done_callback(
             lambda done: self._ended.put(
@@ -266,14 +268,14 @@ class VllmSampler:
             task.cancel()
 
     async def _serve(
-        self, key: str, adapter: Path | None, request: SampleRequest, heard: Listener | None
+        self, key: str, adapter: Path | None, request: SampleRequest, on_token: Listener | None
     ) -> Result:
         try:
             self.check(request)
             if adapter is None:
-                return await self._sample(key, request, None, heard)
+                return await self._sample(key, request, None, on_token)
             async with self._adapters.using(adapter) as named:
-                return await self._sample(key, request, named, heard)
+                return await self._sample(key, request, named, on_token)
         except TuftError as error:
             return error
         except Exception as error:
@@ -283,15 +285,15 @@ class VllmSampler:
             return ServerError(f"sampling failed in vLLM: {_line(error)}")
 
     async def _sample(
-        self, key: str, request: SampleRequest, named: Named | None, heard: Listener | None
+        self, key: str, request: SampleRequest, named: Named | None, on_token: Listener | None
     ) -> SampleResult:
         from vllm.lora.request import LoRARequest
 
         lora = None if named is None else LoRARequest(named.name, named.number, str(named.directory))
         prompt = {"prompt_token_ids": request.prompt.tolist(), "cache_salt": request.salt or None}
         room = self.limits.context - len(request.prompt)
-        answer = vllm_values.Answer(request, heard)
-        params = vllm_values.params(request, room, stream=heard is not None)
+        answer = vllm_values.Answer(request, on_token)
+        params = vllm_values.params(request, room, stream=on_token is not None)
         async for output in self._engine.generate(prompt, params, key, lora_request=lora):
             answer.add(output)
         return answer.result()

@@ -66,10 +66,10 @@ def _spread(seed: int) -> int:
 
 
 class Answer:
-    """Puts vLLM's outputs together. ``heard`` is told of every token."""
+    """Puts vLLM's outputs together. ``on_token`` is called with every token."""
 
-    def __init__(self, request: SampleRequest, heard: Listener | None = None) -> None:
-        self._request, self._heard = request, heard
+    def __init__(self, request: SampleRequest, on_token: Listener | None = None) -> None:
+        self._request, self._on_token = request, on_token
         self._tokens: list[list[Drawn]] = [[] for _ in range(_drawn(request))]
         self._prompt: Any = None
 
@@ -88,9 +88,9 @@ class Answer:
                     part.index, token, cell[token].logprob, _best(cell, k), reason if last else None
                 )
                 self._tokens[part.index].append(drawn)
-                if self._heard is not None:
+                if self._on_token is not None:
                     for copy in range(self._copies):
-                        self._heard(replace(drawn, index=part.index + copy))
+                        self._on_token(replace(drawn, index=part.index + copy))
 
     def result(self) -> SampleResult:
         """Of a request that has ended."""

@@ -86,7 +86,7 @@ class Head(msgspec.Struct):
 class TextRequest:
     """A request of either kind: ``prompts`` are texts or token ids, a chat has ``messages`` in their place.
 
-    ``max_tokens`` None is as far as the context goes; ``top`` is how many alternatives are told with each token,
+    ``max_tokens`` None is as far as the context goes; ``top`` is how many alternatives come with each token,
     None without logprobs.
     """
 

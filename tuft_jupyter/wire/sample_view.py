@@ -1,6 +1,6 @@
 """A kept sample request as people read it: the prompt, how tokens were drawn, and the answers, in text and token ids.
 
-Bytes in, plain values out. What text a token id stands for is told by whoever calls.
+Bytes in, plain values out. The caller brings the function from token ids to text.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_what_diverged_leaves_nothing_to_who_comes_after() -> None:
     world.prefill([100, 90, 80], 1, 999, None)
     first, second, _ = world.past
     for place in (first, second):
-        for tensor in place.rack.layers[0]:
+        for tensor in place.bucket.layers[0]:
             tensor[place.slot] = torch.nan
     world.drop(first)
     world.drop(second)
@@ -125,7 +125,7 @@ def test_a_sequence_that_outgrows_its_slot_moves_to_a_larger_one() -> None:
     world = World(1)
     world.prefill([126, 30], 2, 999, None)
     world.decode(list(world.past), 70, None)
-    assert sorted(place.rack.size for place in world.past) == [128, 128, 256, 256]
+    assert sorted(place.bucket.size for place in world.past) == [128, 128, 256, 256]
     assert world.cache.taken == 2 * 128 + 2 * 256
 
 

@@ -121,7 +121,7 @@ def test_memory_is_bounded_and_who_began_last_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(kv_cache, "SMALLEST", 16)
     sampler = TorchSampler(sampled, kv_tokens=512)
-    put_back: set[int] = set()
+    preempted: set[int] = set()
     jobs = [ask(prompt(12, seed=i), seed=i, max_tokens=80) for i in range(24)]
     for i, request in enumerate(jobs):
         sampler.submit(str(i), None, request)
@@ -131,19 +131,19 @@ def test_memory_is_bounded_and_who_began_last_goes_on_where_it_was(
     )
     while sampler.busy():
         answers.update(sampler.step())
-        put_back |= {int(live.job.key) for live in sampler._put_back}
+        preempted |= {int(live.job.key) for live in sampler._preempted}
         assert sampler._cache.taken <= 512
         assert sampler._cache.bytes <= 512 * each
-    assert put_back, "the memory was never short"
-    assert 0 not in put_back, "who came first never waits for others"
+    assert preempted, "the memory was never short"
+    assert 0 not in preempted, "who came first never waits for others"
     expected = run(TorchSampler(sampled), [(None, request) for request in jobs])
     assert [tokens_of(answers[str(i)]) for i in range(24)] == [tokens_of(answer) for answer in expected]
 
 
-def _layers(sampler: TorchSampler, answers: dict[str, Any]) -> dict[int, kv_cache.Rack]:
-    """The racks, after a first step."""
+def _layers(sampler: TorchSampler, answers: dict[str, Any]) -> dict[int, kv_cache.Bucket]:
+    """The buckets, after a first step."""
     answers.update(sampler.step())
-    return sampler._cache.racks
+    return sampler._cache.buckets
 
 
 def test_who_waits_is_told_for_what(sampled: Path, adapters: list[Path]) -> None:
