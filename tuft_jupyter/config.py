@@ -45,10 +45,10 @@ class Settings:
     and ``tps_limit`` (requests and input tokens a second), ``max_input_tokens`` (of one request),
     ``max_checkpoint_bytes``, ``max_sessions`` and ``max_samplers`` hold for each tenant, ``max_loras`` for the runs in
     use on one base model; 0 means no limit, and ``tenants`` lists who has others. ``history_days`` is how long what is
-    over stays on record (0: for ever). ``trust_remote_code`` lets models run Python
-    that they bring, ``keep_samples`` keeps the newest samples of each step in memory for whoever asked for them,
-    ``custom_loss_server_side`` computes losses that users wrote beside the model, ``hub_cache_seconds`` is how long
-    what JupyterHub says of a token is believed. None means:
+    over stays on record (0: for ever). ``trust_remote_code`` lets models run Python that they bring, ``keep_samples``
+    keeps the newest samples of each step in memory for whoever asked for them, ``standby_worker`` has a spare process
+    ready for when a training worker dies, ``custom_loss_server_side`` computes losses that users wrote beside the
+    model, ``hub_cache_seconds`` is how long what JupyterHub says of a token is believed. None means:
     ``micro_batch_tokens`` by device, ``kv_tokens`` (what the torch sampler remembers) by free memory, ``ray_address``
     a local Ray of our own, ``trainer_threads`` by CPUs. ``sampler_type`` is ``torch``,
     ``vllm`` or ``auto`` (:func:`sampler_choice`).
@@ -85,6 +85,7 @@ class Settings:
     trainer_threads: int | None = None
     trust_remote_code: bool = False
     keep_samples: bool = True
+    standby_worker: bool = True
     custom_loss_server_side: bool = False
     sampler_type: str = "auto"
     log_level: str = "info"

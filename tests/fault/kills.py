@@ -27,7 +27,7 @@ from tinker import types
 
 from examples.run_on_server import Server
 from tests.fault.bench import Fault, Trial
-from tests.support.live import OURS, ask, environment, key_of
+from tests.support.live import OURS, ask, environment, key_of, standby
 
 STEPS = 12
 
@@ -40,7 +40,8 @@ class Bench:
         for name in [name for name in os.environ if name.startswith(OURS)]:
             del os.environ[name]
         os.environ["TINKER_TELEMETRY"] = "0"
-        env = environment(home, TUFT_TRAINER_THREADS="1")
+        env = environment(home, TUFT_TRAINER_THREADS="1", TUFT_STANDBY_WORKER="true")
+        self.spare = 0
         self.home = home
         self.server = Server(home / "root", home, base_url="/user/alice/", env=env, port=free_port())
         self._restarting = threading.Lock()
@@ -83,7 +84,7 @@ class Bench:
     def kill_worker(self) -> None:
         with contextlib.suppress(psutil.Error):
             for below in psutil.Process(self.server.pid).children(recursive=True):
-                if "TrainingActor" in " ".join(below.cmdline()):
+                if below.pid != self.spare and "TrainingActor" in " ".join(below.cmdline()):
                     below.kill()
 
     def kill_server(self) -> None:
@@ -127,6 +128,7 @@ def killing(
             made.server.stop()
 
     def trial(made: Bench, rng: Random) -> str:
+        made.spare = standby(f"{made.server.url}tuft", key_of(made.home))
         moment = rng.uniform(0.0, made.seconds)
         failed: list[Exception] = []
 

@@ -35,6 +35,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
         "JUPYTER_DATA_DIR": str(home / "jupyter-data"),
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
         "TINKER_TELEMETRY": "0",
+        "TUFT_STANDBY_WORKER": "false",  # a test has no time to profit by one
         "OMP_NUM_THREADS": "1",
         **more,
     }
@@ -53,6 +54,19 @@ def ask(address: str, path: str, key: str, body: Any = None) -> Any:
     )
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
         return json.loads(answer.read())
+
+
+def standby(address: str, key: str, seconds: float = 60) -> int:
+    """The process that stands by for the training worker, as soon as there is one."""
+    found: list[int] = []
+
+    def there() -> bool:
+        workers = ask(address, "tuft/gauges", key)["workers"]
+        found[:] = [worker["pid"] for worker in workers if worker["name"].startswith("standby")]
+        return bool(found)
+
+    until(there, seconds, "no process stands by")
+    return found[0]
 
 
 def python(

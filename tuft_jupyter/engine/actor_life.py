@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -17,10 +16,12 @@ import psutil
 from tuft_jupyter.core.engine import EngineDied
 from tuft_jupyter.core.errors import ServerError, failure
 from tuft_jupyter.core.types import ModelCard
+from tuft_jupyter.engine.actor import Actor
 from tuft_jupyter.engine.actors import CPU_MALLOC, SECRETS, ActorOptions, EngineActor, Loaded, Place
 from tuft_jupyter.engine.pretrained import TRUST
 from tuft_jupyter.engine.ray_local import log_tail
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
+from tuft_jupyter.engine.standby import Standby
 
 GPU_SHARE = 0.2
 """Of one GPU, asked for by every actor: enough for a trainer and a sampler of two base models on one GPU."""
@@ -28,20 +29,8 @@ PLACEMENT_SECONDS = 60.0
 END_SECONDS = 10.0
 
 
-@dataclass(eq=False)
-class Actor:
-    """A live actor. ``gone`` is done, with the reason, once it cannot answer any more."""
-
-    handle: Any
-    session: Session
-    gone: asyncio.Future[str]
-    pid: int = 0
-    loaded: Loaded | None = None
-    gpu_bytes: int = 0
-
-
 class ActorEngine:
-    """What training and sampling engines share."""
+    """What training and sampling engines share. ``standby``: whether a spare process is kept for the next start."""
 
     kind = ""
     actor_class: type[EngineActor]
@@ -56,15 +45,17 @@ class ActorEngine:
         *,
         trusted: bool = False,
         place: Place | None = None,
+        standby: bool = False,
     ) -> None:
         self.card = card
         self.threads = threads
         self.trusted = trusted
+        self.standby = standby
         self.on_progress: Callable[[str], None] = lambda _: None
         self._runtime = runtime
         self._options = ActorOptions(card, threads, options or {}, place=place)
         self._actor: Actor | None = None
-        self._process: psutil.Process | None = None
+        self._standby = Standby(self._create, self._prepare, self._kill)
 
     @property
     def name(self) -> str:
@@ -76,22 +67,20 @@ class ActorEngine:
         actor = self._actor
         return actor.pid if actor and actor.session.place.local and not actor.gone.done() else None
 
+    @property
+    def standby_pid(self) -> int | None:
+        return self._standby.pid
+
     async def start(self) -> None:
         """Bring up a (new) actor with the model loaded; TuftError says why it cannot be."""
         await self.end()
         self.on_progress("starting a worker" if self._runtime.running else "starting Ray, then a worker")
         session = await self._runtime.acquire(self)
-        loop = asyncio.get_running_loop()
-        handle = await self._runtime.thread.run(lambda: self._create(session))
-        actor = self._actor = Actor(handle, session, loop.create_future())
-
-        def lost(reason: str) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_say, actor.gone, reason)
-
-        session.watchers.add(lost)
-        actor.gone.add_done_callback(lambda _: session.watchers.discard(lost))
+        spare = self._standby.take(session)
+        actor = self._actor = spare or await self._create(session)
         try:
+            if spare is None:
+                await self._place(actor)
             await self._load(actor)
         except EngineDied as death:
             await self.end()
@@ -101,9 +90,12 @@ class ActorEngine:
         except BaseException:
             await self.end()
             raise
+        if self.standby and session.place.local and not session.gpus:
+            self._standby.renew(session)
 
     async def stop(self) -> None:
-        """End the actor; Ray goes with the last engine."""
+        """End the actor and its spare; Ray goes with the last engine."""
+        await self._standby.end()
         await self.end()
         await self._runtime.release(self)
 
@@ -121,11 +113,24 @@ class ActorEngine:
             "gpu_bytes": actor.gpu_bytes,
         }
         with contextlib.suppress(psutil.Error):
-            if self._process is not None:
-                shown |= {"rss_bytes": self._process.memory_info().rss, "cpu": self._process.cpu_percent()}
+            if actor.process is not None:
+                shown |= {"rss_bytes": actor.process.memory_info().rss, "cpu": actor.process.cpu_percent()}
         return shown
 
-    def _create(self, session: Session) -> Any:
+    async def _create(self, session: Session) -> Actor:
+        loop = asyncio.get_running_loop()
+        handle = await self._runtime.thread.run(lambda: self._remote(session))
+        actor = Actor(handle, session, loop.create_future())
+
+        def lost(reason: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(actor.leave, reason)
+
+        session.watchers.add(lost)
+        actor.gone.add_done_callback(lambda _: session.watchers.discard(lost))
+        return actor
+
+    def _remote(self, session: Session) -> Any:
         import ray
 
         if self._options.place is not None and not session.place.local:
@@ -154,7 +159,8 @@ class ActorEngine:
         """What the actor is told."""
         return self._options
 
-    async def _load(self, actor: Actor) -> None:
+    async def _place(self, actor: Actor) -> None:
+        """Wait for the actor's process."""
         placed = asyncio.ensure_future(self._answer(actor, actor.handle.pid.remote()))
         try:
             actor.pid = await asyncio.wait_for(placed, PLACEMENT_SECONDS)
@@ -165,8 +171,14 @@ class ActorEngine:
             ) from None
         if actor.session.guard is not None:
             with contextlib.suppress(psutil.Error):
-                self._process = psutil.Process(actor.pid)
-                actor.session.guard.watch(self._process)
+                actor.process = psutil.Process(actor.pid)
+                actor.session.guard.watch(actor.process)
+
+    async def _prepare(self, actor: Actor) -> None:
+        await self._place(actor)
+        await self._answer(actor, actor.handle.prepare.remote())
+
+    async def _load(self, actor: Actor) -> None:
         self.on_progress("reading the weights")
         loaded: Loaded = await self._answer(actor, actor.handle.load.remote())
         if loaded.category:
@@ -184,7 +196,7 @@ class ActorEngine:
             try:
                 return value.result()
             except RayActorError:
-                _say(actor.gone, await asyncio.to_thread(self._obituary, actor))
+                actor.leave(await asyncio.to_thread(self._obituary, actor))
         value.cancel()
         raise EngineDied(actor.gone.result())
 
@@ -196,9 +208,11 @@ class ActorEngine:
     async def end(self) -> None:
         """Kill the actor and wait until its memory is free again."""
         actor, self._actor = self._actor, None
-        if actor is None:
-            return
-        _say(actor.gone, f"the {self.kind} worker of {self.card.name} was stopped")
+        if actor is not None:
+            await self._kill(actor)
+
+    async def _kill(self, actor: Actor) -> None:
+        actor.leave(f"the {self.kind} worker of {self.card.name} was stopped")
 
         def kill() -> None:
             import ray
@@ -206,13 +220,12 @@ class ActorEngine:
             if not actor.session.lost:
                 with contextlib.suppress(Exception):  # it may be dead already, and Ray with it
                     ray.kill(actor.handle, no_restart=True)
-            if self._process is not None:
+            if actor.process is not None:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     try:
-                        self._process.wait(END_SECONDS)
+                        actor.process.wait(END_SECONDS)
                     except psutil.TimeoutExpired:
-                        self._process.kill()
-            self._process = None
+                        actor.process.kill()
 
         await self._runtime.thread.run(kill)
 
@@ -221,8 +234,3 @@ class ActorEngine:
         said = f"the {self.kind} worker (process {actor.pid or 'not started'}) is gone"
         lines = log_tail(actor.session.logs, actor.pid)
         return f"{said}; its last words: {lines[-1].strip()[:300]}" if lines else said
-
-
-def _say(gone: asyncio.Future[str], reason: str) -> None:
-    if not gone.done():
-        gone.set_result(reason)

@@ -111,6 +111,10 @@ class EngineActor:
     def pid(self) -> int:
         return os.getpid()
 
+    def prepare(self) -> None:
+        """Import what ``load`` needs, which is most of the time it takes; no model, no device."""
+        from tuft_jupyter.engine import trainer  # noqa: F401
+
     def load(self) -> Loaded:
         """Load the model; a failure is returned, not raised, so that it keeps its category."""
         began = time.perf_counter()

@@ -136,8 +136,11 @@ class Engines:
         trusted = settings.trusts_code(card.name)
         meeting = settings.home / f"ranks-{uuid.uuid4().hex}"
         places = [Place(rank, ranks, meeting) for rank in range(ranks)] if ranks > 1 else [None]
+        standby = settings.standby_worker and ranks == 1
         made = [
-            ClusterTrainingEngine(card, self._runtime, threads, options, trusted=trusted, place=place)
+            ClusterTrainingEngine(
+                card, self._runtime, threads, options, trusted=trusted, place=place, standby=standby
+            )
             for place in places
         ]
         self._made += made
@@ -160,4 +163,6 @@ class Engines:
 
     def workers(self) -> list[tuple[str, int]]:
         """(name, pid) of the worker processes on this machine."""
-        return [(engine.name, engine.pid) for engine in self._made if engine.pid is not None]
+        working = [(engine.name, engine.pid) for engine in self._made]
+        spare = [(f"standby for {engine.name}", engine.standby_pid) for engine in self._made]
+        return [(name, pid) for name, pid in [*working, *spare] if pid is not None]
