@@ -27,7 +27,7 @@ from tuft_jupyter.config import Settings
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.types import PROTOBUF, ModelCard, OpKind
-from tuft_jupyter.engine import ray_place
+from tuft_jupyter.engine import ray_place, standby
 from tuft_jupyter.engine.actors import SECRETS
 from tuft_jupyter.engine.cluster import (
     ClusterSamplingEngine,
@@ -56,7 +56,9 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
 
 @pytest.fixture(scope="module")
 def settings(ray_home: Path) -> Settings:
-    return Settings(home=ray_home, checkpoint_dir=ray_home / "checkpoints", trainer_threads=1)
+    return Settings(
+        home=ray_home, checkpoint_dir=ray_home / "checkpoints", trainer_threads=1, standby_worker=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +293,39 @@ def test_a_worker_that_dies_while_loading_leaves_its_last_words(
     training.actor_class = actors.DyingTrainingActor
     with pytest.raises(ServerError, match=r"died while loading tiny.*Allocation of 1 PB failed"):
         runner.run(training.start())
+
+
+def test_a_worker_that_is_killed_is_replaced_by_the_one_that_stands_by(
+    training: ClusterTrainingEngine, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F1: and the next one stands by; an engine that is stopped leaves neither."""
+    training.actor_class = actors.FaultyTrainingActor
+    training.standby = True
+    monkeypatch.setattr(standby, "DELAY_SECONDS", 0.0)
+
+    async def spare() -> int:
+        async with asyncio.timeout(60):
+            while training.standby_pid is None:  # noqa: ASYNC110 - another process is waited for
+                await asyncio.sleep(0.01)
+        return training.standby_pid
+
+    async def body() -> None:
+        await training.start()
+        for _ in range(2):
+            waiting, working = await spare(), training.pid
+            assert working is not None
+            os.kill(working, signal.SIGKILL)
+            with pytest.raises(EngineDied):
+                await training.step([create()])
+            await training.start()
+            assert training.pid == waiting
+            (made,) = await training.step([create()])
+            assert not made.category
+        last = [psutil.Process(await spare()), psutil.Process(training.pid)]
+        await training.stop()
+        assert not [process for process in last if _runs(process)]
+
+    runner.run(body())
 
 
 def test_a_hung_step_ends_with_the_engine(training: ClusterTrainingEngine, runner: asyncio.Runner) -> None:

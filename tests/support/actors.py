@@ -18,6 +18,9 @@ BREAK = 9
 class FaultyTrainingActor(TrainingActor):
     """Hangs or dies on cue, by token."""
 
+    def prepare(self) -> None:
+        pass
+
     def setup_device(self) -> None:
         pass
 

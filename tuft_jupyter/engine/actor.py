@@ -32,9 +32,10 @@ class Actor:
         """As far as can be seen without asking it."""
         if self.gone.done():
             return False
-        if self.process is None:
-            return True
-        return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+        try:
+            return self.process is None or self.process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     def leave(self, reason: str) -> None:
         """It cannot answer any more; the first reason holds."""
