@@ -23,6 +23,7 @@ def clean_environment(home: Path) -> dict[str, str]:
         "IPYTHONDIR": str(home / "ipython"),
         "HF_HUB_OFFLINE": "1",
         "TINKER_TELEMETRY": "0",
+        "TUFT_STANDBY_WORKER": "false",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'server_ext'}",
     }
 
