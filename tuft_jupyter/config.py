@@ -19,13 +19,13 @@ from typing import Any
 import yaml
 
 from tuft_jupyter import home as homes
-from tuft_jupyter.checked import ConfigError as ConfigError
-from tuft_jupyter.checked import Reader, at_least, web_address
+from tuft_jupyter.config_reader import ConfigError as ConfigError
+from tuft_jupyter.config_reader import Reader, at_least, web_address
+from tuft_jupyter.config_sections import QUOTAS, check_sampler
+from tuft_jupyter.config_sections import ModelSettings as ModelSettings
+from tuft_jupyter.config_sections import PersistenceConfig as PersistenceConfig
+from tuft_jupyter.config_sections import TenantSettings as TenantSettings
 from tuft_jupyter.models import context_offered
-from tuft_jupyter.sections import QUOTAS, check_sampler
-from tuft_jupyter.sections import ModelSettings as ModelSettings
-from tuft_jupyter.sections import PersistenceConfig as PersistenceConfig
-from tuft_jupyter.sections import TenantSettings as TenantSettings
 
 DEFAULT_PORT = 10610
 DEFAULT_RANK_LIMIT = 64
@@ -36,63 +36,71 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything a server is told. ``file`` is the configuration file that was read, None if there was none.
-
-    ``max_lora_rank`` holds for models that no file lists (:meth:`rank_limit`). ``authorized_users`` maps keys
-    to tenants. ``public_url`` is where clients reach this server if a proxy stands before it ("": where they say
-    themselves that they do). ``adapter_timeout`` and ``adapter_max_lifetime`` are seconds, ``max_body_bytes`` bounds
-    one request body, ``max_upload_bytes`` an adapter that is uploaded. ``per_token_model_limit`` (runs), ``rps_limit``
-    and ``tps_limit`` (requests and input tokens a second), ``max_input_tokens`` (of one request),
-    ``max_checkpoint_bytes``, ``max_sessions`` and ``max_samplers`` hold for each tenant, ``max_loras`` for the runs in
-    use on one base model; 0 means no limit, and ``tenants`` lists who has others. ``history_days`` is how long what is
-    over stays on record (0: for ever). ``trust_remote_code`` lets models run Python that they bring, ``keep_samples``
-    keeps the newest samples of each step in memory for whoever asked for them, ``standby_worker`` has a spare process
-    ready for when a training worker dies, ``custom_loss_server_side`` computes losses that users wrote beside the
-    model, ``hub_cache_seconds`` is how long what JupyterHub says of a token is believed. None means:
-    ``micro_batch_tokens`` by device, ``kv_tokens`` (what the torch sampler remembers) by free memory, ``ray_address``
-    a local Ray of our own, ``trainer_threads`` by CPUs. ``sampler_type`` is ``torch``,
-    ``vllm`` or ``auto`` (:func:`sampler_choice`).
-    """
+    """All settings of a server. Of the limits, 0 means none."""
 
     home: Path
     checkpoint_dir: Path
     supported_models: tuple[ModelSettings, ...] = ()
     max_lora_rank: int = DEFAULT_RANK_LIMIT
+    """of models that no file lists (:meth:`rank_limit`)"""
     authorized_users: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """keys, and the tenants they stand for"""
     persistence: PersistenceConfig = field(default_factory=PersistenceConfig)
     model_owner: str = LOCAL_USER
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     public_url: str = ""
+    """where clients reach this server behind a proxy; "": as the ``Host`` header of a request says"""
     adapter_timeout: float = 1800.0
+    """seconds without use after which an adapter leaves the worker"""
     adapter_max_lifetime: float = 36000.0
+    """seconds after which a run is saved and closed"""
     max_body_bytes: int = 64 * 1024 * 1024
     max_upload_bytes: int = 1024 * 1024 * 1024
+    """of the archive of an adapter"""
     per_token_model_limit: int = 0
+    """runs in use, of one tenant; all limits down to ``max_samplers`` are for each tenant"""
     rps_limit: float = 0.0
+    """requests a second"""
     tps_limit: float = 0.0
+    """input tokens a second"""
     max_input_tokens: int = 0
+    """of one request"""
     max_checkpoint_bytes: int = 0
     max_sessions: int = 0
     max_samplers: int = 0
     max_loras: int = 0
+    """runs in use on one base model, of all tenants"""
     history_days: float = 30.0
+    """how long what is over stays on record; 0: for ever"""
     tenants: tuple[TenantSettings, ...] = ()
+    """who has other limits"""
     hub_cache_seconds: float = 30.0
+    """how long what JupyterHub says of a token is believed"""
     micro_batch_tokens: int | None = None
+    """of one forward and backward pass; None: by device"""
     kv_tokens: int | None = None
+    """that the torch sampler keeps at once; None: by free memory"""
     ray_address: str | None = None
+    """None: a local Ray of our own"""
     trainer_threads: int | None = None
+    """None: by CPUs"""
     trust_remote_code: bool = False
+    """whether Python code that a model brings may be run"""
     keep_samples: bool = True
+    """whether the newest samples of each step are kept in memory"""
     standby_worker: bool = True
+    """whether a spare process is ready for when a training worker dies"""
     custom_loss_server_side: bool = False
+    """whether losses that users wrote are computed beside the model"""
     sampler_type: str = "auto"
+    """``torch``, ``vllm`` or ``auto`` (:func:`sampler_choice`)"""
     log_level: str = "info"
     log_format: str = "text"
     toy_backend_seed: int = 0
     """accepted as TuFT 0.1 has it; without effect, because there is no toy engine"""
     file: Path | None = None
+    """the configuration file that was read"""
 
     def __post_init__(self) -> None:
         for name in (

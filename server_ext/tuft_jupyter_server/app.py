@@ -18,8 +18,8 @@ from jupyter_server.utils import url_path_join
 from traitlets import Int, Unicode
 
 from tuft_jupyter._version import __version__
-from tuft_jupyter.checked import ConfigError
 from tuft_jupyter.config import config_file, load_settings
+from tuft_jupyter.config_reader import ConfigError
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.home import KEY_PREFIX
 from tuft_jupyter_server import lab, lab_calls, logtail, misconfigured, tinker

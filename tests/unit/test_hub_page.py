@@ -13,8 +13,8 @@ import yaml
 from traitlets.config import Config
 
 from tests.support.hubs import EXAMPLES
-from tuft_jupyter.checked import Reader
 from tuft_jupyter.config import Settings
+from tuft_jupyter.config_reader import Reader
 
 PAGE = EXAMPLES.parents[1] / "docs" / "jupyterhub.md"
 
