@@ -1,7 +1,7 @@
 """The unembedding of packed rows: logits of chosen positions, and log-probabilities with their losses.
 
-:func:`run` never holds logits of more than a chunk of positions. A chunk's logits become log-probabilities,
-the loss says its slope in them, and the same memory becomes the gradient that goes back into the hidden
+:func:`run` never holds logits of more than a chunk of positions. What a chunk's logits say of the targets is kept,
+the loss says its slope in that, and the same memory becomes the gradient that goes back into the hidden
 states and into the adapters of the unembedding. Positions that the loss leaves out cost the forward half
 only.
 
@@ -25,7 +25,8 @@ from tuft_jupyter.engine.lora import MultiLoraLinear, Part, add_updates, pull_up
 from tuft_jupyter.engine.losses import Config, Inputs, Loss
 from tuft_jupyter.engine.packing import Segment
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits held at once
+_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}  # logits held at once
+Rows = NDArray[np.int64]
 _SMALLEST_CHUNK = 64  # positions: below that the matmul is slow
 
 
@@ -82,8 +83,7 @@ def run(
     with torch.no_grad():
         work = _Pass(_base(lm_head), _parts(lm_head, segments), h_ND.detach(), spans)
         dh_ND = torch.empty_like(work.h_ND) if backward else None
-        for start, end in work.chunks(0, len(h_ND)):
-            work.chunk(start, end, dh_ND)
+        work.run(dh_ND)
         return work.results, dh_ND
 
 
@@ -96,7 +96,7 @@ def _parts(lm_head: nn.Module, segments: Sequence[Segment]) -> list[Part]:
 
 
 class _Pass:
-    """One row on its way through the unembedding, chunk by chunk."""
+    """One row on its way through the unembedding, chunk by chunk; a chunk is some of its positions, in order."""
 
     def __init__(self, base: Any, parts: list[Part], h_ND: Tensor, spans: Sequence[Span]) -> None:
         self.base, self.parts, self.h_ND, self.spans = base, parts, h_ND, spans
@@ -110,61 +110,52 @@ class _Pass:
             if span.loss.whole_sequences:
                 self._whole(span, result)
 
-    def chunks(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        for at in range(start, end, self.size):
-            yield at, min(at + self.size, end)
+    def run(self, dh_ND: Tensor | None) -> None:
+        """Fill the results and, if given, the gradient. Positions that count have chunks of their own."""
+        if dh_ND is not None and not self.counts.all():
+            dh_ND.zero_()
+        for counting in (True, False):
+            for rows in self._chunks(np.flatnonzero(self.counts == counting)):
+                self._chunk(rows, dh_ND if counting else None)
 
-    def chunk(self, start: int, end: int, dh_ND: Tensor | None) -> None:
-        """Fill the results of positions [start, end) and, if given, their gradient."""
-        logp_MV = self._logprobs(start, end)
-        for span, result, here, there in self._spans_in(start, end):
+    def _chunks(self, rows: Rows) -> Iterator[Rows]:
+        for at in range(0, len(rows), self.size):
+            yield rows[at : at + self.size]
+
+    def _chunk(self, rows: Rows, dh_ND: Tensor | None) -> None:
+        h_MD = _at(self.h_ND, rows)
+        z_MV = self._logits(h_MD, rows).float()
+        p_MV = torch.softmax(z_MV, -1)
+        normalizer_M = z_MV.amax(1) - p_MV.amax(1).log()
+        spans = list(self._spans_in(rows))
+        chosen = [_gather(z_MV[here], _at(span.targets, there)) for span, _, here, there in spans]
+        del z_MV
+        for (span, result, here, there), logp in zip(spans, chosen, strict=True):
+            targets, to = _at(span.targets, there), _index(there, self.h_ND.device)
             if not span.loss.whole_sequences:
-                logp = _gather(logp_MV[here], span.targets[there])
-                result.logprobs[there] = logp
-                inputs = {name: value[there] for name, value in span.inputs.items()}
-                result.losses[there], result.slopes[there] = span.loss.formula(logp, inputs, span.config)
+                logp -= normalizer_M[here].view(-1, *(1,) * (logp.dim() - 1))
+                inputs = {name: _at(value, there) for name, value in span.inputs.items()}
+                result.logprobs[to] = logp
+                result.losses[to], result.slopes[to] = span.loss.formula(logp, inputs, span.config)
+            if dh_ND is not None:
+                slopes = _at(result.slopes, there).view(len(there), -1)
+                # d/dz of sum_k slope_k log_softmax(z)[target_k]
+                dz_MV = p_MV[here].mul_(-slopes.sum(1, keepdim=True))
+                dz_MV.scatter_add_(1, targets.view(len(there), -1), slopes)
         if dh_ND is not None:
-            rows = np.flatnonzero(self.counts[start:end])
-            if len(rows) < end - start:
-                dh_ND[start:end] = 0
-            if len(rows):
-                self._backward(
-                    start, end, rows if len(rows) < end - start else None, logp_MV, dh_ND[start:end]
-                )
-
-    def _backward(
-        self, start: int, end: int, rows: NDArray[np.int64] | None, logp_MV: Tensor, dh_MD: Tensor
-    ) -> None:
-        """Turn ``logp_MV`` into dL/dlogits and carry it to ``dh_MD``; only ``rows`` count (None: all)."""
-        h_MD, out_MD, index = self.h_ND[start:end], dh_MD, None
-        if rows is not None:
-            index = torch.from_numpy(rows).to(h_MD.device)
-            logp_MV, h_MD, out_MD = logp_MV[index], h_MD[index], dh_MD.new_empty(len(rows), dh_MD.shape[1])
-        dz_MV = logp_MV.exp_()
-        for span, result, here, there in self._spans_in(start, end):
-            first, last = _inside(rows, here.start, here.stop)
-            if first == last:
-                continue
-            slopes, targets = result.slopes[there], span.targets[there]
-            if index is not None:
-                local = index[first:last] - here.start
-                slopes, targets = slopes[local], targets[local]
-            slopes, targets = slopes.view(last - first, -1), targets.view(last - first, -1)
-            # d/dz of sum_k slope_k log_softmax(z)[target_k]
-            take(dz_MV, first, last).mul_(-slopes.sum(1, keepdim=True)).scatter_add_(1, targets, slopes)
-        dz_MV = dz_MV.to(h_MD.dtype)
-        torch.mm(dz_MV, self.base.weight, out=out_MD)
-        parts = [(*_inside(rows, a, b), slot) for a, b, slot in self._parts_in(start, end)]
-        hidden = [torch.mm(take(h_MD, a, b), slot.a.t()) for a, b, slot in parts]
-        pull_updates(dz_MV, h_MD, parts, hidden, out_MD)
-        if index is not None:
-            dh_MD[index] = out_MD
+            dz_MV = p_MV.to(h_MD.dtype)
+            out_MD = torch.mm(dz_MV, self.base.weight)
+            parts = self._parts_in(rows)
+            hidden = [torch.mm(take(h_MD, a, b), slot.a.t()) for a, b, slot in parts]
+            pull_updates(dz_MV, h_MD, parts, hidden, out_MD)
+            dh_ND[_index(rows, dh_ND.device)] = out_MD
 
     def _whole(self, span: Span, result: SpanResult) -> None:
         """A loss over whole datums needs all their log-probabilities before it can say any slope."""
-        for start, end in self.chunks(span.start, span.end):
-            at = slice(start - span.start, end - span.start)
-            result.logprobs[at] = _gather(self._logprobs(start, end), span.targets[at])
+        for rows in self._chunks(np.arange(span.start, span.end)):
+            logp_MV = F.log_softmax(self._logits(_at(self.h_ND, rows), rows), dim=-1, dtype=torch.float32)
+            at = slice(rows[0] - span.start, rows[-1] + 1 - span.start)
+            result.logprobs[at] = _gather(logp_MV, span.targets[at])
         for start, end in pairwise(edge - span.start for edge in span.cu):
             at = slice(start, end)
             inputs = span.inputs
@@ -172,34 +163,37 @@ class _Pass:
                 inputs = {name: value[at] for name, value in inputs.items()}
             result.losses[at], result.slopes[at] = span.loss.formula(result.logprobs[at], inputs, span.config)
 
-    def _logprobs(self, start: int, end: int) -> Tensor:
-        h_MD = self.h_ND[start:end]
+    def _logits(self, h_MD: Tensor, rows: Rows) -> Tensor:
         z_MV = F.linear(h_MD, self.base.weight, self.base.bias)
-        add_updates(h_MD, self._parts_in(start, end), z_MV)
-        return F.log_softmax(z_MV, dim=-1, dtype=torch.float32)
+        add_updates(h_MD, self._parts_in(rows), z_MV)
+        return z_MV
 
-    def _parts_in(self, start: int, end: int) -> list[Part]:
-        return [
-            (max(a, start) - start, min(b, end) - start, slot)
-            for a, b, slot in self.parts
-            if a < end and b > start
-        ]
+    def _parts_in(self, rows: Rows) -> list[Part]:
+        found = []
+        for start, end, slot in self.parts:
+            first, last = np.searchsorted(rows, (start, end)).tolist()
+            if first < last:
+                found.append((first, last, slot))
+        return found
 
-    def _spans_in(self, start: int, end: int) -> Iterator[tuple[Span, SpanResult, slice, slice]]:
-        """The spans that meet [start, end), with the stretch that does: as rows of the chunk, and of the span."""
+    def _spans_in(self, rows: Rows) -> Iterator[tuple[Span, SpanResult, slice, Rows]]:
+        """The spans that these positions are in: which of the chunk's rows, and which positions of the span."""
         for span, result in zip(self.spans, self.results, strict=True):
-            a, b = max(start, span.start), min(end, span.end)
-            if a < b:
-                yield span, result, slice(a - start, b - start), slice(a - span.start, b - span.start)
+            first, last = np.searchsorted(rows, (span.start, span.end)).tolist()
+            if first < last:
+                yield span, result, slice(first, last), rows[first:last] - span.start
 
 
-def _gather(logp_MV: Tensor, targets: Tensor) -> Tensor:
-    return logp_MV.gather(1, targets.view(len(targets), -1)).view(targets.shape)
+def _index(rows: Rows, device: torch.device) -> slice | Tensor:
+    """What to index with for these rows: a slice where they are neighbours, so that nothing is copied."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)
 
 
-def _inside(rows: NDArray[np.int64] | None, start: int, end: int) -> tuple[int, int]:
-    """Where the sorted ``rows`` (None: all) lie that are in [start, end)."""
-    if rows is None:
-        return start, end
-    first, last = np.searchsorted(rows, (start, end)).tolist()
-    return first, last
+def _at(tensor: Tensor, rows: Rows) -> Tensor:
+    return tensor[_index(rows, tensor.device)]
+
+
+def _gather(z_MV: Tensor, targets: Tensor) -> Tensor:
+    return z_MV.gather(1, targets.view(len(targets), -1)).view(targets.shape)
