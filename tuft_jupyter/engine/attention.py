@@ -8,7 +8,9 @@ heads each, D head dimension.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -55,8 +57,10 @@ class CausalAttention:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        if self._cu is not None and q_1HND.dtype in (torch.float16, torch.bfloat16):
-            return self._varlen(q_1HND, k_1GND, v_1GND, scaling, window)
+        kernel = None if self._cu is None else _varlen_kernel()
+        if kernel is not None and _takes(q_1HND):
+            q_NHD, k_NGD, v_NGD = (t[0].transpose(0, 1).contiguous() for t in (q_1HND, k_1GND, v_1GND))
+            return kernel(q_NHD, k_NGD, v_NGD, self._cu, self._longest, scaling, window)[None]
         dtype = q_1HND.dtype
         if q_1HND.device.type == "cpu" and dtype != torch.float32 and self._longest < _BLOCKED.stop:
             # The CPU's half-precision kernel takes twice as long, most of all backward.
@@ -118,26 +122,52 @@ class CausalAttention:
             )
         return torch.cat(outputs, dim=1)
 
-    def _varlen(
-        self, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor, scaling: float | None, window: int | None
-    ) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
 
-        q_NHD, k_NGD, v_NGD = (t[0].transpose(0, 1).contiguous() for t in (q_1HND, k_1GND, v_1GND))
-        o_NHD = varlen_attn(
-            q_NHD,
-            k_NGD,
-            v_NGD,
-            self._cu,  # type: ignore[arg-type]
-            self._cu,
-            self._longest,
-            self._longest,
-            scale=scaling,
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=q_NHD.shape[1] != k_NGD.shape[1],
-        )
-        assert isinstance(o_NHD, Tensor)
-        return o_NHD[None]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, float | None, int | None], Tensor]
+
+
+@cache
+def _varlen_kernel() -> Kernel | None:
+    """Causal attention over a row [N, H, D] by one kernel, if this torch has it; what it takes differs by version."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    knows = inspect.signature(varlen_attn).parameters
+
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor | None,
+        longest: int,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        more: dict[str, Any] = {}
+        if scaling is not None and "scale" in knows:
+            more["scale"] = scaling
+        elif scaling is not None:
+            q = q * (scaling * q.shape[-1] ** 0.5)
+        more["window_size"] = (-1 if window is None else window - 1, 0)
+        if q.shape[1] != k.shape[1] and "enable_gqa" in knows:
+            more["enable_gqa"] = True
+        elif q.shape[1] != k.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, **more)  # type: ignore[arg-type]
+        assert isinstance(out, Tensor)
+        return out
+
+    return kernel if "window_size" in knows else None
+
+
+def _takes(q_1HND: Tensor) -> bool:
+    """Whether the kernel, which is FlashAttention's, takes queries like these."""
+    return (
+        q_1HND.dtype in (torch.float16, torch.bfloat16)
+        and q_1HND.shape[-1] % 8 == 0
+        and q_1HND.shape[-1] <= 256
+    )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, count: int, scaling: float | None, window: int | None) -> Tensor:

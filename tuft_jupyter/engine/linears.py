@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tuft_jupyter.engine.grouped import GroupedStack, Groups, Member
 from tuft_jupyter.engine.lora import MultiLoraLinear, Slot, take
 from tuft_jupyter.engine.packing import Segment, boundaries
 from tuft_jupyter.engine.side_by_side import Rows, SideBySide
@@ -78,7 +79,7 @@ class _Together:
         raise RuntimeError("adapters that are computed together are only read")
 
 
-StackedPart = tuple[int, int, _Stack | _Together]
+StackedPart = tuple[int, int, _Stack | _Together | GroupedStack]
 _Stacked = tuple[tuple[ref[Slot], ...], list[_Stack]]
 """What was stacked, and how. It holds no slot: an adapter that is removed takes its stacks along."""
 
@@ -104,10 +105,11 @@ class Linears:
             for module, columns in zip(modules, self._columns, strict=True):
                 module.weight = nn.Parameter(self._weight[columns], requires_grad=False)
 
-    def parts(self, segments: Sequence[Segment], rows: Rows | None = None) -> list[StackedPart]:
+    def parts(self, segments: Sequence[Segment], together: Rows | Groups | None = None) -> list[StackedPart]:
         """For each segment the stacks of its adapter in these layers; more than one if they are not neighbours.
 
-        With ``rows`` one part for all of them, where their geometry is the same and they are only read.
+        With ``together`` one part for all of them, where their geometry is the same, and they are only read (for
+        ``Rows``) or all trained (for ``Groups``).
         """
         modules = [getattr(self._parent, name) for name in self._names]
         found: list[tuple[int, int, _Stack]] = []
@@ -121,9 +123,13 @@ class Linears:
             if slots:
                 found += [(start, end, stack) for stack in self._stacked(slots)]
                 firsts.append(slots[0][0])
-        if rows is not None and rows.count == len(firsts) == len(found) and _alike([s for _, _, s in found]):
-            weights = self._beside(firsts, [stack for _, _, stack in found])
-            return [(rows.first, found[-1][1], _Together(rows, weights))]
+        stacks = [stack for _, _, stack in found]
+        if together is None or together.count != len(firsts) or not _alike(stacks, len(firsts)):
+            return list(found)
+        if isinstance(together, Groups) and stacks[0].grad_a is not None:
+            return [(together.first, together.last, _grouped(together, stacks))]
+        if isinstance(together, Rows) and stacks[0].grad_a is None and len({s.scale for s in stacks}) == 1:
+            return [(together.first, found[-1][1], _Together(together, self._beside(firsts, stacks)))]
         return list(found)
 
     def _beside(self, firsts: list[Slot], stacks: list[_Stack]) -> SideBySide:
@@ -182,6 +188,20 @@ class Linears:
         return known
 
 
+def _grouped(groups: Groups, stacks: list[_Stack]) -> GroupedStack:
+    members = [
+        Member(
+            [stack.members[i].b for stack in stacks],
+            [grad for stack in stacks if (grad := stack.members[i].grad_b) is not None],
+            member.hidden,
+            member.columns,
+        )
+        for i, member in enumerate(stacks[0].members)
+    ]
+    grad_a = [stack.grad_a for stack in stacks if stack.grad_a is not None]
+    return GroupedStack(groups, [s.a for s in stacks], grad_a, [s.scale for s in stacks], members)
+
+
 def only_rows(
     parts: Sequence[StackedPart], hidden: Sequence[Tensor], rows_M: Tensor
 ) -> tuple[list[StackedPart], list[Tensor]]:
@@ -198,14 +218,13 @@ def only_rows(
     return found, kept
 
 
-def _alike(stacks: list[_Stack]) -> bool:
-    """Whether stacks are of one geometry, and only read."""
+def _alike(stacks: list[_Stack], count: int) -> bool:
+    """Whether these are so many stacks of one geometry, all trained or all only read."""
     one = stacks[0]
     shape = [(member.hidden, member.columns) for member in one.members]
-    return all(
-        stack.grad_a is None
-        and stack.a.shape == one.a.shape
-        and stack.scale == one.scale
+    return len(stacks) == count and all(
+        stack.a.shape == one.a.shape
+        and (stack.grad_a is None) == (one.grad_a is None)
         and [(member.hidden, member.columns) for member in stack.members] == shape
         for stack in stacks
     )

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuft_jupyter.engine.attention import Back, CausalAttention
+from tuft_jupyter.engine.grouped import Groups, groups_of
 from tuft_jupyter.engine.linears import Linears, StackedPart, only_rows
 from tuft_jupyter.engine.packing import Packed
-from tuft_jupyter.engine.side_by_side import rows_of
+from tuft_jupyter.engine.side_by_side import Rows, rows_of
 
 Pull = Callable[[Tensor, Tensor | None], None]
 """Takes the gradient [N, D] in the hidden states and, if many of its rows are 0, the sorted indices of the others."""
 
+_TOGETHER = "together"
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -69,13 +71,15 @@ class LlamaDecoder:
         self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
         self._layers = [_Layer(layer) for layer in decoder.layers]
         self._norm = _Norm.of(decoder.norm)
+        self.grouped = hf.device.type == "cuda"
+        """Whether adapters that are trained are computed together."""
 
     @torch.no_grad()
     def __call__(
         self, packed: Packed, ids_N: Tensor, positions_1N: Tensor, *, backward: bool, recompute: bool = False
     ) -> tuple[Tensor, Pull]:
-        if packed.tokens == len(packed.cu) - 1 and not backward and rows_of not in packed.memo:  # decoding
-            packed.memo[rows_of] = rows_of(packed.segments, ids_N.device)
+        if _TOGETHER not in packed.memo:
+            packed.memo[_TOGETHER] = self._together(packed, ids_N.device, backward)
         x_ND = F.embedding(ids_N, self._embed.weight)
         rope = _Rope(*self._rotary(x_ND, positions_1N))
         tape: list[_Kept | Tensor] = []  # of each layer what its backward pass reads, or only its input
@@ -88,6 +92,8 @@ class LlamaDecoder:
 
         @torch.no_grad()
         def pull(dh_ND: Tensor, rows_M: Tensor | None = None) -> None:
+            if isinstance(packed.memo[_TOGETHER], Groups):
+                rows_M = None  # the adapters' rows are told once for all layers
             of = (dh_ND, unit_ND, scale_N1)
             dx_ND = self._norm.pull(*(of if rows_M is None else (t[rows_M] for t in of)))
             for layer in reversed(self._layers):
@@ -98,6 +104,14 @@ class LlamaDecoder:
                 rows_M = None
 
         return h_ND, pull
+
+    def _together(self, packed: Packed, device: torch.device, backward: bool) -> Rows | Groups | None:
+        """How the adapters of a row are computed together, if they are."""
+        if backward and self.grouped:
+            return groups_of(packed.segments, device)
+        if packed.tokens == len(packed.cu) - 1 and not backward:  # decoding
+            return rows_of(packed.segments, device)
+        return None
 
 
 @dataclass(slots=True)
@@ -156,8 +170,8 @@ class _Layer:
         parts = packed.memo.get(self)
         if parts is None:
             all_linears = (self.qkv, self.out, self.gate_up, self.down)
-            rows = packed.memo.get(rows_of)
-            parts = packed.memo[self] = [linears.parts(packed.segments, rows) for linears in all_linears]
+            together = packed.memo[_TOGETHER]
+            parts = packed.memo[self] = [linears.parts(packed.segments, together) for linears in all_linears]
         n1_ND, unit1, scale1 = self.norm1(x_ND)
         qkv_NX, h_qkv = self.qkv(n1_ND, parts[0])
         qkv_NCE = qkv_NX.view(n, -1, self.head_size)

@@ -33,9 +33,14 @@ class Rows:
         places = [i * self.width + at for i, span in enumerate(spans) for at in range(len(span))]
         self._places = torch.tensor(places, device=device)
 
-    def spread(self, x_NI: Tensor) -> Tensor:
-        """The rows by adapter, [T, W, I]."""
-        x = x_NI if self.even else x_NI.index_select(0, self._padded)
+    def spread(self, x_NI: Tensor, *, zeros: bool = False) -> Tensor:
+        """The rows by adapter, [T, W, I]; what is added to the shorter is anything, or ``zeros``."""
+        if self.even:
+            return x_NI.unflatten(0, (self.count, self.width))
+        if zeros:
+            x = x_NI.new_zeros(self.count * self.width, x_NI.shape[1]).index_copy_(0, self._places, x_NI)
+        else:
+            x = x_NI.index_select(0, self._padded)
         return x.view(self.count, self.width, -1)
 
     def gather(self, y_TWO: Tensor) -> Tensor:
