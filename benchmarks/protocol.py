@@ -93,7 +93,9 @@ def serve(parent: Connection, home: str) -> None:
         settings = load_settings(None, {"TUFT_HOME": home})
         engines: Any = FakeEngines()
         engines.workers = list
-        engines.trainer.grain = ROWS * LENGTH  # what answers at once need not be given its work in parts
+        engines.trainer.part_tokens = (
+            ROWS * LENGTH
+        )  # what answers at once need not be given its work in parts
         host = Host(settings, engines=engines)
         await host.start()
         limit = settings.max_body_bytes

@@ -1,7 +1,7 @@
-"""How a reply leaves: whole, or as a stream that goes as fast as the client takes it.
+"""How replies are sent: whole, or as a stream at the pace of the client.
 
-What is still being worked on is cancelled when the client goes away, so nobody draws tokens for a closed connection. A
-client that takes nothing for a minute counts as gone. It does not know who asks, nor what.
+The work for a request is cancelled when its client goes away, so no tokens are sampled for a closed connection. A
+client that reads nothing for a minute counts as gone. It knows neither who asks nor what.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tuft_jupyter.wire.routes import Dialect, Route
 log = logging.getLogger("tuft_jupyter.http")
 
 TAKES_SECONDS = 60.0
-"""How long a client may leave a chunk of a stream lying."""
+"""How long a client may leave a chunk of a stream unread."""
 
 
 class BaseHandler(RequestHandler):
@@ -31,7 +31,7 @@ class BaseHandler(RequestHandler):
     api: Api
     dialect = Dialect.TINKER
     refused: TuftError | None = None
-    """Why what is being worked on was cancelled, if the client is to hear of it."""
+    """Why the request was cancelled, if the client is to be told."""
     _working: asyncio.Task[None] | None = None
 
     def on_connection_close(self) -> None:
@@ -84,7 +84,7 @@ class BaseHandler(RequestHandler):
         self.finish()
 
     def _break_off(self) -> None:
-        """What is not whole must not look whole."""
+        """Close the connection: an incomplete answer must not look complete."""
         connection = self.request.connection
         if connection is not None and not connection.stream.closed():  # type: ignore[attr-defined]
             self.detach().close()

@@ -174,8 +174,8 @@ class _Traced(Generic[Engine]):
 
 class _Training(_Traced[TrainingEngine]):
     @property
-    def grain(self) -> int:
-        return self._engine.grain
+    def part_tokens(self) -> int:
+        return self._engine.part_tokens
 
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
         with self._traces.batch(self._model, tasks):

@@ -268,10 +268,10 @@ def _result(shift: int, request: SampleRequest) -> SampleResult:
 class FakeTrainingEngine:
     """Implements ``core.engine.TrainingEngine`` in this process; a worker is a thread, where steps run in order.
 
-    ``starts`` counts workers brought up; :meth:`kill` is a ``kill -9`` of the worker. ``grain`` as in the protocol.
+    ``starts`` counts workers brought up; :meth:`kill` is a ``kill -9`` of the worker.
     """
 
-    grain = 0
+    part_tokens = 0
 
     def __init__(self, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()

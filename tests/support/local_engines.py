@@ -21,7 +21,7 @@ from tuft_jupyter.engine.worker import TrainingWorker
 class LocalTraining:
     """Implements ``core.engine.TrainingEngine``."""
 
-    grain = 0
+    part_tokens = 0
 
     def __init__(self, card: ModelCard) -> None:
         self._card = card

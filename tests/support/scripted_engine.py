@@ -24,7 +24,7 @@ class ScriptedEngine:
     ``calls`` are the batches asked for, ``steps`` those worked on; a closed ``gate`` keeps them apart.
     """
 
-    grain = 0
+    part_tokens = 0
 
     def __init__(self) -> None:
         self.runs: dict[str, list[str]] = {}

@@ -143,8 +143,8 @@ class Driver:
             await self._fail_all(error.category, f"{self.card.name} cannot be loaded: {error.message}")
         else:
             self.status, self.detail = "ready", ""
-            if self.engine.grain:
-                self.lanes.set_budget(self.engine.grain)
+            if self.engine.part_tokens:
+                self.lanes.set_budget(self.engine.part_tokens)
 
     def _say(self, detail: str) -> None:
         self.detail = detail

@@ -121,7 +121,7 @@ class Task:
 class Outcome:
     """What became of a task, or of a sample request.
 
-    ``finished`` is False while an op has tokens left; then ``facts["tokens"]`` counts those worked off so far.
+    ``finished`` is False while an op has tokens left; then ``facts["tokens"]`` counts those that were processed.
     ``facts`` are the few numbers that the journal keeps beside the bytes (``loss_sum``, ``weight_sum``, ``tokens``,
     ``grad_norm``, ``size_bytes``, ``engine_ms`` ...). ``category`` is "" for success, else "user" or "server" with
     the text in ``error``.
@@ -178,10 +178,10 @@ class TrainingEngine(Protocol):
     """Called during a start with what is being done; set by whoever starts the engine."""
 
     @property
-    def grain(self) -> int:
-        """Once it has started: tokens of a pass that are worth a call of their own, while tenants take turns.
+    def part_tokens(self) -> int:
+        """Once it has started: into parts of how many tokens large passes are best cut, so that tenants take turns.
 
-        0 where that is not known: as :class:`~tuft_jupyter.core.quotas.Limits` say.
+        0 where that is not known: then :class:`~tuft_jupyter.core.quotas.Limits` decide.
         """
 
     async def start(self) -> None:

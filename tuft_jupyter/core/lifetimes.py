@@ -1,9 +1,9 @@
-"""How long a run keeps its place in a worker: while somebody uses it, and no longer than the server's limits say.
+"""Idle timeouts and longest lifetimes: how long a run may stay in a worker, and how long it may train.
 
 A run without a heartbeat of its session and without a request for ``idle_timeout`` seconds leaves the worker; its state
 is on disk, it comes back with its next request, and until then it takes nobody's place. A run past ``max_lifetime`` is
 saved as a training checkpoint and closed, whether it is in use or not; ``owner``, whose server it is, is not bound by
-that. The module decides and says; it stops nothing itself.
+that. The module only decides; it stops nothing itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a tenant's own work stands: what a kernel and a terminal ask for, often, in one small answer.
+"""The state of a tenant's own work, in one small answer that kernels and terminals ask for often.
 
 Curves are left out (they are fetched by points, see :func:`points`), so the answer stays small however long a run is.
 Each run says in one sentence why nothing moves, or why its last request failed. It reads state and lanes and changes
@@ -19,7 +19,7 @@ RATE_STEPS = 20
 
 
 def outlook(service: Service, tenant: str) -> dict[str, Any]:
-    """Sessions, runs, samplers and checkpoints of one tenant; runs without their curves, in numbers of now."""
+    """Sessions, runs, samplers and checkpoints of one tenant; runs without their curves, with their present numbers."""
     shown = state_view(service.state, tenant)
     shown.pop("n")  # it moves with other tenants' work
     for run in shown["runs"]:

@@ -62,8 +62,8 @@ class Watchdog:
         self.engine.on_progress = listener
 
     @property
-    def grain(self) -> int:
-        return self.engine.grain
+    def part_tokens(self) -> int:
+        return self.engine.part_tokens
 
     async def start(self) -> None:
         try:

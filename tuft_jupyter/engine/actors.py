@@ -47,7 +47,7 @@ SECRETS = (
 )
 """Variables of the notebook server that a worker has no use for."""
 
-GPU_GRAIN = 16_384
+GPU_PART_TOKENS = 16_384
 """As many tokens as the trainer takes in one pass on a GPU; fewer leave it idle."""
 
 LAST_WORDS_SECONDS = 1.0
@@ -90,11 +90,11 @@ class ActorOptions:
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """``seconds`` is how long the model took to load; ``category`` is "" unless it could not be, as ``error`` says.
-    ``grain`` is that of :class:`~tuft_jupyter.core.engine.TrainingEngine`."""
+    ``part_tokens`` is that of :class:`~tuft_jupyter.core.engine.TrainingEngine`."""
 
     device: str = ""
     seconds: float = 0.0
-    grain: int = 0
+    part_tokens: int = 0
     category: str = ""
     error: str = ""
 
@@ -127,8 +127,8 @@ class EngineActor:
             log.exception("%s cannot be loaded", self.options.card.name)
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             return Loaded(category="server", error=text)
-        grain = 0 if self.device == "cpu" else GPU_GRAIN
-        return Loaded(self.device, time.perf_counter() - began, grain)
+        part_tokens = 0 if self.device == "cpu" else GPU_PART_TOKENS
+        return Loaded(self.device, time.perf_counter() - began, part_tokens)
 
     def span(self, name: str, trace: str) -> AbstractContextManager[Any]:
         """What is done for a caller, in its trace, where there are any."""

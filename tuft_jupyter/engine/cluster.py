@@ -44,8 +44,8 @@ class ClusterTrainingEngine(ActorEngine):
         return GPU_SHARE if self._options.place is None else RANK_GPU_SHARE
 
     @property
-    def grain(self) -> int:
-        return self._actor.loaded.grain if self._actor and self._actor.loaded else 0
+    def part_tokens(self) -> int:
+        return self._actor.loaded.part_tokens if self._actor and self._actor.loaded else 0
 
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Run one batch; one outcome per task, in order. EngineDied if the worker went away."""

@@ -42,9 +42,9 @@ class TrainingGroup:
         self.ranks[0].on_progress = listener
 
     @property
-    def grain(self) -> int:
+    def part_tokens(self) -> int:
         """As many tokens as all ranks together take in one pass."""
-        return len(self.ranks) * self.ranks[0].grain
+        return len(self.ranks) * self.ranks[0].part_tokens
 
     async def start(self) -> None:
         """Bring all ranks up; if one cannot be, none is."""

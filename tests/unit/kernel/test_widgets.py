@@ -15,7 +15,7 @@ import tuft_jupyter
 from tests.support.live import until
 from tests.support.stub_server import KEY, StubServer
 from tests.unit.kernel.test_commands import ONE, TWO, run_of
-from tuft_jupyter.kernel.widgets.thinning import thinned
+from tuft_jupyter.kernel.widgets.downsampling import downsampled
 
 ROOT = Path(__file__).parents[3]
 
@@ -160,9 +160,9 @@ def test_a_widget_s_module_is_whole_and_asks_nobody_else(widget: str) -> None:
 def test_a_long_curve_keeps_its_ends_and_its_peaks() -> None:
     losses: list[float | None] = [1.0] * 10_000
     losses[4321], losses[7000], losses[5] = 99.0, -3.0, None
-    few = thinned({"step": list(range(10_000)), "loss": losses}, ("loss", "absent"), 400)
+    few = downsampled({"step": list(range(10_000)), "loss": losses}, ("loss", "absent"), 400)
     assert len(few["step"]) <= 402
     assert (few["step"][0], few["step"][-1]) == (0, 9999)
     assert {99.0, -3.0} <= set(few["loss"])
-    whole = thinned({"step": [1, 2], "loss": [0.123456789, None]}, ("loss",), 400)
+    whole = downsampled({"step": [1, 2], "loss": [0.123456789, None]}, ("loss",), 400)
     assert whole == {"step": [1, 2], "loss": [0.123457, None]}

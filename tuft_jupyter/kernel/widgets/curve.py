@@ -9,8 +9,8 @@ import traitlets
 
 from tuft_jupyter.kernel import continuity
 from tuft_jupyter.kernel.report import number
+from tuft_jupyter.kernel.widgets.downsampling import downsampled
 from tuft_jupyter.kernel.widgets.live import Live, Watcher, asset, script
-from tuft_jupyter.kernel.widgets.thinning import thinned
 
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
 POINTS = 4000
@@ -60,7 +60,7 @@ class LossCurve(Live):
                     "status": run["status"],
                     "step": run["step"],
                     "why": run["why"],
-                    "columns": thinned(self._columns[run["id"]], METRICS, most),
+                    "columns": downsampled(self._columns[run["id"]], METRICS, most),
                 }
                 for run in shown
             ],

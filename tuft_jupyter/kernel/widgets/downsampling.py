@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def thinned(columns: Mapping[str, Sequence[Any]], metrics: Sequence[str], most: int) -> dict[str, list[Any]]:
+def downsampled(
+    columns: Mapping[str, Sequence[Any]], metrics: Sequence[str], most: int
+) -> dict[str, list[Any]]:
     """The columns ``step`` and ``metrics`` with at most about ``most`` entries; numbers have six digits.
 
     The first metric decides which entries stay: of each stretch its extremes, so that no peak is lost; the first and
