@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.scripted_engine import OneModel
-from tests.support.world import ALICE, BOB, LORA, scenario, stepped, until, world
+from tests.support.world import ALICE, BOB, LORA, World, scenario, stepped, until, world
 from tuft_jupyter.core.errors import NotFound, UserError
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.types import AdamParams, CheckpointKind
 from tuft_jupyter.core.views import state_view
 
@@ -51,6 +52,44 @@ def test_what_is_not_yours_is_not_there_and_a_refusal_changes_nothing(tmp_path: 
                 await runs.load_new_model(BOB, bobs, 0, path, False, {}, b"")
             after = state_view(service.state, "alice")
             assert {**after, "n": 0} == {**before, "n": 0}
+
+    scenario(body)
+
+
+def test_checkpoints_of_a_former_place_are_read_there_and_new_ones_go_to_the_present_one(
+    tmp_path: Path,
+) -> None:
+    """X4: a server that kept them in TuFT's old default, and is told nothing of it any more."""
+    journal, old = tmp_path / "journal", tmp_path / ".cache" / "tuft" / "checkpoints"
+
+    async def save(w: World, run: str, name: str) -> Path:
+        w.seq += 1
+        asked = await w.service.runs.save_weights(
+            ALICE, run, w.seq, name, CheckpointKind.TRAINING, name.encode()
+        )
+        assert not (await w.answer(asked)).category
+        return Path(w.service.state.checkpoints[f"tinker://{run}/weights/{name}"].directory)
+
+    async def body() -> None:
+        async with world(tmp_path, journal=SqliteJournal(journal)) as w:
+            w.service.checkpoints.root = old
+            run = await w.connect()
+            await w.train(run, 2)
+            first = await save(w, run, "first")
+            assert first.parent == old
+        async with world(tmp_path, journal=SqliteJournal(journal)) as w:
+            w.seq = 100
+            path = f"tinker://{run}/weights/first"
+            session = await w.service.sessions.open(ALICE, {"tags": []})
+            loaded = await w.service.runs.load_new_model(ALICE, session, 0, path, True, {}, b"load")
+            assert not (await w.answer(loaded)).category
+            assert w.service.state.runs[f"{session}:train:0"].step == 2
+            assert (await save(w, f"{session}:train:0", "second")).parent == tmp_path / "checkpoints"
+            await w.train(f"{session}:train:0", 3)  # with a snapshot: it stands on its own now
+            await until(lambda: not w.service.state.runs[f"{session}:train:0"].sources)
+            await w.service.checkpoints.delete(ALICE, path)
+            await w.service.sweep(0.0)
+            assert not first.exists()
 
     scenario(body)
 
