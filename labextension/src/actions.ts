@@ -13,6 +13,7 @@ import {
 import { URLExt } from '@jupyterlab/coreutils';
 import { TranslationBundle } from '@jupyterlab/translation';
 import { Api } from './api';
+import { complain } from './complain';
 import { ICheckpoint, IRun } from './objects';
 import { IDropped } from './upload';
 
@@ -102,12 +103,9 @@ export class Actions {
     Notification.promise(work, {
       pending: { message: trans.__('Uploading %1…', dropped.name) },
       success: { message: path => trans.__('Uploaded as %1', path) },
-      error: {
-        message: reason =>
-          reason instanceof Error ? reason.message : String(reason)
-      }
+      error: { message: () => trans.__('%1 was not uploaded', dropped.name) }
     });
-    await work.catch(() => undefined);
+    await this._try(() => work);
   }
 
   /** End a run, after a question: its worker's memory is free again. */
@@ -157,8 +155,7 @@ export class Actions {
     try {
       await work();
     } catch (error) {
-      const reason = error instanceof Error ? error.message : String(error);
-      Notification.error(reason, { autoClose: 8000 });
+      complain(error, this._trans);
     }
   }
 }

@@ -54,6 +54,12 @@ export interface IGpuGauge {
   utilization: number;
 }
 
+/** Bytes that a run takes: on the model's device while it is in use, or in host memory while it is idle. */
+export interface IRunMemory {
+  model: number;
+  idle: number;
+}
+
 /** Resource use at one moment. `cpu` is percent of the machine, `loop_lag_ms` how late the server's loop runs. */
 export interface IGauges {
   time: number;
@@ -62,6 +68,8 @@ export interface IGauges {
   loop_lag_ms: number;
   workers: IWorkerGauge[];
   gpus: IGpuGauge[];
+  /** Of each run in training; sent as it changes. Absent from older servers. */
+  runs?: { [run: string]: IRunMemory };
 }
 
 /** A run whose requests wait or run, and what for. */

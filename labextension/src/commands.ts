@@ -7,11 +7,12 @@ import { CommandRegistry } from '@lumino/commands';
 import { ReadonlyPartialJSONObject } from '@lumino/coreutils';
 import { Actions } from './actions';
 import { CommandIDs } from './commandids';
+import { complain } from './complain';
 import { toCsv, toJsonLines } from './export';
 import { checkpointCode, insertCell, resumeCode, startCode } from './insert';
 import { IContext } from './live';
 import { ICheckpoint, IRun } from './objects';
-import { runNames } from './names';
+import { runNames, strangerSentence } from './names';
 import { adapterOf, chooseFiles } from './upload';
 
 const DAY = 86400;
@@ -99,7 +100,12 @@ export class Commands {
   ): Promise<IRun | undefined> {
     const { state } = this._context.feed;
     if (args.run) {
-      return state.runs.get(String(args.run));
+      const run = state.runs.get(String(args.run));
+      if (!run) {
+        const { trans } = this._context;
+        complain(strangerSentence(String(args.run), state, trans), trans);
+      }
+      return run;
     }
     const names = runNames(state, this._context.trans);
     const labels = [...state.runs.keys()].reverse();

@@ -1,6 +1,7 @@
 /** What stands above the large chart: its title, and how the lines are drawn. */
 import * as React from 'react';
 import { Axis } from './curves';
+import { Segments, Slider } from './inputs';
 import { IRunViewProps } from './runviewstate';
 
 /** Props of {@link Controls}. */
@@ -16,44 +17,30 @@ export interface IControlsProps extends IRunViewProps {
 export function Controls(props: IControlsProps): JSX.Element {
   const { view, onView, trans } = props;
   return (
-    <div className="jp-Tuft-controls">
+    <div className="jp-Tuft-controls jp-mod-end">
       <h3>{props.title}</h3>
-      <span className="jp-Tuft-space" />
       {props.zoomed && !props.asTable && (
         <button className="jp-Tuft-textButton" onClick={props.onReset}>
           {trans.__('Show everything')}
         </button>
       )}
-      <label className="jp-Tuft-slider">
-        {trans.__('Smoothing')}
-        <input
-          type="range"
-          min={0}
-          max={0.99}
-          step={0.01}
-          value={view.smoothing}
-          onChange={event => onView({ smoothing: Number(event.target.value) })}
-        />
-        <output>{view.smoothing.toFixed(2)}</output>
-      </label>
-      <div
-        className="jp-Tuft-segments"
-        role="group"
-        aria-label={trans.__('Horizontal axis')}
-      >
-        {(['step', 'time'] as Axis[]).map(axis => (
-          <button
-            key={axis}
-            aria-pressed={view.axis === axis}
-            onClick={() => {
-              props.onReset();
-              onView({ axis });
-            }}
-          >
-            {axis === 'step' ? trans.__('Steps') : trans.__('Time')}
-          </button>
-        ))}
-      </div>
+      <Slider
+        label={trans.__('Smoothing')}
+        min={0}
+        max={0.99}
+        step={0.01}
+        value={view.smoothing}
+        onValue={smoothing => onView({ smoothing })}
+      />
+      <Segments<Axis>
+        label={trans.__('Horizontal axis')}
+        words={{ step: trans.__('Steps'), time: trans.__('Time') }}
+        value={view.axis}
+        onValue={axis => {
+          props.onReset();
+          onView({ axis });
+        }}
+      />
       <button
         className="jp-Tuft-textButton"
         aria-pressed={view.log}

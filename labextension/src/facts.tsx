@@ -1,14 +1,17 @@
 /** Beside the big chart: what a run is, what happened in one of its steps, and its checkpoints. */
 import { TranslationBundle } from '@jupyterlab/translation';
 import * as React from 'react';
+import { IRunMemory } from './api';
 import { Entry } from './checkpoints';
 import { history, lineOf, seriesOf, throughput } from './curves';
 import {
+  formatBytes,
   formatCount,
   formatDuration,
   formatRelative,
   formatValue
 } from './format';
+import { placeWord } from './gpu';
 import { IRun } from './objects';
 import { phaseOf, phaseWord } from './names';
 import { CopyButton } from './parts';
@@ -81,6 +84,7 @@ export function RunFacts(props: IRunFactsProps): JSX.Element {
                 : '–'
             ],
             [trans.__('Engine time'), formatDuration(run.engine_ms / 1000)],
+            [trans.__('Memory'), held(props.memory[run.id], trans)],
             [
               trans.__('Created'),
               formatRelative(Math.min(0, run.created - now), locale)
@@ -113,6 +117,16 @@ export function RunFacts(props: IRunFactsProps): JSX.Element {
       </section>
     </aside>
   );
+}
+
+function held(
+  memory: IRunMemory | undefined,
+  trans: TranslationBundle
+): string {
+  const bytes = memory ? memory.model + memory.idle : 0;
+  return memory && bytes
+    ? `${formatBytes(bytes)}, ${placeWord(memory, trans)}`
+    : '–';
 }
 
 function waiting(run: IRun, trans: TranslationBundle): string {

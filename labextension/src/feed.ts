@@ -202,7 +202,10 @@ export class Feed implements IFineTuning, IDisposable {
         this._status = message.status;
         break;
       case 'gauges':
-        this._gauges = message;
+        this._gauges = {
+          ...message,
+          runs: message.runs ?? this._gauges?.runs
+        };
         this._clockSkew = message.time - Date.now() / 1000;
         break;
       case 'queue':

@@ -53,6 +53,7 @@ export abstract class LiveWidget extends ReactWidget {
     return {
       state: feed.state,
       names: runNames(feed.state, trans),
+      memory: feed.gauges?.runs ?? {},
       now: feed.now(),
       locale: document.documentElement.lang || 'en',
       commands,

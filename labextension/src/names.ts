@@ -63,3 +63,25 @@ export function runNames(
 export function sessionName(session: ISession): string {
   return session.display_name || shortId(session.id);
 }
+
+/** Runs that are named where one is asked for that is not there. */
+const NAMED = 5;
+
+/** What is said of a run that is not this user's: the words of the notebook and of the command line. */
+export function strangerSentence(
+  run: string,
+  state: IState,
+  trans: TranslationBundle
+): string {
+  const yours = [...runNames(state, trans).values()].reverse();
+  return yours.length
+    ? trans.__(
+        '“%1” is no run of yours; you have %2 (`%tuft runs` lists them).',
+        run,
+        yours.slice(0, NAMED).join(', ')
+      )
+    : trans.__(
+        '“%1” is no run of yours, and there is none yet; tuft_jupyter.create_training_client(rank=8) starts one.',
+        run
+      );
+}

@@ -90,7 +90,7 @@ export class TuftPanel extends LiveWidget {
         )}
         {!missing && status && <Checkpoints {...view} />}
         {state.samplers.size > 0 && <Samplers {...view} />}
-        {!missing && status && <Resources gauges={feed.gauges} trans={trans} />}
+        {!missing && status && <Resources {...view} gauges={feed.gauges} />}
         {state.sessions.size > 0 && <Sessions {...view} />}
         {!missing && status?.admin && (
           <KeysSection {...view} keys={this._keys} />

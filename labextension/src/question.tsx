@@ -1,6 +1,9 @@
 /** The form of the playground: the prompt, and how tokens are drawn. */
 import * as React from 'react';
+import { Segments, Slider, WholeNumber } from './inputs';
 import { IPlaygroundProps } from './playgroundstate';
+
+const MOST_TOKENS = 32768;
 
 type Props = Pick<IPlaygroundProps, 'view' | 'onView' | 'trans'>;
 
@@ -11,22 +14,12 @@ export function Prompt({ view, onView, trans }: Props): JSX.Element {
     <>
       <div className="jp-Tuft-controls">
         <h3>{trans.__('Prompt')}</h3>
-        <div
-          className="jp-Tuft-segments"
-          role="group"
-          aria-label={trans.__('Kind of prompt')}
-        >
-          {(['chat', 'text'] as const).map(mode => (
-            <button
-              key={mode}
-              type="button"
-              aria-pressed={view.mode === mode}
-              onClick={() => onView({ mode })}
-            >
-              {mode === 'chat' ? trans.__('Chat') : trans.__('Continue text')}
-            </button>
-          ))}
-        </div>
+        <Segments
+          label={trans.__('Kind of prompt')}
+          words={{ chat: trans.__('Chat'), text: trans.__('Continue text') }}
+          value={view.mode}
+          onValue={mode => onView({ mode })}
+        />
       </div>
       {chat && (
         <input
@@ -55,61 +48,37 @@ export function Prompt({ view, onView, trans }: Props): JSX.Element {
 export function Sampling({ view, onView, trans }: Props): JSX.Element {
   return (
     <>
-      <label className="jp-Tuft-slider">
-        {trans.__('Temperature')}
-        <input
-          type="range"
-          min={0}
-          max={2}
-          step={0.05}
-          value={view.temperature}
-          onChange={event =>
-            onView({ temperature: Number(event.target.value) })
-          }
-        />
-        <output>{view.temperature.toFixed(2)}</output>
-      </label>
-      <label className="jp-Tuft-slider">
-        {trans.__('Top p')}
-        <input
-          type="range"
-          min={0.05}
-          max={1}
-          step={0.05}
-          value={view.topP}
-          onChange={event => onView({ topP: Number(event.target.value) })}
-        />
-        <output>{view.topP.toFixed(2)}</output>
-      </label>
-      <label className="jp-Tuft-slider">
-        {trans.__('Tokens')}
-        <input
-          type="number"
-          className="jp-Tuft-field"
-          min={1}
-          max={32768}
-          value={view.maxTokens}
-          onChange={event => {
-            const maxTokens = Math.round(Number(event.target.value));
-            if (maxTokens >= 1) {
-              onView({ maxTokens });
-            }
-          }}
-        />
-      </label>
-      <label className="jp-Tuft-slider">
-        {trans.__('Seed')}
-        <input
-          type="number"
-          className="jp-Tuft-field"
-          placeholder={trans.__('random')}
-          value={view.seed ?? ''}
-          onChange={event => {
-            const { value } = event.target;
-            onView({ seed: value === '' ? null : Math.round(Number(value)) });
-          }}
-        />
-      </label>
+      <Slider
+        label={trans.__('Temperature')}
+        min={0}
+        max={2}
+        step={0.05}
+        value={view.temperature}
+        onValue={temperature => onView({ temperature })}
+      />
+      <Slider
+        label={trans.__('Top p')}
+        min={0.05}
+        max={1}
+        step={0.05}
+        value={view.topP}
+        onValue={topP => onView({ topP })}
+      />
+      <WholeNumber
+        label={trans.__('Tokens')}
+        min={1}
+        max={MOST_TOKENS}
+        value={view.maxTokens}
+        onValue={maxTokens =>
+          maxTokens && maxTokens > 0 && onView({ maxTokens })
+        }
+      />
+      <WholeNumber
+        label={trans.__('Seed')}
+        placeholder={trans.__('random')}
+        value={view.seed}
+        onValue={seed => onView({ seed })}
+      />
     </>
   );
 }

@@ -4,6 +4,7 @@ import { RunFacts } from './facts';
 import { Figure } from './figure';
 import { Legend } from './legend';
 import { chosenRuns } from './lines';
+import { strangerSentence } from './names';
 import { IPicked, IRunViewProps } from './runviewstate';
 import { RUN_MIME } from './shown';
 import { AskSamples } from './stepsamples';
@@ -13,6 +14,8 @@ import { Tiles } from './tiles';
 export interface IRunViewBodyProps extends IRunViewProps {
   /** Counts theme changes. */
   theme: number;
+  /** Whether the runs of this user are known. */
+  known: boolean;
   askSamples: AskSamples;
 }
 
@@ -35,6 +38,7 @@ export function RunViewBody(props: IRunViewBodyProps): JSX.Element {
         about={about?.run}
         onAbout={run => setPicked({ run, step: null })}
       />
+      {props.known && <Strangers {...props} />}
       {about ? (
         <>
           <Tiles {...props} chosen={chosen} />
@@ -58,6 +62,31 @@ export function RunViewBody(props: IRunViewBodyProps): JSX.Element {
         </p>
       )}
     </DropZone>
+  );
+}
+
+/** What is to be shown, and is no run of this user: another user's, or of another server. */
+function Strangers({
+  view,
+  state,
+  onView,
+  trans
+}: IRunViewProps): JSX.Element | null {
+  const strangers = view.runs.filter(run => !state.runs.has(run));
+  if (!strangers.length) {
+    return null;
+  }
+  const remove = () =>
+    onView({ runs: view.runs.filter(run => state.runs.has(run)) });
+  return (
+    <div className="jp-Tuft-trouble" role="alert">
+      {strangers.map(run => (
+        <p key={run}>{strangerSentence(run, state, trans)}</p>
+      ))}
+      <button className="jp-Tuft-textButton" onClick={remove}>
+        {trans.__('Remove from the comparison')}
+      </button>
+    </div>
   );
 }
 

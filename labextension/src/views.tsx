@@ -70,6 +70,7 @@ export class RunView extends TabView<IRunViewState> {
         {...shown}
         view={this.view}
         theme={this.theme}
+        known={this.context.feed.status !== null}
         onView={change => this.set(change)}
         askSamples={this._askSamples}
       />

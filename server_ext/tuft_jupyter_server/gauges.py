@@ -8,25 +8,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import psutil
 
+from tuft_jupyter.core.engine import RunMemory
 from tuft_jupyter_server.gpus import gpus
 
 INTERVAL = 1.0
 """Seconds between two samples."""
 
 Workers = Callable[[], list[tuple[str, int]]]
+Memory = Callable[[], Awaitable[Mapping[str, RunMemory]]]
+
+
+async def _nothing() -> Mapping[str, RunMemory]:
+    return {}
 
 
 class Gauges:
-    """``latest`` is the newest sample as the lab shows it; ``workers`` names worker processes by pid."""
+    """``latest`` is the newest sample as the lab shows it, ``runs`` what each run takes in memory (not for everybody).
 
-    def __init__(self, workers: Workers = list) -> None:
+    ``workers`` names worker processes by pid; ``memory`` asks them of their runs, and answers when they come to it.
+    """
+
+    def __init__(self, workers: Workers = list, memory: Memory = _nothing) -> None:
         self.workers = workers
         self.latest: dict[str, Any] = {}
+        self.runs: Mapping[str, RunMemory] = {}
+        self._memory = memory
+        self._asking: asyncio.Task[None] | None = None
         self._watchers = 0
         self._sampled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -42,9 +54,10 @@ class Gauges:
             yield
         finally:
             self._watchers -= 1
-            if not self._watchers and self._task is not None:
-                self._task.cancel()
-                self._task = None
+            if not self._watchers:
+                for task in filter(None, (self._task, self._asking)):
+                    task.cancel()
+                self._task = self._asking = None
 
     async def fresh(self) -> dict[str, Any]:
         """The next sample, within two intervals."""
@@ -55,6 +68,8 @@ class Gauges:
     async def _sample_for_ever(self) -> None:
         while True:
             workers = self.workers()
+            if self._asking is None or self._asking.done():  # a worker in a long step answers after it
+                self._asking = asyncio.get_running_loop().create_task(self._ask())
             sample = await asyncio.to_thread(self._sample, workers)
             asked = time.perf_counter()
             await asyncio.sleep(INTERVAL)
@@ -62,6 +77,9 @@ class Gauges:
             self.latest = {**sample, "loop_lag_ms": round(max(late, 0.0) * 1000, 2)}
             self._sampled.set()
             self._sampled.clear()
+
+    async def _ask(self) -> None:
+        self.runs = await self._memory()
 
     def _sample(self, workers: list[tuple[str, int]]) -> dict[str, Any]:
         memory = psutil.virtual_memory()

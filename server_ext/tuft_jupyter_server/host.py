@@ -21,7 +21,7 @@ from tuft_jupyter import models, tracing
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.access import KeyRing
-from tuft_jupyter.core.engine import SamplingEngine, TrainingEngine
+from tuft_jupyter.core.engine import RunMemory, SamplingEngine, TrainingEngine
 from tuft_jupyter.core.errors import Elsewhere, Forbidden, Overloaded, TuftError, UserError
 from tuft_jupyter.core.journal import Journal, MemoryJournal, Unavailable
 from tuft_jupyter.core.journal_redis import RedisJournal
@@ -90,6 +90,10 @@ class ClusterEngines:
         """(name, pid) of the worker processes on this machine."""
         return [] if self._engines is None else self._engines.workers()
 
+    async def memory(self) -> dict[str, RunMemory]:
+        """What each run in training takes in memory."""
+        return {} if self._engines is None else await self._engines.memory()
+
     def _cluster(self) -> Any:
         if self._engines is None:
             missing = missing_backend()
@@ -153,7 +157,7 @@ class Host:
             samples=Samples(settings.keep_samples),
         )
         self.api = Api(self.service, self, watch=None if self.traces is None else self.traces.request)
-        self.gauges = Gauges(self.engines.workers)
+        self.gauges = Gauges(self.engines.workers, self.engines.memory)
         self._metrics = Metrics(self)
         self.problem = ""
         self._ready = asyncio.Event()

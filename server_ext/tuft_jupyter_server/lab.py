@@ -7,6 +7,7 @@ activity, so a panel that is left open does not keep a culled server alive.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from tornado import web
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from tuft_jupyter import metrics
+from tuft_jupyter.core.engine import RunMemory
 from tuft_jupyter.core.feed import Subscription
 from tuft_jupyter.core.outlook import waiting
 from tuft_jupyter.core.views import record_view, state_view
@@ -75,7 +77,10 @@ class LabExport(LabRead):
 
 
 class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
-    """Websocket: ``records`` as they happen; ``status``, ``queue``, ``log`` as they change; ``gauges`` each second."""
+    """Websocket: ``records`` as they happen; ``status``, ``queue``, ``log`` as they change; ``gauges`` each second.
+
+    With the gauges come ``runs``, what each takes in memory, as they change.
+    """
 
     auth_resource = "tuft"
     _track_activity = False
@@ -130,6 +135,7 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
     async def _send_gauges(self) -> None:
         status: dict[str, Any] = {}
         queue: list[dict[str, Any]] = []
+        runs: Mapping[str, RunMemory] = {}
         seen = 0
         with self.host.gauges.watched():
             while True:
@@ -138,7 +144,9 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
                     status = now
                     await self._write({"type": "status", "status": status})
                 if self.host.gauges.latest:
-                    await self._write({"type": "gauges", **self.host.gauges.latest})
+                    changed = {} if self.host.gauges.runs == runs else {"runs": self.host.gauges.runs}
+                    runs = self.host.gauges.runs
+                    await self._write({"type": "gauges", **self.host.gauges.latest, **changed})
                 waits = waiting(self.host.service)
                 if waits != queue:
                     queue = waits

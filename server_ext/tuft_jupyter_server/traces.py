@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tuft_jupyter.core.engine import Outcome, Part, SamplingEngine, Task, TextTask, TrainingEngine
+from tuft_jupyter.core.engine import Outcome, Part, RunMemory, SamplingEngine, Task, TextTask, TrainingEngine
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.types import ModelCard, Record
 from tuft_jupyter.tracing import Tracing, current_traceparent, failed, traceparent
@@ -144,6 +144,10 @@ class TracedEngines:
 
     def workers(self) -> list[tuple[str, int]]:
         found: list[tuple[str, int]] = self._engines.workers()
+        return found
+
+    async def memory(self) -> dict[str, RunMemory]:
+        found: dict[str, RunMemory] = await self._engines.memory()
         return found
 
 

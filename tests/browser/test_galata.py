@@ -11,7 +11,7 @@ import jupyterlab
 import pytest
 
 from tests.browser.jupyterlab import FLAGS, chromium, lab_server
-from tests.support.live import ROOT, environment
+from tests.support.live import ROOT
 
 PLAYWRIGHT = ROOT / "node_modules" / ".bin" / "playwright"
 SUITE = ROOT / "tests" / "galata"
@@ -28,10 +28,10 @@ def test_the_galata_suite_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pytest.skip("no Chromium, or no Galata: `npm ci` installs it")
     (root := tmp_path / "notebooks").mkdir()
     (work := tmp_path / "work").mkdir()
-    pictures = os.environ.get("TUFT_SCREENSHOTS", str(tmp_path / "pictures"))
-    for name in set(os.environ) - set(environment(tmp_path)):
-        monkeypatch.delenv(name)
-    server = lab_server(root, work, environment(tmp_path))
+    for name in ("TUFT_ADDRESS", "TUFT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY", "TUFT_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    env = {"TUFT_HOME": str(work / "tuft"), "HF_HOME": str(work / "huggingface")}
+    server = lab_server(root, work, env)
     # Its helpers in the page, and its calls of the server, know no path prefix.
     helpers = f"--LabServerApp.extra_labextensions_path={HELPERS}"
     with replace(server, base_url="/", options=(*server.options, helpers)) as running:
@@ -43,7 +43,7 @@ def test_the_galata_suite_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 "JUPYTER_TOKEN": running.token,
                 "CHROMIUM": browser,
                 "CHROMIUM_FLAGS": " ".join(FLAGS),
-                "TUFT_SCREENSHOTS": pictures,
+                "TUFT_SCREENSHOTS": os.environ.get("TUFT_SCREENSHOTS", str(tmp_path)),
                 "GALATA_OUTPUT": str(tmp_path / "galata"),
             },
             capture_output=True, text=True, timeout=540, check=False,

@@ -104,6 +104,49 @@ def test_each_device_and_each_process_shows_its_use(staged: Staged) -> None:
     page.wait_for_selector(".jp-Tuft-factList div:has(dt:text-is('Engine time')) >> text=2:04")
 
 
+STRANGER = "6f1c2a52-0000-4000-8000-000000000099:train:7"
+
+
+def test_each_run_shows_what_it_takes_of_memory(staged: Staged) -> None:
+    """In the panel the largest first, the rest as one; in the run view with where it lies. Runs that lie on disk take
+    none, and what is known stays where a message does not repeat it."""
+    stage = staged.play(runs=9)
+    page = staged.page
+    ids = [run["id"] for run in stage.snapshot["runs"]]
+    used = {run: {"model": 2_000_000 * (i + 1), "idle": 0} for i, run in enumerate(ids[:8])}
+    used |= {ids[0]: {"model": 0, "idle": 70_000_000}, ids[8]: {"model": 0, "idle": 0}}
+    stage.send({**gauges(), "runs": used})
+    table = page.locator("#tuft-panel .jp-Tuft-workers:has(caption:text-is('Runs'))")
+    table.wait_for()
+    rows = table.locator("tbody tr").all_inner_texts()
+    assert rows[0].split("\t")[::2] == ["pirate-sft", "70 MB"]
+    assert rows[-1].split("\t")[::2] == ["2 more", "10 MB"]
+    stage.send(gauges())
+    page.click("#tuft-panel >> text=Enlarge")
+    row = page.locator(".jp-Tuft-factList div:has(dt:text-is('Memory'))")
+    row.locator("text=70 MB, idle, in host memory").wait_for()
+
+
+def test_a_run_that_is_not_yours_is_said_in_the_words_of_the_notebook(staged: Staged) -> None:
+    """S1-34: where a view that was kept, or a command, names a run of somebody else."""
+    staged.play(runs=5)
+    page = staged.page
+    staged.execute("tuft:open-runs", {"runs": [STRANGER]})
+    sentence = f"“{STRANGER}” is no run of yours; you have"
+    told = page.locator(".jp-Tuft-view [role=alert]", has_text=sentence)
+    told.wait_for()
+    assert "pirate-sft" in told.inner_text()
+    assert "`%tuft runs` lists them" in told.inner_text()
+    told.locator("button").click()
+    told.wait_for(state="detached")
+    staged.execute("tuft:insert-resume", {"run": STRANGER})
+    toast = page.locator(".Toastify__toast", has_text=sentence)
+    toast.wait_for()
+    toast.locator("button:has-text('Read all')").click()
+    page.locator(".jp-Dialog >> text=`%tuft runs` lists them").wait_for()
+    page.click(".jp-Dialog button")
+
+
 def test_nothing_moves_for_whoever_asked_for_less_motion(staged: Staged) -> None:
     staged.play(runs=2)
     page = staged.page

@@ -119,6 +119,10 @@ test('the curve moves while a notebook trains, two runs are compared, and every 
       await card.locator('.jp-Tuft-runName').click();
     }
   }
+  const use = page.locator(`${PANEL} .jp-Tuft-workers tr`, {
+    hasText: 'Run 2'
+  });
+  await expect(use).toContainText(/\d (kB|MB)/);
   await page.locator(`${PANEL} >> text=Enlarge`).click();
   const chips = page.locator(`${VIEW} .jp-Tuft-chip`);
   await expect(chips).toHaveCount(2);

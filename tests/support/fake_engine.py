@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tuft_jupyter.core.engine import EngineDied, Listener, Outcome, Task
+from tuft_jupyter.core.engine import EngineDied, Listener, Outcome, RunMemory, Task
 from tuft_jupyter.core.errors import NotFound, ServerError, TuftError, UserError
 from tuft_jupyter.core.types import (
     AdamParams,
@@ -159,6 +159,9 @@ class FakeTrainer:
 
     def remove(self, run: str) -> None:
         self.runs.pop(run, None)
+
+    def memory(self) -> dict[str, RunMemory]:
+        return {run: RunMemory(model=8) for run in self.runs}
 
     def alive(self) -> None:
         """Raises once the fake is a corpse."""

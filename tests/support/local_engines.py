@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tuft_jupyter.core.engine import EngineDied, Outcome, Part, Task, TextTask
+from tuft_jupyter.core.engine import EngineDied, Outcome, Part, RunMemory, Task, TextTask
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.text_worker import TextWorker
@@ -111,3 +111,6 @@ class LocalEngines:
 
     def workers(self) -> list[tuple[str, int]]:
         return []
+
+    async def memory(self) -> dict[str, RunMemory]:
+        return {}

@@ -11,7 +11,16 @@ import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
-from tuft_jupyter.core.engine import EngineDied, Outcome, Part, SamplingEngine, Task, TextTask, TrainingEngine
+from tuft_jupyter.core.engine import (
+    EngineDied,
+    Outcome,
+    Part,
+    RunMemory,
+    SamplingEngine,
+    Task,
+    TextTask,
+    TrainingEngine,
+)
 from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.types import JSON, ModelCard, OpKind
 
@@ -176,6 +185,9 @@ class ScriptedEngines:
 
     def workers(self) -> list[tuple[str, int]]:
         return []
+
+    async def memory(self) -> dict[str, RunMemory]:
+        return {}
 
 
 class OneModel:

@@ -30,6 +30,14 @@ Listener = Callable[[Drawn], None]
 """Called with every token as it is drawn, in the sampler's own thread: it must return at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunMemory:
+    """Bytes that a run in training takes in memory: on the ``model``'s device, or ``idle`` in host memory."""
+
+    model: int = 0
+    idle: int = 0
+
+
 class Trainer(Protocol):
     """Trains many adapters over one frozen base model. Runs are named by their id.
 
@@ -70,6 +78,9 @@ class Trainer(Protocol):
 
     def remove(self, run: str) -> None:
         """Forget the adapter and its optimizer; unknown runs are ignored."""
+
+    def memory(self) -> Mapping[str, RunMemory]:
+        """What each run takes in memory now: weights, gradients and optimizer; nothing if it lies on disk."""
 
 
 class Sampler(Protocol):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuft_jupyter import tracing
-from tuft_jupyter.core.engine import EngineDied, Outcome, Part, Sampler, Task, TextTask, Trainer
+from tuft_jupyter.core.engine import EngineDied, Outcome, Part, RunMemory, Sampler, Task, TextTask, Trainer
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
@@ -209,6 +209,10 @@ class TrainingActor(EngineActor):
 
         group = self.group = Group(place.rank, place.ranks, place.meeting, self.device)
         return ParallelTrainer(self.options.card.path, group=group, **self.model_options())
+
+    def memory(self) -> dict[str, RunMemory]:
+        """What each run takes in memory of this process."""
+        return dict(self.worker.trainer.memory())
 
     def step(self, tasks: Sequence[Task], trace: str = "") -> tuple[list[Outcome], int]:
         """(the outcomes, GPU bytes held). The process ends if its trainer can never work again."""

@@ -5,6 +5,7 @@ What is asked of an actor, and what it is told when it is made; its life is :mod
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import uuid
@@ -13,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from tuft_jupyter.config import Settings, sampler_choice
-from tuft_jupyter.core.engine import Outcome, Part, Task, TextTask
+from tuft_jupyter.core.engine import EngineDied, Outcome, Part, RunMemory, Task, TextTask
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actor_life import GPU_SHARE, ActorEngine
 from tuft_jupyter.engine.actors import ActorOptions, Place, SamplingActor, TrainingActor, VllmOptions
@@ -40,6 +41,11 @@ class ClusterTrainingEngine(ActorEngine):
         place = self._options.place
         return super().name if place is None else f"{super().name} {place.rank + 1}/{place.ranks}"
 
+    @property
+    def leads(self) -> bool:
+        """Whether it is the only process of its trainer, or the first one."""
+        return self._options.place is None or self._options.place.rank == 0
+
     def gpus(self) -> float:
         return GPU_SHARE if self._options.place is None else RANK_GPU_SHARE
 
@@ -55,6 +61,15 @@ class ClusterTrainingEngine(ActorEngine):
             actor, actor.handle.step.remote(list(tasks), current_traceparent.get())
         )
         return outcomes
+
+    async def memory(self) -> dict[str, RunMemory]:
+        """What each run takes in memory, once the step under way is done; nothing while there is no worker."""
+        try:
+            actor = self._ready()
+            found: dict[str, RunMemory] = await self._answer(actor, actor.handle.memory.remote())
+        except EngineDied:
+            return {}
+        return found
 
 
 class ClusterSamplingEngine(ActorEngine):
@@ -160,6 +175,12 @@ class Engines:
         made = ClusterSamplingEngine(card, self._runtime, 1, options, trusted=trusted, asked=asked, vllm=vllm)
         self._made.append(made)
         return made
+
+    async def memory(self) -> dict[str, RunMemory]:
+        """What each run in training takes in memory; of a data-parallel trainer, in its first process."""
+        trainers = [engine for engine in self._made if isinstance(engine, ClusterTrainingEngine)]
+        found = await asyncio.gather(*(engine.memory() for engine in trainers if engine.leads))
+        return {run: taken for of_one in found for run, taken in of_one.items()}
 
     def workers(self) -> list[tuple[str, int]]:
         """(name, pid) of the worker processes on this machine."""

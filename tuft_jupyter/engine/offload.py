@@ -68,6 +68,10 @@ class OffloadStore:
         self._free.setdefault(at - start, []).append(start)
         return vectors
 
+    def in_memory(self, handle: Handle) -> int:
+        """Bytes of host memory that the vectors take: none if they lie on disk."""
+        return _size(self._in_memory.get(handle, ()))
+
     def drop(self, handle: Handle) -> None:
         """Forget the vectors."""
         if handle in self._in_memory:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from peft import LoraConfig
 from torch import Tensor
 
+from tuft_jupyter.core.engine import RunMemory
 from tuft_jupyter.core.errors import NotFound
 from tuft_jupyter.core.types import LoraSpec
 from tuft_jupyter.engine.adam import Adam
@@ -88,6 +89,12 @@ class ResidentRuns:
         elif run in self._away:
             self._store.drop(self._away.pop(run).handle)
 
+    def memory(self) -> dict[str, RunMemory]:
+        """What each run takes in memory now: weights, gradients and moments."""
+        here = {run: RunMemory(model=_held(live)) for run, live in self._here.items()}
+        away = {run: RunMemory(idle=self._store.in_memory(kept.handle)) for run, kept in self._away.items()}
+        return here | away
+
     def _make_room(self, using: set[str]) -> None:
         size = sum(_size(live) for live in self._here.values())
         for run in [run for run in self._here if run not in using]:
@@ -123,6 +130,11 @@ class ResidentRuns:
 def _fresh(spec: LoraSpec, adapter: Adapter) -> Run:
     assert adapter.grads is not None
     return Run(spec, adapter, Adam(adapter.weights, adapter.grads))
+
+
+def _held(live: Run) -> int:
+    """Bytes of a run now: the moments come with its first step."""
+    return _size(live) - 2 * live.adapter.weights.nbytes + sum(moment.nbytes for moment in live.adam.held)
 
 
 def _size(live: Run) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tuft_jupyter.core.engine import RunMemory
 from tuft_jupyter.core.errors import NotFound, ServerError, TuftError, UserError
 from tuft_jupyter.core.types import (
     AdamParams,
@@ -126,6 +127,10 @@ class PeftTrainer:
     def remove(self, run: str) -> None:
         """Forget the adapter and its optimizer; unknown runs are ignored."""
         self._runs.drop(run)
+
+    def memory(self) -> Mapping[str, RunMemory]:
+        """What each run takes in memory now."""
+        return self._runs.memory()
 
     def check(self, request: ForwardBackward) -> None:
         """UserError naming the datum, the field and the limit if any part of the request cannot be run."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support.datums import ask, make_datum
+from tuft_jupyter.core.engine import RunMemory
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import AdamParams, ForwardBackwardResult, LoraSpec
 from tuft_jupyter.engine.offload import OffloadStore
@@ -53,6 +54,21 @@ def test_runs_that_were_put_away_go_on_bit_by_bit(qwen3: Path, tmp_path: Path, h
     crowded.create("0", spec(9))
     with pytest.raises(UserError, match="exists already"):
         crowded.create("2", spec(2))
+
+
+@pytest.mark.parametrize("host", [0, 1 << 30], ids=["on disk", "in host memory"])
+def test_each_run_says_what_it_takes_of_memory(qwen3: Path, tmp_path: Path, host: int) -> None:
+    """Weights and gradients at first, Adam's moments with the first step; only what is kept while it is idle."""
+    trainer = PeftTrainer(qwen3, adapter_bytes=(0, host), spill=tmp_path)
+    trainer.create("a", spec(0))
+    weights = trainer.bank["a"].weights.nbytes
+    assert trainer.memory()["a"] == RunMemory(model=2 * weights)
+    trainer.optim_step([("a", STEP)])
+    assert trainer.memory()["a"] == RunMemory(model=4 * weights)
+    trainer.create("b", spec(1))
+    assert trainer.memory()["a"] == RunMemory(idle=3 * weights if host else 0)
+    trainer.remove("a")
+    assert trainer.memory().keys() == {"b"}
 
 
 def test_three_hundred_runs_take_the_memory_of_a_few(qwen3: Path, tmp_path: Path) -> None:
