@@ -103,7 +103,7 @@ def test_a_kernel_s_server_and_its_workers_end_with_the_kernel(
         "generated config",
         "started",
         "is starting ...",
-        "loaded",
+        "is loaded after",
         "loading tuft/demo",
         "connected",
     ):

@@ -2,7 +2,7 @@
 
 Four of the five seconds that a new worker takes are spent on importing torch, transformers and PEFT. A spare holds no
 model and no device. It is brought up a little after each start, so that it takes no time from whoever waits for that
-one, and it is only ever used once. What brings a process up and ends it is told; this decides when.
+one, and it is only ever used once. How a process is brought up and ended is passed in; this module decides when.
 """
 
 from __future__ import annotations

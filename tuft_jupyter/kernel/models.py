@@ -57,14 +57,14 @@ def wait_until_ready(client: Client, model: str, report: Report) -> None:
                     f"{model} cannot be loaded: {state.get('detail') or 'see the server log'}."
                 )
             case "ready":
-                report("loaded", f"{model} in {seconds:.1f} s")
+                report("model", f"{model} is loaded after {seconds:.1f} s")
                 return
             case "loading" if seconds > LOAD_SECONDS:
                 raise TuftConnectionError(
                     f"{model} was not loaded within {LOAD_SECONDS:.0f} s; see `%tuft status`."
                 )
             case "loading":
-                report("loaded", f"{state.get('detail') or f'loading {model}'} ...")
+                report("model", f"{state.get('detail') or f'loading {model}'} ...")
             case _ if seconds > IDLE_SECONDS:  # offered, and loaded when it is first used
                 return
         time.sleep(POLL_SECONDS)

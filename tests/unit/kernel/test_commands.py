@@ -170,8 +170,8 @@ def test_what_is_waited_for_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tuft_jupyter.kernel.report.in_notebook", lambda: True)
     monkeypatch.setattr("IPython.display.display", lambda table, display_id: shown.append(table))
     progress = Progress()
-    progress("loaded", "tuft/demo: reading weights ...")
-    progress("loaded", "tuft/demo in 1.0 s")
+    progress("model", "tuft/demo: reading weights ...")
+    progress("model", "tuft/demo is loaded after 1.0 s")
     assert ["<progress" in table._repr_html_() for table in shown] == [True, False]
 
 
@@ -189,7 +189,7 @@ def test_the_clock_goes_on_while_something_is_waited_for(monkeypatch: pytest.Mon
     monkeypatch.setattr("IPython.display.display", lambda table, display_id: Handle())
     progress = Progress()
     for _ in range(10):
-        progress("loaded", "loading tuft/demo: starting Ray ...")
+        progress("model", "loading tuft/demo: starting Ray ...")
         clock[0] += 0.4
     assert shown == ["TuFT · 1.2 s", "TuFT · 2.4 s", "TuFT · 3.6 s"]
 

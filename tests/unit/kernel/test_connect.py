@@ -116,7 +116,7 @@ def test_loading_is_waited_for_and_told(hosted: StubServer, told: Told) -> None:
 
     hosted.routes["GET /tuft/status"] = status
     tuft_jupyter.init("tuft/demo", report=told)
-    assert "reading weights" in told.of("loaded")
+    assert "reading weights" in told.of("model")
 
 
 def test_a_found_server_that_cannot_serve_the_model_says_so(hosted: StubServer, told: Told) -> None:
