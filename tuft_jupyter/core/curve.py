@@ -56,6 +56,9 @@ class Column(Sequence[Number]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        return f"Column({list(self)!r})"
+
 
 def new_curve() -> dict[str, Column]:
     return {name: Column(whole=name in WHOLE) for name in CURVE_COLUMNS}
