@@ -1,12 +1,13 @@
 """A service of JupyterHub: one server that owns the GPUs for all users of the Hub (``tuft hub-service``).
 
-The handlers are those of every other server; only the keys are the Hub's. A Hub token with ``tml-`` before it is a key
-here, because that is how the Tinker SDK wants keys to begin; whom it speaks for, and whether it may use this service,
-the Hub says. Nothing is issued and nothing is stored, so a client goes on by itself after a restart of the service. The
-Hub's user is the tenant, its groups choose the limits, and its admins may see and stop what belongs to others.
+The handlers are those of every other server; only the keys differ. A Hub token with ``tml-`` before it is a key here,
+because the Tinker SDK wants keys to begin like that; the Hub is asked whom it speaks for and whether it may use this
+service. Tokens are not stored, so a client simply goes on after a restart of the service. The Hub's user is the tenant,
+its groups choose the limits, and its admins may see and stop what belongs to others. Admins may also issue keys.
 
-Promises: a token that the Hub no longer knows is refused after :attr:`HubKeys.max_age` seconds at most, also where a
-request is parked under it; while the Hub cannot be reached, those it vouched for in the last minutes go on.
+Promises: a token that the Hub no longer knows is refused after :attr:`HubKeys.max_age` seconds at most, also while a
+request with it is waiting; while the Hub cannot be reached, tokens that it confirmed in the last five minutes stay
+valid.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ log = logging.getLogger("tuft_jupyter.hub")
 
 ADMIN_SCOPE = "custom:tuft:admin"
 GRACE_SECONDS = 300.0
-"""How long those whom the Hub vouched for go on while it cannot be reached."""
+"""How long tokens that the Hub confirmed stay valid while it cannot be reached."""
 REFUSED_SECONDS = 5.0
 REMEMBERED = 10_000
 
