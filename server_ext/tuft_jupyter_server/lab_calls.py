@@ -1,4 +1,4 @@
-"""The route table for the panel: the same verbs under Jupyter's identity instead of a key.
+"""The route table for the panel: the same endpoints under Jupyter's identity instead of a key.
 
 What a key may do, the owner of the notebook server may do from the lab: delete a checkpoint, sample, export. Jupyter's
 identity, XSRF check and authorizer apply (resource ``tuft``); routes about a key itself are left out. Like the rest of
@@ -18,8 +18,8 @@ from tornado import web
 from tuft_jupyter.core.errors import TooLarge, UserError
 from tuft_jupyter.core.types import JSON
 from tuft_jupyter.wire.api import Call, Reply, error_reply
+from tuft_jupyter.wire.endpoints.base import ANYTHING
 from tuft_jupyter.wire.routes import OPENAI_ROUTES, ROUTES, Access, Route
-from tuft_jupyter.wire.verbs.base import ANYTHING
 from tuft_jupyter_server.base_handler import BaseHandler
 from tuft_jupyter_server.host import Host
 from tuft_jupyter_server.uploads import LabUpload
@@ -106,7 +106,7 @@ def handlers(root: str, host: Host) -> list[tuple[str, type[APIHandler], dict[st
         for route in routes:
             if route.upload:
                 rules.append((root + prefix + route.pattern, LabUpload, {"host": host, "route": route}))
-            elif route.access is Access.KEY and route.verb not in OF_A_KEY:
+            elif route.access is Access.KEY and route.endpoint not in OF_A_KEY:
                 by_path.setdefault(prefix + route.pattern, {})[route.method] = route
     rules += [(root + path, LabCall, {"host": host, "routes": methods}) for path, methods in by_path.items()]
     return rules

@@ -29,6 +29,7 @@ from tuft_jupyter.core.errors import (
 )
 from tuft_jupyter.core.types import JSON, Principal
 from tuft_jupyter.wire.api import Api, Call, error_reply
+from tuft_jupyter.wire.endpoints.base import ANYTHING
 from tuft_jupyter.wire.routes import (
     OPENAI_ROUTES,
     ROUTES,
@@ -37,7 +38,6 @@ from tuft_jupyter.wire.routes import (
     Dialect,
     Route,
 )
-from tuft_jupyter.wire.verbs.base import ANYTHING
 from tuft_jupyter_server.base_handler import BaseHandler
 from tuft_jupyter_server.logs import begin_request
 from tuft_jupyter_server.uploads import Spool
@@ -264,7 +264,7 @@ def handlers(root: str, api: Api, keys: KeyRing, max_body: int, max_upload: int 
 
 def metrics_handler(path: str, api: Api, keys: KeyRing, max_body: int) -> list[Rule]:
     """``/tuft/metrics`` of the table under the short path that scrapers are given."""
-    route = next(each for each in ROUTES if each.verb == "metrics")
+    route = next(each for each in ROUTES if each.endpoint == "metrics")
     shared = {"api": api, "keys": keys, "max_body": max_body, "dialect": Dialect.TINKER}
     return [(path, TinkerHandler, {**shared, "routes": {route.method: route}})]
 

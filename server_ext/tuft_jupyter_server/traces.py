@@ -46,7 +46,7 @@ class Traces:
     @contextlib.contextmanager
     def request(self, route: Route, parent: str) -> Iterator[Callable[[int], None]]:
         """Within the block a request is answered; it says the status."""
-        if route.verb in UNTRACED:
+        if route.endpoint in UNTRACED:
             yield lambda status: None
             return
         attributes = {"http.request.method": route.method, "http.route": route.path}

@@ -1,7 +1,7 @@
 """Request bodies too large for memory, kept in a file without a name that is gone when it is closed.
 
 A body over the limit is no longer written, only counted, so that the refusal can name its size. Both the API's handler
-and the panel's own (:class:`LabUpload`) keep bodies so; what becomes of them is up to the verb.
+and the panel's own (:class:`LabUpload`) keep bodies so; what becomes of them is up to the endpoint.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def test_what_is_about_the_caller_tells_bob_nothing_of_carol(in_a_world: Scene) 
         before = world.carols()
         for route in TABLE:
             rule = RULES[route.method, route.path]
-            if rule.whose is not Whose.TENANT or route.verb == "revoke_key":
+            if rule.whose is not Whose.TENANT or route.endpoint == "revoke_key":
                 continue
             answer = await world.ask(route, world.ids, world.bob)
             assert answer.code == 200, (route.method, route.path, answer.body)
@@ -262,7 +262,7 @@ def test_the_owner_is_answered(tmp_path: Path, verb: str) -> None:
         if verb in ("forward", "forward_backward"):  # the scripted engine does not read bodies
             world.server.host.engines.trainer.gate.clear()
         for route in TABLE:
-            if route.verb != verb and (verb in ENDS or route.verb in ENDS):
+            if route.endpoint != verb and (verb in ENDS or route.endpoint in ENDS):
                 continue
             rule = RULES[route.method, route.path]
             key = {Whose.ADMIN: "", Whose.ANYBODY: None}.get(rule.whose, world.keys["good"])

@@ -24,8 +24,8 @@ from tests.support.http_server import Server as Host
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
 from tuft_jupyter.core.types import Principal
+from tuft_jupyter.wire.endpoints.base import Call
 from tuft_jupyter.wire.routes import ROUTES, Access
-from tuft_jupyter.wire.verbs.base import Call
 from tuft_jupyter_server import host as hosts
 from tuft_jupyter_server import lab, lab_calls
 
@@ -201,7 +201,7 @@ def test_a_foreign_run_and_none_at_all_take_the_same_time(tmp_path: Path) -> Non
 
     async def body(server: Host) -> None:
         run = await server.new_run()
-        route = next(each for each in ROUTES if each.verb == "get_info")
+        route = next(each for each in ROUTES if each.endpoint == "get_info")
         bob = Principal("bob")
         missing = "0" * (len(run) - 1) + "1"
         calls = [Call(bob, body=json.dumps({"model_id": name}).encode()) for name in (run, missing)]

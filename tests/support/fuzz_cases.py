@@ -209,7 +209,7 @@ WRONGS = (
 def json_case(rng: random.Random, world: World) -> Case:
     """One request to a random route, with something wrong in body, path, query or headers (or nothing)."""
     root, route = rng.choice(ROUTES)
-    if route.verb in RARELY or route.method not in ("POST", "PUT"):
+    if route.endpoint in RARELY or route.method not in ("POST", "PUT"):
         root, route = rng.choice(ROUTES)
     kind = rng.choice(WRONGS)
     parts = dict(world.ids)
@@ -219,12 +219,12 @@ def json_case(rng: random.Random, world: World) -> Case:
     if kind == "query":
         query = "?" + "&".join(f"{rng.choice(PARAMETERS)}={_quoted(rng.choice(NASTY))}" for _ in range(2))
     headers = {"Content-Type": JSON, **(rng.choice(HEADERS) if kind == "headers" else {})}
-    value = world.body(route.verb)
+    value = world.body(route.endpoint)
     body = _json_body(rng, value, kind) if route.method in ("POST", "PUT") else None
     path = route.path
     for name, part in parts.items():
         path = path.replace("{" + name + "}", _quoted(part))
-    return Case(route.method, root + path + query, body, headers, route.verb)
+    return Case(route.method, root + path + query, body, headers, route.endpoint)
 
 
 PARAMETERS = (

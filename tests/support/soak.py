@@ -42,7 +42,7 @@ IN_FLIGHT = 50
 SLOPE_MB = 1.0
 """For each 10,000 training requests."""
 
-VERBS = {route.verb: route for route in ROUTES}
+ROUTE_OF = {route.endpoint: route for route in ROUTES}
 
 
 @dataclass(slots=True)
@@ -91,13 +91,13 @@ class Soak:
 
     async def told(self, verb: str, body: Any, media: str = JSON, **path: str) -> Any:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        answer = await self.host.api.answer(VERBS[verb], Call(self.host.owner, path, {}, raw, media))
+        answer = await self.host.api.answer(ROUTE_OF[verb], Call(self.host.owner, path, {}, raw, media))
         assert answer.status == 200, (verb, answer.body[:300])
         return json.loads(answer.body)
 
     async def settled(self, promise: dict[str, str]) -> None:
         body = json.dumps({"request_id": promise["request_id"]}).encode()
-        answer = await self.host.api.answer(VERBS["retrieve_future"], Call(self.host.owner, body=body))
+        answer = await self.host.api.answer(ROUTE_OF["retrieve_future"], Call(self.host.owner, body=body))
         assert answer.status == 200, answer.body[:300]
         assert b'"error"' not in answer.body, answer.body[:300]
 

@@ -94,7 +94,7 @@ def test_imports_point_one_way(name: str, path: Path) -> None:
 def test_architecture_names_every_module() -> None:
     listing = ARCHITECTURE.split("```")[1]
     modules = {path.stem for _, path in MODULES if not path.stem.startswith("_")}
-    assert not modules - set(re.findall(r"[a-z_]+", listing)) - {"base", "rest"}  # of wire/verbs
+    assert not modules - set(re.findall(r"[a-z_]+", listing)) - {"base", "rest"}  # of wire/endpoints
 
 
 def test_the_core_is_layered_as_architecture_says() -> None:
@@ -146,11 +146,11 @@ def test_importing_what_a_notebook_server_needs_loads_no_heavy_package() -> None
     assert done.stdout.strip() == "[]"
 
 
-def test_every_route_has_a_verb_a_line_of_doc_and_is_listed_once() -> None:
+def test_every_route_has_an_endpoint_a_line_of_doc_and_is_listed_once() -> None:
     seen = [(route.method, route.path) for route in ROUTES]
     assert len(seen) == len(set(seen))
     for route in ROUTES:
-        assert callable(getattr(Api, route.verb)), route
+        assert callable(getattr(Api, route.endpoint)), route
         assert route.doc.endswith("."), route
 
 

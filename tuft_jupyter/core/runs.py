@@ -1,6 +1,6 @@
 """Runs: adapters in training, and the ops that clients ask of them.
 
-Each verb checks ownership first, then the request, then journals the op and puts it into its lane; the answer comes
+Each method checks ownership first, then the request, then journals the op and puts it into its lane; the answer comes
 later through the op's promise. A refused request changes nothing. The driver runs the ops.
 """
 

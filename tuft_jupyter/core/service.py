@@ -47,7 +47,7 @@ EPHEMERAL = "ephemeral"
 
 
 class Service:
-    """One server's verbs. ``home`` holds snapshots and ephemeral sampler weights."""
+    """What one server does. ``home`` holds snapshots and ephemeral sampler weights."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """The Tinker API: a request's bytes in, an answer's bytes out.
 
-A verb reads its message, asks the :class:`~tuft_jupyter.core.service.Service`, and writes the answer the SDK expects.
-Every failure is raised as a :class:`~tuft_jupyter.core.errors.TuftError` and leaves here in one JSON shape. It knows
-nothing of Tornado, and never looks inside tensors.
+An endpoint reads its message, asks the :class:`~tuft_jupyter.core.service.Service`, and writes the answer the SDK
+expects. Every failure is raised as a :class:`~tuft_jupyter.core.errors.TuftError` and leaves here in one JSON shape.
+It knows nothing of Tornado, and never looks inside tensors.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from contextlib import AbstractContextManager
 
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.service import Service
+from tuft_jupyter.wire.endpoints.account import AccountEndpoints
+from tuft_jupyter.wire.endpoints.base import Call, Host, Reply, error_reply
+from tuft_jupyter.wire.endpoints.keys import KeyEndpoints
+from tuft_jupyter.wire.endpoints.openai import OpenAIEndpoints
+from tuft_jupyter.wire.endpoints.rest import RestEndpoints
+from tuft_jupyter.wire.endpoints.sampling import SamplingEndpoints
+from tuft_jupyter.wire.endpoints.search import SearchEndpoints
+from tuft_jupyter.wire.endpoints.sessions import SessionEndpoints
+from tuft_jupyter.wire.endpoints.training import TrainingEndpoints
+from tuft_jupyter.wire.endpoints.transfer import TransferEndpoints
+from tuft_jupyter.wire.endpoints.upload import UploadEndpoints
+from tuft_jupyter.wire.endpoints.watching import WatchingEndpoints
 from tuft_jupyter.wire.routes import Route
-from tuft_jupyter.wire.verbs.account import AccountVerbs
-from tuft_jupyter.wire.verbs.base import Call, Host, Reply, error_reply
-from tuft_jupyter.wire.verbs.keys import KeyVerbs
-from tuft_jupyter.wire.verbs.openai import OpenAIVerbs
-from tuft_jupyter.wire.verbs.rest import RestVerbs
-from tuft_jupyter.wire.verbs.sampling import SamplingVerbs
-from tuft_jupyter.wire.verbs.search import SearchVerbs
-from tuft_jupyter.wire.verbs.sessions import SessionVerbs
-from tuft_jupyter.wire.verbs.training import TrainingVerbs
-from tuft_jupyter.wire.verbs.transfer import TransferVerbs
-from tuft_jupyter.wire.verbs.upload import UploadVerbs
-from tuft_jupyter.wire.verbs.watching import WatchingVerbs
 
 HOLD_SECONDS = 20.0
 """How long a poll is held: the SDK gives up at 45 or 90 s and never sleeps between polls."""
@@ -34,17 +34,17 @@ Watch = Callable[[Route, str], AbstractContextManager[Callable[[int], None]]]
 
 
 class Api(
-    SessionVerbs,
-    TrainingVerbs,
-    SamplingVerbs,
-    RestVerbs,
-    TransferVerbs,
-    UploadVerbs,
-    AccountVerbs,
-    KeyVerbs,
-    SearchVerbs,
-    WatchingVerbs,
-    OpenAIVerbs,
+    SessionEndpoints,
+    TrainingEndpoints,
+    SamplingEndpoints,
+    RestEndpoints,
+    TransferEndpoints,
+    UploadEndpoints,
+    AccountEndpoints,
+    KeyEndpoints,
+    SearchEndpoints,
+    WatchingEndpoints,
+    OpenAIEndpoints,
 ):
     def __init__(
         self,
@@ -68,12 +68,12 @@ class Api(
             return answer
 
     async def _answer(self, route: Route, call: Call) -> Reply:
-        verb: Callable[[Call], Awaitable[Reply]] = getattr(self, route.verb)
+        endpoint: Callable[[Call], Awaitable[Reply]] = getattr(self, route.endpoint)
         try:
-            answer = await verb(call)
+            answer = await endpoint(call)
         except TuftError as error:
             answer = error_reply(error, route.dialect)
-        self.service.counters.add("requests", route=route.verb, status=str(answer.status))
+        self.service.counters.add("requests", route=route.endpoint, status=str(answer.status))
         return answer
 
 

@@ -1,7 +1,7 @@
 """The JSON requests of the Tinker protocol, as we read them.
 
 Each struct names the fields we use; everything else is ignored, because a newer SDK may send more than this version
-knows. What would change numbers if it were ignored is named here and refused by the verbs. Decoding errors name the
+knows. What would change numbers if it were ignored is named here and refused by the endpoints. Decoding errors name the
 field. Nothing here imports the SDK.
 """
 

@@ -79,7 +79,7 @@ def _operation(route: Route) -> dict[str, Any]:
     shape = "OpenAIRefusal" if route.dialect is Dialect.OPENAI else "Refusal"
     refused = {"description": "Refused.", "content": _content(JSON, f"#/components/schemas/{shape}")}
     operation: dict[str, Any] = {
-        "operationId": route.verb,
+        "operationId": route.endpoint,
         "summary": route.doc,
         "tags": [route.dialect.value],
         "parameters": [*_parameters(route)],
@@ -103,7 +103,7 @@ def _parameters(route: Route) -> Iterable[dict[str, Any]]:
 def _body(route: Route) -> dict[str, Any] | None:
     if route.message is not None:
         return _content(JSON, f"#/components/schemas/{_name(route.message)}")
-    if route.verb in ("forward", "forward_backward"):
+    if route.endpoint in ("forward", "forward_backward"):
         return {PROTOBUF: _BINARY, **_content(JSON, None)}
     return {"application/octet-stream": _BINARY} if route.upload else None
 

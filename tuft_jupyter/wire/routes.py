@@ -43,11 +43,11 @@ def pattern_of(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``verb`` is the method of :class:`~tuft_jupyter.wire.api.Api`; ``message`` what the body is read as."""
+    """``endpoint`` is the method of :class:`~tuft_jupyter.wire.api.Api`; ``message`` what the body is read as."""
 
     method: str
     path: str
-    verb: str
+    endpoint: str
     doc: str
     message: type[m.Message] | None = None
     access: Access = Access.KEY

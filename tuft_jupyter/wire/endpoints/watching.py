@@ -14,11 +14,11 @@ import msgspec
 from tuft_jupyter.core.outlook import next_seq, outlook, points
 from tuft_jupyter.core.views import state_view
 from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, number, reply
 from tuft_jupyter.wire.sample_view import sample_views
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, number, reply
 
 
-class WatchingVerbs(Verbs):
+class WatchingEndpoints(Endpoints):
     async def outlook(self, call: Call) -> Reply:
         """``version`` names the content; a caller that sends it as ``seen`` waits for another, ``wait`` seconds."""
         tenant = call.principal.tenant

@@ -19,12 +19,12 @@ from tuft_jupyter.core.checkpoints import check_name
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import ModelCard, run_id
 from tuft_jupyter.wire import unpack
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, checked_ttl, reply
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, checked_ttl, reply
 
 HOW = f"send a tar archive of {CONFIG} and {WEIGHTS} (tar cf - -C DIRECTORY .)"
 
 
-class UploadVerbs(Verbs):
+class UploadEndpoints(Endpoints):
     async def upload_adapter(self, call: Call) -> Reply:
         """Answers with the checkpoint's path, which :meth:`load_weights` and samplers take."""
         service = self.service

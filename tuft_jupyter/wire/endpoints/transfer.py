@@ -15,11 +15,11 @@ from tuft_jupyter.core.state import Checkpoint
 from tuft_jupyter.core.types import CheckpointKind, run_id
 from tuft_jupyter.wire import archive, sealing
 from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, checked_ttl, iso_time, path_of, reply
 from tuft_jupyter.wire.tickets import Ticket
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, checked_ttl, iso_time, path_of, reply
 
 
-class TransferVerbs(Verbs):
+class TransferEndpoints(Endpoints):
     async def save_weights_external(self, call: Call) -> Reply:
         asked = m.decode(m.SaveWeightsExternal, call.body)
         recipients = asked.age_encryption_recipients or []

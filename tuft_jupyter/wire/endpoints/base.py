@@ -1,4 +1,4 @@
-"""What every verb works with: the call, the reply, and the small conversions they share."""
+"""What every endpoint works with: the call, the reply, and the small conversions they share."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ class Host(Protocol):
         """A function from token ids to text, or to None where the tokenizer cannot be read. Blocks a moment."""
 
 
-class Verbs:
-    """A family of verbs: each takes a :class:`Call` and returns a :class:`Reply`, or raises a TuftError."""
+class Endpoints:
+    """A family of endpoints: each takes a :class:`Call` and returns a :class:`Reply`, or raises a TuftError."""
 
     service: Service
     host: Host

@@ -9,9 +9,9 @@ from typing import Any
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.text import Offered
 from tuft_jupyter.wire.archive import Stream
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, error_reply, reply
 from tuft_jupyter.wire.openai import decode_head
 from tuft_jupyter.wire.routes import Dialect
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, error_reply, reply
 
 EVENTS = "text/event-stream"
 BYTES_PER_TOKEN = 4
@@ -22,7 +22,7 @@ STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """What keeps a proxy from holding events back."""
 
 
-class OpenAIVerbs(Verbs):
+class OpenAIEndpoints(Endpoints):
     async def oai_models(self, call: Call) -> Reply:
         return reply(
             {"object": "list", "data": [_model(m) for m in self.service.text.models(call.principal)]}

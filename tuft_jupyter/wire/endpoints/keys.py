@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tuft_jupyter.core.keys import as_json
 from tuft_jupyter.wire import messages as m
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, reply
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, reply
 
 
-class KeyVerbs(Verbs):
+class KeyEndpoints(Endpoints):
     async def list_keys(self, call: Call) -> Reply:
         return reply({"keys": [as_json(key) for key in self.host.keybook.listed(call.principal)]})
 

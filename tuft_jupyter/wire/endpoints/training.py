@@ -9,11 +9,11 @@ from tuft_jupyter.core.loss_graph import Node, checked
 from tuft_jupyter.core.loss_names import CUSTOM_LOSS_IS_OFF, check_loss
 from tuft_jupyter.core.types import CheckpointKind, OpKind
 from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, checked_ttl, reply
 from tuft_jupyter.wire.peek import peek_forward_backward
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, checked_ttl, reply
 
 
-class TrainingVerbs(Verbs):
+class TrainingEndpoints(Endpoints):
     async def create_model(self, call: Call) -> Reply:
         asked = m.decode(m.CreateModel, call.body)
         _adamw_only(asked.optimizer_config)

@@ -6,13 +6,13 @@ from typing import Any
 
 from tuft_jupyter.core.state import Session
 from tuft_jupyter.wire import messages as m
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, iso_time, reply, urn_of
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, iso_time, reply, urn_of
 
 NO_PROJECT = "default"
 FINISHED = ("success", "errored", "interrupted")
 
 
-class SearchVerbs(Verbs):
+class SearchEndpoints(Endpoints):
     async def assign_project(self, call: Call) -> Reply:
         project = m.decode(m.Project, call.body).project_id
         await self.service.sessions.assign(call.principal, call.path["session"], project)

@@ -13,13 +13,13 @@ from typing import Any
 from tuft_jupyter.core import usage
 from tuft_jupyter.core.errors import Forbidden, UserError
 from tuft_jupyter.core.state import Checkpoint
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, iso_time, reply, urn_of
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, iso_time, reply, urn_of
 
 ORGANIZATION = "tuft-jupyter"
 MAX_DAYS = 14
 
 
-class AccountVerbs(Verbs):
+class AccountEndpoints(Endpoints):
     async def auth_token(self, call: Call) -> Reply:
         return reply(
             {"jwt": self.host.tickets.token(_credential(call), urn_of(call.principal.tenant), ORGANIZATION)}

@@ -6,8 +6,8 @@ import msgspec
 
 from tuft_jupyter.core.errors import Forbidden, UserError
 from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, page_of, reply
 from tuft_jupyter.wire.openapi import document
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, page_of, reply
 
 EVENTS = frozenset(("SESSION_START", "SESSION_END", "UNHANDLED_EXCEPTION", "GENERIC_EVENT"))
 MAX_EVENTS = 10_000
@@ -15,7 +15,7 @@ MAX_EVENTS = 10_000
 SEVERITIES = frozenset(("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
 
 
-class SessionVerbs(Verbs):
+class SessionEndpoints(Endpoints):
     async def healthz(self, call: Call) -> Reply:
         return reply({"status": "ok", "server": "tuft-jupyter"})
 

@@ -7,10 +7,10 @@ from typing import Any
 from tuft_jupyter.core.state import Checkpoint, Run
 from tuft_jupyter.core.types import CheckpointKind, Principal
 from tuft_jupyter.wire import messages as m
-from tuft_jupyter.wire.verbs.base import (
+from tuft_jupyter.wire.endpoints.base import (
     Call,
+    Endpoints,
     Reply,
-    Verbs,
     checked_ttl,
     cursor_of,
     iso_time,
@@ -26,7 +26,7 @@ TYPES = {
 }
 
 
-class RestVerbs(Verbs):
+class RestEndpoints(Endpoints):
     async def list_runs(self, call: Call) -> Reply:
         mine = [r for r in self.service.state.runs.values() if r.tenant == call.principal.tenant]
         page = page_of(sorted(mine, key=lambda r: -r.created), call.query, 20)

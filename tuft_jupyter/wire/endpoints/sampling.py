@@ -6,14 +6,14 @@ from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.types import PROTOBUF, SAMPLED
 from tuft_jupyter.wire import messages as m
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, reply
 from tuft_jupyter.wire.sample_codec import sample_response_as_json
-from tuft_jupyter.wire.verbs.base import Call, Reply, Verbs, reply
 
 MAX_SAMPLES = 4096
 """Sequences one request may ask for."""
 
 
-class SamplingVerbs(Verbs):
+class SamplingEndpoints(Endpoints):
     async def retrieve_future(self, call: Call) -> Reply:
         asked = m.decode(m.RetrieveFuture, call.body)
         answer = await self.service.retrieve(call.principal, asked.request_id, self.hold_seconds)

@@ -1,1 +1,0 @@
-"""The verbs of the Tinker API, by family; :class:`tuft_jupyter.wire.api.Api` joins them."""
