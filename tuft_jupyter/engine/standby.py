@@ -8,14 +8,11 @@ one, and it is only ever used once. How a process is brought up and ended is pas
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
 import psutil
 
-from tuft_jupyter.core.engine import EngineDied
-from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.engine.actor import Actor
 from tuft_jupyter.engine.ray_runtime import Session
 
@@ -73,13 +70,13 @@ class Standby:
         if session.lost or psutil.virtual_memory().available < FREE_BYTES:
             return
         self._prepared = False
-        actor = self._actor = await self._create(session)
+        actor: Actor | None = None
         try:
+            actor = self._actor = await self._create(session)
             await self._prepare(actor)
             self._prepared = True
-        except (EngineDied, TuftError) as error:
+        except Exception as error:  # noqa: BLE001 - work goes on without one, whatever it was
             log.warning("there is no standby worker: %s", error)
-            if self._actor is actor:  # else somebody took it meanwhile, and will see
+            if actor is not None and self._actor is actor:  # else somebody took it meanwhile, and will see
                 self._actor = None
-                with contextlib.suppress(EngineDied):
-                    await self._end(actor)
+                await self._end(actor)
