@@ -69,7 +69,7 @@ MARKS = {
         10,
         " s",
         most=True,
-        note="a new process imports torch and transformers (4 CPU-seconds) first; on a busy machine it waits",
+        note="the spare process was not ready, or had to wait for the processor: a new one imports for 4 CPU-seconds",
     ),
     "hand-over": Mark("optimizer step to the first token of its weights, demo model", 50, " ms", most=True),
     "fairness": Mark(

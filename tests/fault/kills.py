@@ -116,7 +116,7 @@ def batch(rng: Random) -> list[types.Datum]:
 
 
 def killing(
-    blows: Callable[[Bench, Random], None],
+    blows: Callable[[Bench, Random], None], spared: bool = False
 ) -> Callable[[Path], contextlib.AbstractContextManager[Trial]]:
     @contextlib.contextmanager
     def bench(home: Path) -> Iterator[Trial]:
@@ -128,7 +128,7 @@ def killing(
             made.server.stop()
 
     def trial(made: Bench, rng: Random) -> str:
-        made.spare = standby(f"{made.server.url}tuft", key_of(made.home))
+        made.spare = standby(f"{made.server.url}tuft", key_of(made.home)) if spared else 0
         moment = rng.uniform(0.0, made.seconds)
         failed: list[Exception] = []
 
@@ -168,7 +168,12 @@ HOLDS = (
     "no acknowledged step lost, none applied twice; adapter and Adam equal the undisturbed run's bit by bit"
 )
 FAULTS = [
-    Fault("F1", "kill -9 of the training worker", HOLDS, killing(lambda made, rng: made.kill_worker())),
+    Fault(
+        "F1",
+        "kill -9 of the training worker",
+        HOLDS,
+        killing(lambda made, rng: made.kill_worker(), spared=True),
+    ),
     Fault("F2", "kill -9 of the server", HOLDS, killing(lambda made, rng: made.kill_server())),
     Fault("F3", "kill -9 of both, and again during recovery", HOLDS, killing(both)),
 ]
