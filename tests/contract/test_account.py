@@ -12,6 +12,7 @@ import pytest
 
 from tests.contract.test_transfer import WEIGHTS, of, saved
 from tests.support.http_server import BOB_KEY, Server, on_server, refusal
+from tuft_jupyter.core.curve import Column
 from tuft_jupyter.wire import tickets
 
 
@@ -156,7 +157,9 @@ def test_usage_and_audit_tell_what_the_caller_did_and_nothing_of_others(tmp_path
         state = server.host.ledger.state
         promise = await server.post("/optim_step", step)
         await server.post("/retrieve_future", promise)
-        state.runs[run].curve["tokens"][-1] = 64  # as a pass of 64 tokens before the step would
+        state.runs[run].curve["tokens"] = Column(
+            [64], whole=True
+        )  # as a pass of 64 tokens before the step would
         opened = {"session_id": run.split(":")[0], "sampling_session_seq_id": 0, "base_model": "tuft/demo"}
         sampler = (await server.post("/create_sampling_session", opened))["sampling_session_id"]
         promise = await server.post("/asample", {"sampling_session_id": sampler, "seq_id": 0})
