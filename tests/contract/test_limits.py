@@ -65,6 +65,30 @@ def test_too_much_at_once_is_answered_429_with_the_time_to_come_back(tmp_path: P
     on_server(tmp_path, body, rps_limit=0.2, max_input_tokens=10)
 
 
+def test_a_session_and_a_sampler_too_many_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    """T12: 400, because waiting does not help; nobody else is held up, and the lists say what there is."""
+
+    async def body(server: Server) -> None:
+        key = (await server.post("/tuft/keys", {"tenant": "carol"}))["key"]
+        runs = [await server.new_run(key) for _ in range(2)]
+        answer = await server.ask("POST", "/create_session", {}, key)
+        assert (answer.code, "Session limit exceeded: 2/2" in refusal(answer)) == (400, True)
+        await server.post("/create_session", {})
+        for run in runs:
+            saved = {"model_id": run, "seq_id": 1, "sampling_session_seq_id": 0}
+            answer = await server.ask("POST", "/save_weights_for_sampler", saved, key)
+            if run == runs[0]:
+                promise = json.loads(answer.body)
+                done = await server.post("/retrieve_future", {"request_id": promise["request_id"]}, key)
+                assert "error" not in done
+        assert (answer.code, "Sampler limit exceeded: 1/1" in refusal(answer)) == (400, True)
+        await server.post(f"/sessions/{runs[0].split(':')[0]}/finish", {"reason": {"type": "success"}}, key)
+        await server.post("/create_session", {}, key)
+        await server.post("/save_weights_for_sampler", saved, key)
+
+    on_server(tmp_path, body, max_sessions=2, max_samplers=1)
+
+
 def test_a_group_of_the_hub_has_limits_of_its_own_and_the_hub_s_word_changes_them(tmp_path: Path) -> None:
     """S2-29, T12: what a group may hold goes by what the Hub says of its members, token by token."""
     members = {"5d1": "students", "5d2": "students", "57aff": "staff"}
