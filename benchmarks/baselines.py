@@ -75,13 +75,15 @@ def write_adapters(home: Path, model: Path, count: int, rank: int) -> list[Path]
     """PEFT directories of random adapters on all linear layers but the unembedding."""
     disable_progress_bar()
     warnings.filterwarnings("ignore", module="peft")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     paths = []
     for i in range(count):
-        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, init_lora_weights=False)
         torch.manual_seed(i)
         paths.append(home / f"adapter{i}")
-        get_peft_model(base, config).save_pretrained(paths[-1])
+        adapted = get_peft_model(base, config)
+        adapted.save_pretrained(paths[-1])
+        base = adapted.unload()  # the large ones are not read again for each
     return paths
 
 

@@ -1,69 +1,26 @@
-"""What the benchmarks share: a server of their own, the plain loop they are measured against, and the table."""
+"""What the benchmarks of a whole server share: one of their own, and the plain loop it is measured against."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import statistics
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from marks import MARKS
+from table import ROOT, Row, at_least, at_most, held, show  # noqa: F401 - for the benchmarks
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "server_ext")]
-
-from examples.run_on_server import Kernel, Server  # noqa: E402, F401 - Kernel for the benchmarks
+from examples.run_on_server import Kernel, Server  # noqa: F401 - likewise
 
 MODEL = "tuft/demo"
 VOCAB = 2048
 RANK = 16
 LEARNING_RATE = 1e-4
 FOREIGN = ("TUFT_", "TINKER_", "RAY_", "HF_", "JUPYTER_")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table; ``ok`` None has no mark to be held to, ``note`` says what is known of a short one."""
-
-    what: str
-    measured: str
-    mark: str = ""
-    ok: bool | None = None
-    note: str = ""
-
-
-def held(mark: str, measured: float, more: str = "") -> Row:
-    """The line of one of the :data:`~marks.MARKS`."""
-    found = MARKS[mark]
-    ok = found.holds(measured)
-    return Row(found.what, f"{measured:.3g}{found.unit}{more}", found.text, ok, "" if ok else found.note)
-
-
-def at_most(what: str, measured: float, mark: float, unit: str = "") -> Row:
-    return Row(what, f"{measured:.3g}{unit}", f"<= {mark:g}{unit}", measured <= mark)
-
-
-def at_least(what: str, measured: float, mark: float, unit: str = "") -> Row:
-    return Row(what, f"{measured:.3g}{unit}", f">= {mark:g}{unit}", measured >= mark)
-
-
-def show(rows: Sequence[Row]) -> bool:
-    """Print the table; True if nothing falls short."""
-    lines = [("what", "measured", "mark", "ok or short")]
-    lines += [(r.what, r.measured, r.mark, {None: "", True: "ok", False: "short"}[r.ok]) for r in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    for line in lines:
-        print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    for row in (row for row in rows if row.note):
-        print(f"\nshort: {row.what}\n  {row.note}")
-    return all(row.ok is not False for row in rows)
 
 
 @contextlib.contextmanager

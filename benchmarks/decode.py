@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from baselines import PeftGenerate, write_adapters
-from common import Row, held, show
 from shapes import SMALL, TINY, Shape
+from table import Row, held, show
 
 from tuft_jupyter.core.types import Int32Array, SampleRequest, SampleResult, SamplingParams
 from tuft_jupyter.engine.torch_sampler import TorchSampler

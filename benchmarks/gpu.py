@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from baselines import SequentialPeft, write_adapters
-from common import Row, at_least, show
 from decode import Ours
 from shapes import Shape, batches, tokens_in
+from table import Row, at_least, show
 from tenants import Tenants
 
 QWEN3_8B = Shape("qwen3-8b", 36, 4096, 12288, (32, 8), 151936, torch.bfloat16, head_size=128, tied=False)

@@ -19,8 +19,8 @@ from typing import TypeVar
 
 import torch
 from baselines import SequentialPeft
-from common import Row, held, show
 from shapes import SMALL, TINY, Shape, batches, tokens_in
+from table import Row, held, show
 
 from tuft_jupyter.core.types import AdamParams, ForwardBackward, ForwardBackwardResult, LoraSpec
 from tuft_jupyter.engine.actors import CPU_MALLOC

@@ -98,6 +98,11 @@ def _clip_bounds(inputs: Inputs, config: Config) -> tuple[Tensor | float, Tensor
     return inputs.get(low, config[low]), inputs.get(high, config[high])
 
 
+def _clamp(ratio: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    low, high = (torch.as_tensor(bound, device=ratio.device) for bound in (low, high))
+    return torch.clamp(ratio, low, high)
+
+
 def _importance_sampling(p: Tensor, inputs: Inputs, config: Config) -> tuple[Tensor, Tensor]:
     loss = -_log_ratio(p, inputs).exp() * inputs["advantages"]
     return loss, loss
@@ -107,7 +112,7 @@ def _clipped(ratio: Tensor, inputs: Inputs, config: Config) -> tuple[Tensor, Ten
     """-min(ratio A, clip(ratio) A); d ratio / dp = ratio."""
     low, high = _clip_bounds(inputs, config)
     free = ratio * inputs["advantages"]
-    held = torch.clamp(ratio, torch.as_tensor(low), torch.as_tensor(high)) * inputs["advantages"]
+    held = _clamp(ratio, low, high) * inputs["advantages"]
     return -torch.minimum(free, held), torch.where(free <= held, -free, 0.0)
 
 
@@ -117,7 +122,7 @@ def _ppo(p: Tensor, inputs: Inputs, config: Config) -> tuple[Tensor, Tensor]:
 
 def _cispo(p: Tensor, inputs: Inputs, config: Config) -> tuple[Tensor, Tensor]:
     low, high = _clip_bounds(inputs, config)
-    ratio = torch.clamp(_log_ratio(p, inputs).exp(), torch.as_tensor(low), torch.as_tensor(high))
+    ratio = _clamp(_log_ratio(p, inputs).exp(), low, high)
     slope = -ratio * inputs["advantages"]
     return slope * p, slope
 

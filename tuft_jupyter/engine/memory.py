@@ -42,8 +42,8 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 def activations(base: BaseModel, tokens: int) -> int:
     """Bytes kept for the backward pass over a row of ``tokens``.
 
-    Per layer and token: two norms, queries, keys and values (and their fp32 copies), attention's output and
-    probabilities, gate and up and their product.
+    Per layer and token: two norms, queries, keys and values (and their fp32 copies), attention's output, gate and up
+    and their product; on a CPU the probabilities of attention, which a GPU's kernel does not keep.
     """
     config = base.hf.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -51,7 +51,8 @@ def activations(base: BaseModel, tokens: int) -> int:
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     experts = getattr(config, "num_experts_per_tok", None) or 1
     kept = 3 * hidden + 6 * heads * size + 3 * experts * mlp
-    probabilities = 4 * heads * 256  # keys a token sees on average where attention keeps them; fp32
+    seen = 256 if base.device.type == "cpu" else 0  # keys of a token, on average, where they are kept
+    probabilities = 4 * heads * seen  # fp32
     return int(config.num_hidden_layers * tokens * (kept * base.dtype.itemsize + probabilities))
 
 
@@ -95,6 +96,17 @@ def for_adapters(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 4, share
     return share, 0
+
+
+def micro_batch(base: BaseModel) -> int:
+    """Tokens of one pass: more spill a CPU's caches, fewer leave a GPU idle.
+
+    On a GPU half as many, or a quarter, where a large model's activations would have to be computed again.
+    """
+    if base.device.type != "cuda":
+        return 1024
+    room = SHARE * (available(base.device) - for_adapters(base.device)[0])
+    return next((tokens for tokens in (16384, 8192) if activations(base, tokens) <= room), 4096)
 
 
 def is_tight(base: BaseModel, tokens: int) -> bool:

@@ -35,8 +35,6 @@ from tuft_jupyter.engine.offload import OffloadStore
 from tuft_jupyter.engine.passes import Item, Pass
 from tuft_jupyter.engine.resident import ResidentRuns
 
-_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # more spills the CPU's caches, fewer leaves a GPU idle
-
 log = logging.getLogger(__name__)
 
 
@@ -69,7 +67,7 @@ class PeftTrainer:
         self.max_rank = max_rank
         self.max_length = min(max_length or self.base.max_length, self.base.max_length)
         self.custom_loss = custom_loss
-        self.micro_batch_tokens = micro_batch_tokens or _MICRO_BATCH_TOKENS[self.base.device.type]
+        self.micro_batch_tokens = micro_batch_tokens or memory.micro_batch(self.base)
         room, host = adapter_bytes or memory.for_adapters(self.base.device)
         self._runs = ResidentRuns(self.bank, OffloadStore(host, spill), room)
 
