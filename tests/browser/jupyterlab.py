@@ -19,6 +19,7 @@ from examples.run_on_server import Server
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # a container's is often too small for a page's pictures
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",

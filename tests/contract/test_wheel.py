@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -98,16 +99,19 @@ class Installed:
 
 
 def ask(runtime_file: Path, process: subprocess.Popen[bytes], log: Path, path: str) -> Any:
-    """GET a path as JSON, as soon as the server has written its runtime file."""
-    while not runtime_file.exists():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.05)
-    address = f"{json.loads(runtime_file.read_text())['url']}{path}"
+    """GET a path as JSON, as soon as the server listens: it writes its runtime file a moment before."""
     key = {"X-API-Key": "tml-t", "Authorization": "token t"}
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-        urllib.request.Request(address, headers=key), timeout=30
-    ) as answer:
-        return json.load(answer)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        assert process.poll() is None, log.read_text()
+        try:
+            address = f"{json.loads(runtime_file.read_text())['url']}{path}"
+            with opener.open(urllib.request.Request(address, headers=key), timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError:
+            raise
+        except (urllib.error.URLError, FileNotFoundError):
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
