@@ -23,7 +23,6 @@ from shapes import SMALL, TINY, Shape, batches, tokens_in
 from table import Row, held, show
 
 from tuft_jupyter.core.types import AdamParams, ForwardBackward, ForwardBackwardResult, LoraSpec
-from tuft_jupyter.engine.actors import CPU_MALLOC
 from tuft_jupyter.engine.trainer import PeftTrainer
 
 T = TypeVar("T")
@@ -58,6 +57,8 @@ class Tenants:
 
 
 def measure() -> list[Row]:
+    from tuft_jupyter.engine.actors import CPU_MALLOC  # needs more than the engine alone does
+
     os.environ.update(
         CPU_MALLOC
     )  # both get what the server gives its trainer; malloc reads it when a process starts
