@@ -51,6 +51,8 @@ class Ledger:
         self.feed = Feed()
         self.observers: list[Callable[[Record, float], None]] = []
         """called with each new record and the seconds until it was durable"""
+        self.today: Callable[[str], str] = str
+        """where a directory that the journal tells of is now"""
         self._answers: dict[str, Answer] = {}
         self._spent: list[int] = []
 
@@ -87,7 +89,9 @@ class Ledger:
         record = await self.journal.read(accepted)
         if record is None:
             raise Damaged(f"record {accepted} is not in the journal")
-        data = record.data
+        data, args = record.data, record.data["args"]
+        if data["op"] == OpKind.LOAD_WEIGHTS:
+            args = {**args, "directory": self.today(args["directory"])}
         return Op(
             request_id=data["request_id"],
             run=data["run"],
@@ -95,7 +99,7 @@ class Ledger:
             kind=OpKind(data["op"]),
             tenant=record.tenant,
             tokens=data["tokens"],
-            args=data["args"],
+            args=args,
             body=record.blob or b"",
             content_type=data.get("content_type", JSON),
         )

@@ -181,7 +181,7 @@ class Sampling:
         if known is not None:
             return known
         if found.directory is not None and not Path(found.directory).is_dir():
-            raise NotFound(f"the weights of sampler {sampler!r} were deleted: save them again")
+            raise NotFound(f"the weights of sampler {sampler!r} are not on disk any more: save them again")
         self._check_room(found.tenant, len(body))
         request_id = secrets.token_hex(16)
         self._seen[sampler, seq] = request_id

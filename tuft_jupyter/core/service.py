@@ -25,6 +25,7 @@ from tuft_jupyter.core.journal import Damaged
 from tuft_jupyter.core.lanes import Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.lifetimes import Lifetimes
+from tuft_jupyter.core.moved import Places
 from tuft_jupyter.core.promises import Answer, Promise
 from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.runs import Runs
@@ -42,6 +43,7 @@ log = logging.getLogger("tuft_jupyter.service")
 SWEEP_SECONDS = 15.0
 DRAIN_SECONDS = 8.0
 """How long a stop waits for the steps under way: a Hub gives a server ten seconds."""
+SNAPSHOTS = "snapshots"
 EPHEMERAL = "ephemeral"
 """Below ``home``: weights that were saved for one sampler, without a name."""
 
@@ -62,6 +64,8 @@ class Service:
         samples: Samples | None = None,
     ) -> None:
         self.ledger = ledger
+        self.places = Places(checkpoint_dir, home / SNAPSHOTS, home / EPHEMERAL)
+        ledger.today = self.places.today
         self.catalog = catalog
         self.engines = engines
         self.home = home
@@ -101,6 +105,7 @@ class Service:
     async def start(self) -> None:
         """Read the journal and queue again what was accepted but has no outcome."""
         await self.ledger.open()
+        self.places.settle(self.ledger.state)
         for n in sorted(self.ledger.state.accepted.values()):
             await self._resume(n)
         self._spawn(self._maintain(), "maintenance")
@@ -154,7 +159,7 @@ class Service:
         return driver
 
     def _snapshots(self) -> Snapshots:
-        return Snapshots(self.home / "snapshots", self.rule, self.ledger.clock)
+        return Snapshots(self.home / SNAPSHOTS, self.rule, self.ledger.clock)
 
     def _driver_of(self, run: str) -> Driver | None:
         """The driver a recovered run belongs to; None while its base model is not on offer any more."""

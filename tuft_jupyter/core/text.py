@@ -73,7 +73,7 @@ class Text:
             except UserError as error:
                 raise NotFound(f"model: {error.message}; or name a checkpoint, tinker://...") from None
         if not Path(directory).is_dir():
-            raise NotFound(f"the weights of {name!r} were deleted: save them again")
+            raise NotFound(f"the weights of {name!r} are not on disk any more: save them again")
         return catalog.resolve(base), directory
 
     async def complete(

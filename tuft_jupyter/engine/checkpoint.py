@@ -139,6 +139,11 @@ def write(
 
 def read(source: Path, base: BaseModel, *, optimizer: bool) -> Saved:
     """Read and verify a checkpoint directory. UserError says what is missing, changed or does not fit."""
+    if not source.is_dir():
+        raise UserError(
+            "checkpoint: its files are not on the server's disk any more; load another one, or have its operator put "
+            "them back where checkpoint_dir says"
+        )
     if not (source / CONFIG).is_file():
         raise UserError(f"checkpoint: {CONFIG} is missing; this is not a PEFT adapter directory")
     if not (source / MANIFEST).is_file():
