@@ -17,6 +17,7 @@ ADDRESS = "of the server (default: the one that %%tuft init finds)"
 def add_parsers(verbs: Any) -> None:
     runs = verbs.add_parser("runs", help="your runs on the running server: state, step, loss")
     runs.add_argument("--address", metavar="URL", help=ADDRESS)
+    runs.add_argument("--all", action="store_true", help="everybody's, with whose they are (admins only)")
     export = verbs.add_parser("export", help="the metrics of a run as a file")
     export.add_argument(
         "run", nargs="?", help="its id, as `tuft runs` shows it (default: the run that was busy last)"
@@ -31,10 +32,17 @@ def add_parsers(verbs: Any) -> None:
 def runs(options: argparse.Namespace) -> int:
     from tuft_jupyter.kernel import continuity
     from tuft_jupyter.kernel.commands.running import run_grid
+    from tuft_jupyter.kernel.errors import TuftConnectionError, in_a_sentence
 
     client = _client(options.address)
-    found = continuity.runs(client)
-    print(run_grid(found, f"{len(found)} run{'' if len(found) == 1 else 's'} at {client.address}"))
+    with in_a_sentence(client):
+        if options.all and not client.status()["admin"]:
+            raise TuftConnectionError(
+                "--all is for admins, and this key is none's: `tuft runs` shows your own"
+            )
+    found = continuity.runs(client, "*" if options.all else "")
+    title = f"{len(found)} run{'' if len(found) == 1 else 's'} at {client.address}"
+    print(run_grid(found, title, tenants=options.all))
     return 0
 
 

@@ -51,6 +51,10 @@ def test_runs_are_listed_exported_and_the_daemon_stopped(
     shown = tuft(env, "runs", "--address", daemon.address).stdout
     assert run[:8] in shown
     assert "ready" in shown
+    assert "tenant" not in shown
+    everybodys = tuft(env, "runs", "--all").stdout
+    assert "tenant" in everybodys
+    assert run[:8] in everybodys
 
     table, lines, events = (str(tmp_path / name) for name in ("m.csv", "m.jsonl", "events.out.tfevents.m"))
     for form, file in (("csv", table), ("jsonl", lines), ("tensorboard", events)):

@@ -18,8 +18,11 @@ RATE_STEPS = 20
 """Tokens per second are counted over this many steps."""
 
 
-def outlook(service: Service, tenant: str) -> dict[str, Any]:
-    """Sessions, runs, samplers and checkpoints of one tenant; runs without their curves, with their present numbers."""
+def outlook(service: Service, tenant: str | None) -> dict[str, Any]:
+    """Sessions, runs, samplers and checkpoints of one tenant (None: of all).
+
+    Runs come without their curves, with their present numbers.
+    """
     shown = state_view(service.state, tenant)
     shown.pop("n")  # it moves with other tenants' work
     for run in shown["runs"]:

@@ -90,10 +90,14 @@ class Client:
         files = self.call("GET", f"tuft/tokenizer?{query}")["files"]
         return {str(name): str(text) for name, text in files.items()}
 
-    def outlook(self, seen: str = "", wait: float = 0.0) -> dict[str, Any]:
-        """How the key's own work stands. With the ``version`` last seen, another is waited for, ``wait`` seconds."""
-        query = f"?{urllib.parse.urlencode({'seen': seen, 'wait': int(wait)})}" if seen else ""
-        return self.call("GET", f"tuft/outlook{query}", timeout=CALL_SECONDS + wait)
+    def outlook(self, seen: str = "", wait: float = 0.0, tenant: str = "") -> dict[str, Any]:
+        """How the key's own work stands; an admin's may name a ``tenant``, or * for all.
+
+        With the ``version`` last seen, another is waited for, ``wait`` seconds.
+        """
+        given = {"tenant": tenant, "seen": seen, "wait": int(wait) if seen else ""}
+        query = urllib.parse.urlencode({name: value for name, value in given.items() if value != ""})
+        return self.call("GET", f"tuft/outlook?{query}", timeout=CALL_SECONDS + wait)
 
     def curve(self, run: str, start: int = 0) -> dict[str, list[Any]]:
         """The columns of a run's curve, one entry per optimizer step, from entry ``start`` on."""

@@ -29,8 +29,8 @@ def connected() -> connect.Connection:
     return found
 
 
-def runs(client: Client | None = None) -> list[dict[str, Any]]:
-    """This user's runs, the one that was busy last first.
+def runs(client: Client | None = None, tenant: str = "") -> list[dict[str, Any]]:
+    """This user's runs, the one that was busy last first; for an admin's key also another ``tenant``'s, or all (*).
 
     Each is a dict: ``id``, ``base_model``, ``rank``, ``status``, ``step``, ``loss`` (nats per weighted token, or
     None), ``tokens_per_second``, ``pending`` (requests without an answer), ``why`` (in words, what it waits for),
@@ -38,7 +38,7 @@ def runs(client: Client | None = None) -> list[dict[str, Any]]:
     """
     client = client or connected().client
     with in_a_sentence(client):
-        found: list[dict[str, Any]] = client.outlook()["runs"]
+        found: list[dict[str, Any]] = client.outlook(tenant=tenant)["runs"]
     return sorted(found, key=lambda run: -max(run["last_request"], run["created"]))
 
 

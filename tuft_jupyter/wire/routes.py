@@ -263,7 +263,7 @@ ROUTES: tuple[Route, ...] = (
         "GET",
         "/tuft/outlook",
         "outlook",
-        "How the caller's work stands; with ?seen=VERSION, once it has changed (?wait= seconds).",
+        "How the caller's work stands (?tenant= as above); with ?seen=VERSION, once it has changed (?wait= seconds).",
     ),
     Route("GET", "/tuft/runs/{run}/curve", "curve", "A run's points from number ?start= on."),
     Route(

@@ -18,8 +18,10 @@ NONE = "tuft_jupyter.create_training_client(rank=8) starts one"
 HERE = "in this notebook: training = %tuft resume RUN"
 
 
-def run_grid(runs: Iterable[Mapping[str, Any]], title: str, foot: str = "") -> Grid:
-    return Grid(title, COLUMNS, [_row(run, time.time()) for run in runs], foot)
+def run_grid(runs: Iterable[Mapping[str, Any]], title: str, foot: str = "", *, tenants: bool = False) -> Grid:
+    """Runs as a table; ``tenants``: with whose they are."""
+    rows = [((run["tenant"],) if tenants else ()) + _row(run, time.time()) for run in runs]
+    return Grid(title, (("tenant",) if tenants else ()) + COLUMNS, rows, foot)
 
 
 def _row(run: Mapping[str, Any], now: float) -> tuple[object, ...]:

@@ -21,7 +21,7 @@ from tuft_jupyter.wire.sample_view import sample_views
 class WatchingEndpoints(Endpoints):
     async def outlook(self, call: Call) -> Reply:
         """``version`` names the content; a caller that sends it as ``seen`` waits for another, ``wait`` seconds."""
-        tenant = call.principal.tenant
+        tenant = _asked(call)
         subscription = self.service.ledger.feed.subscribe(tenant)
         try:
             async with asyncio.timeout(min(number(call.query, "wait", 20), self.hold_seconds)):
@@ -35,15 +35,14 @@ class WatchingEndpoints(Endpoints):
         finally:
             self.service.ledger.feed.unsubscribe(subscription)
 
-    def _outlook(self, tenant: str) -> tuple[bytes, str]:
-        shown = {"tenant": tenant, **outlook(self.service, tenant)}
+    def _outlook(self, tenant: str | None) -> tuple[bytes, str]:
+        shown = {"tenant": tenant or "*", **outlook(self.service, tenant)}
         version = hashlib.blake2b(msgspec.json.encode(shown), digest_size=12).hexdigest()
         return msgspec.json.encode({"version": version, **shown}), version
 
     async def show_state(self, call: Call) -> Reply:
         """The caller's own; an admin may ask for another tenant's or for everybody's, and others get theirs."""
-        asked = call.query.get("tenant", "") if call.principal.admin else ""
-        tenant = None if asked == "*" else asked or call.principal.tenant
+        tenant = _asked(call)
         return reply(
             {"state": state_view(self.service.state, tenant), "status": self.host.status(call.principal)}
         )
@@ -79,3 +78,9 @@ class WatchingEndpoints(Endpoints):
 
     async def gauges(self, call: Call) -> Reply:
         return reply(await self.host.measured())
+
+
+def _asked(call: Call) -> str | None:
+    """Whose things a caller is shown: their own; an admin's choice, None for everybody's."""
+    asked = call.query.get("tenant", "") if call.principal.admin else ""
+    return None if asked == "*" else asked or call.principal.tenant
