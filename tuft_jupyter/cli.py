@@ -15,6 +15,7 @@ from typing import Any
 
 from tuft_jupyter import cli_keys, cli_runs
 from tuft_jupyter._version import __version__
+from tuft_jupyter.checked import usable
 from tuft_jupyter.config import DEFAULT_PORT, LOG_LEVELS, ConfigError, Settings, config_file, load_settings
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.kernel import doctor
@@ -127,7 +128,8 @@ def _settings(options: argparse.Namespace, file: str | None) -> Settings:
 def _serve(settings: Settings) -> int:
     from tuft_jupyter_server.daemon import serve
 
-    settings.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    with usable("checkpoint_dir", settings.checkpoint_dir):
+        settings.checkpoint_dir.mkdir(parents=True, exist_ok=True)
     serve(settings)
     return 0
 

@@ -130,6 +130,8 @@ class Settings:
             seen.add(model.model_name)
         if "" in self.authorized_users:
             raise ConfigError("authorized_users has an empty key")
+        if any(name.startswith("tml-") for name in self.authorized_users.values()):
+            raise ConfigError("authorized_users has a key where a tenant's name belongs; write KEY: NAME")
 
     def trusts_code(self, model_name: str) -> bool:
         """Whether Python code that lies beside a model may be run: by the model's own setting, else by that for all."""
@@ -178,7 +180,9 @@ def load_settings(
         document = {**document, "persistence": {**kept, "namespace": f"tuft:{user}"}}
     values = Reader(source, base).read(Settings, document, without=_SET_ELSEWHERE)
     if file is not None and not values.get("supported_models"):
-        raise ConfigError(f"{source}: supported_models must list at least one model")
+        raise ConfigError(
+            f"{source}: supported_models must list at least one model, such as [{{model_name: tuft/demo}}]"
+        )
     values["supported_models"] = tuple(_local(model, base) for model in values.get("supported_models", ()))
     for name in _FROM_ENVIRONMENT:
         variable = f"TUFT_{name.upper()}"

@@ -7,9 +7,10 @@ or a value of the wrong type is a :class:`ConfigError` that names the source, th
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -115,6 +116,17 @@ def at_least(name: str, value: float | None, least: int) -> None:
     """ConfigError if a number is too small; None is none."""
     if value is not None and value < least:
         raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+
+@contextlib.contextmanager
+def usable(name: str, path: Path) -> Iterator[None]:
+    """ConfigError that names the setting, where its path cannot be made or opened."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{name}: {path} cannot be used ({error.strerror}); name a place that this user may write to"
+        ) from None
 
 
 def web_address(name: str, text: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from tuft_jupyter import models, tracing
 from tuft_jupyter._version import __version__
+from tuft_jupyter.checked import usable
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.engine import RunMemory, SamplingEngine, TrainingEngine
@@ -126,7 +127,8 @@ class Host:
         self.owner = owner or Principal(owner_name(), admin=True)
         self.key = os.environ.get("TUFT_API_KEY") or ensure_key(settings.home)
         self.tickets = Tickets(ensure_secret(settings.home))
-        private_directory(settings.checkpoint_dir)
+        with usable("checkpoint_dir", settings.checkpoint_dir):
+            private_directory(settings.checkpoint_dir)
         self.groups = {} if groups is None else groups
         self.journal = open_journal(settings)
         self.ledger = Ledger(self.journal, result_seconds=settings.persistence.future_ttl_seconds)
@@ -315,6 +317,7 @@ def open_journal(settings: Settings) -> Journal:
     if kept.mode == "disabled":
         return MemoryJournal()
     if kept.mode == "file_redis":
-        private_directory(kept.file_path.parent)
-        return SqliteJournal(private_file(kept.file_path))
+        with usable("persistence.file_path", kept.file_path):
+            private_directory(kept.file_path.parent)
+            return SqliteJournal(private_file(kept.file_path))
     return RedisJournal(kept.redis_url, kept.namespace, settings.home / "redis", kept.future_ttl_seconds)

@@ -11,7 +11,8 @@ import pytest
 
 from tuft_jupyter import cli
 from tuft_jupyter._version import __version__
-from tuft_jupyter.config import Settings
+from tuft_jupyter.config import ConfigError, PersistenceConfig, Settings
+from tuft_jupyter_server.host import open_journal
 
 MODELS = "supported_models: [{model_name: a}]\nport: 1\ncheckpoint_dir: from-file\n"
 
@@ -102,6 +103,20 @@ def test_a_wrong_file_is_a_sentence_and_exit_code_1(
     assert cli.main(["launch", "--config", str(path)]) == 1
     assert "did you mean 'supported_models'" in capsys.readouterr().err
     assert served == []
+
+
+def test_a_directory_that_cannot_be_made_is_told_by_its_setting(
+    served: list[Settings], models: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["launch", "--config", models, "--checkpoint-dir", f"{models}/below-a-file"]) == 1
+    assert "checkpoint_dir: " in capsys.readouterr().err
+    assert served == []
+
+
+def test_a_journal_that_cannot_be_a_file_is_told_by_its_setting(tmp_path: Path) -> None:
+    kept = PersistenceConfig.from_file_redis(tmp_path)
+    with pytest.raises(ConfigError, match=r"persistence\.file_path: .* cannot be used \(Is a directory\)"):
+        open_journal(Settings(home=tmp_path, checkpoint_dir=tmp_path, persistence=kept))
 
 
 def test_a_port_in_use_is_a_sentence(

@@ -148,6 +148,7 @@ def test_a_local_directory_wins_over_a_hub_id_of_the_same_name(
         (SEED + "port: http", ["port must be a whole number, not 'http'"]),
         (SEED + "log_level: loud", ["log_level must be one of debug"]),
         (SEED + "authorized_users: {tml-1: 7}", ["authorized_users must map text to text"]),
+        (SEED + "authorized_users: {alice: tml-1}", ["authorized_users", "write KEY: NAME"]),
         (SEED + "persistence: {mode: cloud}", ["persistence.mode must be disabled, redis_url or file_redis"]),
         (SEED + "persistence: {mod: file}", ["persistence.mod", "did you mean 'mode'"]),
         (SEED + "home: /x", ["unknown key 'home'"]),

@@ -94,7 +94,7 @@ class Journal(Protocol):
 class MemoryJournal:
     """Keeps everything in this process; all is lost when it ends (``persistence: disabled``)."""
 
-    description = "in memory only: everything is lost when the server stops"
+    description = "memory only: everything is lost when the server stops"
     durability = Durability.NOTHING
     problem = ""
     address = elsewhere = ""

@@ -147,7 +147,11 @@ class RedisJournal:
                 ACQUIRE, self._token, milliseconds, known.get("id", ""), uuid.uuid4().hex
             )
         except Overloaded as silent:
-            raise Unavailable(silent.message) from None
+            reason = silent.__cause__ or silent
+            raise Unavailable(
+                f"Redis {self.place}, which keeps the journal, does not answer ({type(reason).__name__}: {reason}): "
+                "start it, or correct persistence.redis_url"
+            ) from None
         where = f"the namespace {self.namespace!r}"
         self.elsewhere = self._other(answer[1]) if answer[0] == b"HELD" else ""
         if answer[0] == b"HELD":

@@ -84,7 +84,7 @@ class SamplingEndpoints(Endpoints):
         asked = m.decode(m.SampleEnvelope, call.body)
         if not 1 <= asked.num_samples <= MAX_SAMPLES:
             raise UserError(
-                f"num_samples: {asked.num_samples} is outside 1..{MAX_SAMPLES}: split the request"
+                f"num_samples: {asked.num_samples} is outside 1..{MAX_SAMPLES}: ask for at least 1, split more"
             )
         sampler, seq = asked.sampling_session_id, asked.seq_id
         await self.service.quotas.pace(call.principal.tenant, 1, self._prompt_tokens(call))
