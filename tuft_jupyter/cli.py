@@ -15,8 +15,8 @@ from typing import Any
 
 from tuft_jupyter import cli_keys, cli_runs
 from tuft_jupyter._version import __version__
-from tuft_jupyter.checked import usable
 from tuft_jupyter.config import DEFAULT_PORT, LOG_LEVELS, ConfigError, Settings, config_file, load_settings
+from tuft_jupyter.config_reader import usable
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.kernel import doctor
 from tuft_jupyter.kernel.errors import TuftConnectionError

@@ -19,8 +19,8 @@ from typing import Any
 
 from tuft_jupyter import models, tracing
 from tuft_jupyter._version import __version__
-from tuft_jupyter.checked import usable
 from tuft_jupyter.config import Settings
+from tuft_jupyter.config_reader import usable
 from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.engine import RunMemory, SamplingEngine, TrainingEngine
 from tuft_jupyter.core.errors import Elsewhere, Forbidden, Overloaded, TuftError, UserError
