@@ -115,7 +115,7 @@ def test_what_somebody_can_go_on_with_never_leaves(tmp_path: Path) -> None:
 
 
 def test_a_tenant_has_so_many_sessions_and_silent_ones_do_not_count(tmp_path: Path) -> None:
-    """Also of ten that are opened at once; others have their own."""
+    """T12: of ten that are opened at once exactly so many; others have their own."""
 
     async def body() -> None:
         async with world(tmp_path, quotas=Quotas(Quota(sessions=3))) as w:
