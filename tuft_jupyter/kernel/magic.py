@@ -7,7 +7,9 @@ into one sentence (the cell still counts as failed, so "run all" stops there).
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
@@ -17,6 +19,7 @@ from tuft_jupyter.kernel.commands.command import Text
 from tuft_jupyter.kernel.commands.table import COMMANDS
 from tuft_jupyter.kernel.errors import TuftConnectionError
 
+_QUESTION = re.compile(r"^(\s*)%tuft\s+(sample\s.*\?)\s*$")
 VERBS = {command.name: command for command in COMMANDS}
 
 
@@ -62,6 +65,10 @@ def run(line: str) -> Any:
         words = shlex.split(line)
     except ValueError as error:
         raise TuftConnectionError(f"%tuft {line}: {error}. Close the quotation.") from None
+    if words and not words[0].startswith("-") and words[0] not in VERBS:
+        near = get_close_matches(words[0], VERBS, n=1)
+        meant = f"; did you mean `%tuft {near[0]}`?" if near else "."
+        raise TuftConnectionError(f"%tuft has no command {words[0]!r}{meant} `%tuft --help` lists them.")
     try:
         arguments, unknown = parser().parse_known_args(
             [word.replace("model=", "--model=", 1) if word.startswith("model=") else word for word in words]
@@ -113,7 +120,15 @@ def complete(_: Any, event: Any) -> list[str]:
     return [*(name for action in options._actions for name in action.option_strings), *command.complete()]
 
 
+def keep_questions(lines: list[str]) -> list[str]:
+    """IPython takes a question mark at the end of a line for a call for help; at the end of a prompt it is none."""
+    return [
+        _QUESTION.sub(lambda m: f"{m[1]}get_ipython().run_line_magic('tuft', {m[2]!r})\n", s) for s in lines
+    ]
+
+
 def load(shell: Any) -> None:
     """Register the magic and its completion with an IPython shell."""
     shell.register_magics(TuftMagics)
+    shell.input_transformers_cleanup.append(keep_questions)
     shell.set_hook("complete_command", complete, str_key="%tuft")

@@ -12,7 +12,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 import tuft_jupyter
 from tests.support.stub_server import KEY, StubServer
-from tuft_jupyter.kernel import report
+from tuft_jupyter.kernel import magic, report
 from tuft_jupyter.kernel.report import Progress, Table
 
 
@@ -88,7 +88,8 @@ def test_status_and_shutdown(shell: InteractiveShell, hosted: StubServer) -> Non
         ("init --address http://127.0.0.1:9", "Cannot connect to TuFT at http://127.0.0.1:9"),
         ("init", "No TuFT server was found"),
         ("init --config /no/such.yaml", "Config file not found: /no/such.yaml"),
-        ("fly", "invalid choice: 'fly'"),
+        ("fly", "no command 'fly'. `%tuft --help` lists them"),
+        ("stats", "no command 'stats'; did you mean `%tuft status`?"),
         ("init --fast", "unrecognized arguments: --fast"),
         ("init 'half", "Close the quotation"),
     ],
@@ -104,6 +105,18 @@ def test_a_failure_is_a_sentence_and_the_cell_has_failed(
     assert "Traceback" not in shown
     assert "---->" not in shown
     assert len(shown.strip().splitlines()) <= 3
+
+
+def test_a_prompt_may_end_with_a_question_mark(
+    shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IPython would show help on the last word; help on a command is still shown."""
+    asked: list[str] = []
+    monkeypatch.setattr(magic, "run", asked.append)
+    cell(shell, "if True:\n    %tuft sample Where's the treasure?\n%tuft sample 'Why?' -m a?  ")
+    assert asked == ["sample Where's the treasure?", "sample 'Why?' -m a?"]
+    cell(shell, "%tuft?")
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("line", ["", "--help", "-h", "init --help", "init -h"])
