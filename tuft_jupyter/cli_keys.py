@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> int:
     match options.action:
         case "create":
             made = book.create(options.what, options.name, seconds, options.admin)
-            print(f"{made['key']}\nid {made['id']}, for {made['tenant']}; it is not shown again", flush=True)
+            print(made["key"], flush=True)  # alone, so that KEY=$(tuft keys create NAME) is the key
+            print(f"id {made['id']}, for {made['tenant']}; it is not shown again", file=sys.stderr)
         case "expire":
             if options.expires is None:
                 raise UserError("--expires: say when, such as 1h, or never")
