@@ -383,3 +383,6 @@ class FakeEngines:
 
     def workers(self) -> list[tuple[str, int]]:
         return []
+
+    async def memory(self) -> dict[str, RunMemory]:
+        return self.trainer.trainer.memory()
