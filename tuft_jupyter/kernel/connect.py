@@ -135,6 +135,16 @@ def _init(wish: _Wish, again: bool, report: Report) -> None:
             f"TuFT is already initialized, with {_connection.address}; "
             f"`%tuft shutdown` first, then connect to {normal(wish.address)}."
         )
+    key = wish.api_key or os.environ.get("TUFT_API_KEY")
+    if key and key != _connection.client.key:
+        raise TuftConnectionError(
+            f"TuFT is already initialized, with {_connection.address} and another key; "
+            "`%tuft shutdown` first, then init with this one."
+        )
+    if wish.config is not None:
+        launch.existing_config(wish.config)
+        report("note", f"config={os.fspath(wish.config)} is not used, because {_connection.address} is; "
+                       "`%tuft shutdown` first, then init with it")  # fmt: skip
     _finish(_connection, wish.model, report)
 
 

@@ -179,6 +179,24 @@ def test_twenty_threads_make_one_connection(hosted: StubServer, told: Told) -> N
     assert len({id(connection) for connection in seen}) == 1
 
 
+def test_a_second_call_that_asks_for_something_else_says_so(
+    hosted: StubServer, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another key is refused, another configuration is named as unused; the connection stays as it is."""
+    tuft_jupyter.init("tuft/demo", report=told)
+    (tmp_path / "other.yaml").write_text("port: 1\n")
+    tuft_jupyter.init(config=tmp_path / "other.yaml", report=told)
+    assert "other.yaml is not used" in told.of("note")
+    with pytest.raises(RuntimeError, match="Config file not found"):
+        tuft_jupyter.init(config=tmp_path / "missing.yaml", report=told)
+    with pytest.raises(RuntimeError, match="another key"):
+        tuft_jupyter.init(api_key="tml-another", report=told)
+    monkeypatch.setenv("TUFT_API_KEY", "tml-another")
+    with pytest.raises(RuntimeError, match=r"another key; `%tuft shutdown` first"):
+        tuft_jupyter.init(report=told)
+    assert tuft_jupyter.is_initialized()
+
+
 def test_after_a_failure_init_can_be_called_again(server: StubServer, dead: str, told: Told) -> None:
     """S0-45: failing then succeeding; a failure leaves the environment as it was."""
     with pytest.raises(TuftConnectionError):
