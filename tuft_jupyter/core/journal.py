@@ -10,6 +10,8 @@ nothing behind; two servers never write one journal.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -20,6 +22,8 @@ from tuft_jupyter.core.errors import Overloaded, ServerError
 from tuft_jupyter.core.types import Record
 
 Sink = Callable[[Record], None]
+
+log = logging.getLogger("tuft_jupyter.journal")
 
 FOLDED = "folded"
 """The kind of the record that stands for all before it; its data is the ledger's image."""
@@ -89,6 +93,19 @@ class Journal(Protocol):
         """(characters of the records since the last image, characters of that image)."""
 
     async def close(self) -> None: ...
+
+
+def hand_over(sink: Sink, record: Record, appended: asyncio.Future[Record]) -> None:
+    """Give a durable record to the sink and answer whoever appended it; a sink that fails fails that append alone."""
+    try:
+        sink(record)
+    except Exception as error:
+        log.exception("record %d (%s) is durable, but could not be applied", record.n, record.kind)
+        if not appended.done():
+            appended.set_exception(error)
+    else:
+        if not appended.done():  # else the one who asked went away; what was written stays written
+            appended.set_result(record)
 
 
 class MemoryJournal:

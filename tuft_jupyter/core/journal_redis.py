@@ -36,7 +36,7 @@ from urllib.parse import urlsplit
 
 from tuft_jupyter.core import lease
 from tuft_jupyter.core.errors import Overloaded, ServerError
-from tuft_jupyter.core.journal import FOLDED, Durability, ReadOnly, Sink, Unavailable
+from tuft_jupyter.core.journal import FOLDED, Durability, ReadOnly, Sink, Unavailable, hand_over
 from tuft_jupyter.core.redis_scripts import ACQUIRE, APPEND, COMPACT, RELEASE, RENEW
 from tuft_jupyter.core.types import Record
 
@@ -301,10 +301,7 @@ class RedisJournal:
         for record, text, written in batch:
             self._n += 1
             self._weight = (self._weight[0] + len(text), self._weight[1])
-            told = replace(record, n=self._n, blob=None)
-            self._sink(told)
-            if not written.done():
-                written.set_result(told)
+            hand_over(self._sink, replace(record, n=self._n, blob=None), written)
 
     async def _undo(self) -> None:
         """Take back what a write may have done whose answer did not come; nobody was told that it was done."""

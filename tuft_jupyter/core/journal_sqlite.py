@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from tuft_jupyter.core import wal
 from tuft_jupyter.core.errors import Overloaded, ServerError, TuftError
-from tuft_jupyter.core.journal import FOLDED, Damaged, Durability, ReadOnly, Sink, Unavailable
+from tuft_jupyter.core.journal import FOLDED, Damaged, Durability, ReadOnly, Sink, Unavailable, hand_over
 from tuft_jupyter.core.types import Record
 
 log = logging.getLogger("tuft_jupyter.journal")
@@ -268,10 +268,10 @@ class SqliteJournal:
         for (job, future), answer in zip(jobs, answers, strict=True):
             failed = isinstance(answer, Exception)
             if isinstance(job, _Line) and not failed:
-                self._sink(answer)
-            if future.done():  # the one who asked went away; what was written stays written
-                continue
-            if failed:
+                hand_over(self._sink, answer, future)
+            elif future.done():
+                continue  # the one who asked went away
+            elif failed:
                 future.set_exception(answer)
             else:
                 future.set_result(answer)

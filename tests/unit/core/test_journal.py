@@ -59,6 +59,26 @@ def test_records_are_numbered_without_holes_and_seen_in_order_before_append_retu
     asyncio.run(scenario())
 
 
+def test_a_record_that_cannot_be_applied_fails_its_own_append_and_no_other(make: Make) -> None:
+    async def scenario() -> None:
+        journal, seen = make(), []
+
+        def apply(record: Record) -> None:
+            if record.data["i"] == 2:
+                raise ZeroDivisionError
+            seen.append(record.data["i"])
+
+        await journal.open(apply)
+        appended = await asyncio.gather(*(journal.append(line(i)) for i in (1, 2, 3)), return_exceptions=True)
+        assert isinstance(appended[1], ZeroDivisionError)
+        assert [each.n for each in appended if isinstance(each, Record)] == [1, 3]
+        assert (await journal.append(line(4))).n == 4
+        assert seen == [1, 3, 4]
+        await journal.close()
+
+    asyncio.run(scenario())
+
+
 def test_reading_a_record_does_not_tell_it_again(make: Make) -> None:
     async def scenario() -> None:
         journal, seen = make(), []
