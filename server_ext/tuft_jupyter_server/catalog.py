@@ -5,6 +5,7 @@ A server without a configuration file always offers the demo model too.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from tuft_jupyter import models
@@ -12,6 +13,8 @@ from tuft_jupyter.config import Settings
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.types import ModelCard
+
+log = logging.getLogger("tuft_jupyter.catalog")
 
 
 class ServerCatalog:
@@ -56,4 +59,10 @@ class ServerCatalog:
 
 def _card(name: str, path: str, max_context_length: int | None) -> ModelCard:
     card = replace(models.resolve(path or name), name=name)
+    if max_context_length and max_context_length > card.max_context_length:
+        log.warning(
+            "max_model_len: %d tokens of %s are more than the %d that its config.json names (max_position_embeddings): "
+            "beyond those it was not trained",
+            max_context_length, name, card.max_context_length,
+        )  # fmt: skip
     return replace(card, max_context_length=max_context_length) if max_context_length else card

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 from tuft_jupyter import models
+from tuft_jupyter.config import load_settings
 from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.journal import MemoryJournal
+from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter_server.catalog import ServerCatalog
 
 CONFIG = {"architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 40960, "vocab_size": 151936}
 
@@ -27,6 +31,17 @@ def in_cache(cache: Path, name: str, commit: str = "a" * 40) -> Path:
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
     return make(folder / "snapshots" / commit)
+
+
+def test_a_context_longer_than_the_model_s_own_is_offered_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rotary models can be stretched on purpose; by mistake it should not go unseen."""
+    listed = {"model_name": "tiny", "model_path": str(make(tmp_path / "tiny")), "max_model_len": 100_000}
+    (tmp_path / "tuft.yaml").write_text(json.dumps({"supported_models": [listed]}))
+    settings = load_settings(tmp_path / "tuft.yaml", {"TUFT_HOME": str(tmp_path)})
+    assert ServerCatalog(settings, Ledger(MemoryJournal())).cards()[0].max_context_length == 100_000
+    assert "100000 tokens of tiny are more than the 40960" in caplog.text
 
 
 def test_the_demo_model_is_in_the_package() -> None:
