@@ -58,10 +58,15 @@ def context_offered(name: str, env: Mapping[str, str] = os.environ) -> int:
     CONTEXT_ASSUMED if it does not say, or if there is no such model here: it may come later.
     """
     try:
-        directory = _place(name, env)[1]
-        return min(_number(name, _config(name, directory), "max_position_embeddings"), CONTEXT_LIMIT)
+        return min(context_trained(name, env), CONTEXT_LIMIT)
     except UserError:
         return CONTEXT_ASSUMED
+
+
+def context_trained(name: str, env: Mapping[str, str] = os.environ) -> int:
+    """Tokens of context that a model's ``config.json`` says it was made for. UserError if it does not say."""
+    directory = _place(name, env)[1]
+    return _number(name, _config(name, directory), "max_position_embeddings")
 
 
 def _place(name: str, env: Mapping[str, str]) -> tuple[str, Path]:

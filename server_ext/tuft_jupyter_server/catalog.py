@@ -59,10 +59,13 @@ class ServerCatalog:
 
 def _card(name: str, path: str, max_context_length: int | None) -> ModelCard:
     card = replace(models.resolve(path or name), name=name)
-    if max_context_length and max_context_length > card.max_context_length:
+    if not max_context_length:
+        return card
+    trained = models.context_trained(path or name)
+    if max_context_length > trained:
         log.warning(
             "max_model_len: %d tokens of %s are more than the %d that its config.json names (max_position_embeddings): "
             "beyond those it was not trained",
-            max_context_length, name, card.max_context_length,
+            max_context_length, name, trained,
         )  # fmt: skip
-    return replace(card, max_context_length=max_context_length) if max_context_length else card
+    return replace(card, max_context_length=max_context_length)
