@@ -229,7 +229,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest edited": (lambda d: edit(d / MANIFEST), MANIFEST),
     "manifest truncated": (lambda d: truncate(d / MANIFEST), MANIFEST),
     "manifest of another": (lambda d: (d / MANIFEST).write_text("[]"), MANIFEST),
-    "directory missing": (lambda d: shutil.rmtree(d), CONFIG),
+    "directory missing": (lambda d: shutil.rmtree(d), "not on the server's disk any more"),
 }
 
 
