@@ -45,7 +45,7 @@ MARKS = {
     "tenants long tiny-fp32": Mark(
         "16 tenants x 4 datums of 16..256 tokens, 4 x 256 model in fp32, over sequential PEFT",
         2.0,
-        note="1.83 x was reached; two thirds of our time are matmuls at 90 to 100 of a core's 118 GFLOP/s, which PEFT "
+        note="1.85 x was reached; two thirds of our time are matmuls at 90 to 100 of a core's 118 GFLOP/s, which PEFT "
         "runs as well; tried: micro-batches of 256 to 2048 tokens, smaller chunks, oneDNN's matmuls (2 ms per "
         "new shape); log-probabilities of prompts, which the protocol answers, are 6 %",
     ),
