@@ -5,6 +5,7 @@ Each checks itself when it is made: a value out of range is a :class:`~tuft_jupy
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -81,6 +82,9 @@ class ModelSettings:
     ``min_response_tokens`` are the sampler's defaults, ``max_lora_rank`` and ``max_loras`` its limits. Names and
     defaults are those of TuFT 0.1. ``trust_remote_code``, ``sampler_type`` None: the server's. Of each GPU's memory
     vLLM takes ``gpu_memory_utilization``; ``data_parallel`` processes train together, each on a GPU if there are any.
+    ``training_gpus`` and ``sampling_gpus`` are reserved whole (0: none is used; None: some of those there are);
+    ``sampling_replicas`` processes sample, each on its share. Every actor asks Ray for ``actor_cpus`` and runs with
+    ``actor_env`` in its environment.
     """
 
     model_name: str
@@ -99,6 +103,11 @@ class ModelSettings:
     sampler_type: str | None = None
     gpu_memory_utilization: float = 0.4
     data_parallel: int = 1
+    training_gpus: int | None = None
+    sampling_gpus: int | None = None
+    sampling_replicas: int = 1
+    actor_cpus: float | None = None
+    actor_env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.model_name:
@@ -107,6 +116,11 @@ class ModelSettings:
             object.__setattr__(self, "model_path", self.model_name)
         for name in ("max_model_len", "tensor_parallel_size", "max_lora_rank", "max_loras", "data_parallel"):
             at_least(name, getattr(self, name), 1)
+        at_least("sampling_replicas", self.sampling_replicas, 1)
+        for name in ("training_gpus", "sampling_gpus", "actor_cpus"):
+            at_least(name, getattr(self, name), 0)
+        _divides("training_gpus", self.training_gpus, "data_parallel", self.data_parallel)
+        _divides("sampling_gpus", self.sampling_gpus, "sampling_replicas", self.sampling_replicas)
         if self.sampler_type is not None:
             check_sampler(self.sampler_type)
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -146,6 +160,11 @@ class TenantSettings:
         named = {**QUOTAS, "weight": "weight"}
         values = {quota: getattr(self, name) for name, quota in named.items()}
         return {quota: value for quota, value in values.items() if value is not None}
+
+
+def _divides(name: str, gpus: int | None, by: str, processes: int) -> None:
+    if gpus and gpus % processes:
+        raise ConfigError(f"{name} must be a multiple of {by}: {gpus} GPUs are not {processes} equal shares")
 
 
 def check_sampler(name: str) -> None:
