@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 
+from tuft_jupyter import config_backends
 from tuft_jupyter import home as homes
+from tuft_jupyter.config_backends import BackendsConfig as BackendsConfig
 from tuft_jupyter.config_reader import ConfigError as ConfigError
 from tuft_jupyter.config_reader import Reader, at_least, web_address
 from tuft_jupyter.config_sections import QUOTAS, check_sampler
@@ -46,6 +48,7 @@ class Settings:
     authorized_users: Mapping[str, str] = field(default_factory=dict, repr=False)
     """keys, and the tenants they stand for"""
     persistence: PersistenceConfig = field(default_factory=PersistenceConfig)
+    backends: BackendsConfig = field(default_factory=BackendsConfig)
     model_owner: str = LOCAL_USER
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
@@ -144,8 +147,9 @@ class Settings:
         return listed.get(model_name) or ModelSettings(model_name, max_lora_rank=self.max_lora_rank)
 
     def rank_limit(self, model_name: str) -> int:
-        """The highest LoRA rank that may be trained on a model."""
-        return self.model(model_name).max_lora_rank
+        """The highest LoRA rank that may be trained on a model: what cannot be sampled later is refused at once."""
+        limit = self.model(model_name).max_lora_rank
+        return min(limit, self.backends.max_lora_rank) if self.backends.on_vllm else limit
 
 
 def sampler_choice(configured: str, *, installed: bool, gpu: bool) -> tuple[str, str]:
@@ -178,6 +182,9 @@ def load_settings(
     user, kept = env.get("JUPYTERHUB_USER"), document.get("persistence")
     if user and isinstance(kept, dict) and "namespace" not in kept:  # on a Hub, one Redis serves many users
         document = {**document, "persistence": {**kept, "namespace": f"tuft:{user}"}}
+    chosen = document.get("backends") or {}
+    if isinstance(chosen, dict):  # what it is otherwise, the reader says
+        document = {**document, "backends": config_backends.from_environment(chosen, env)}
     values = Reader(source, base).read(Settings, document, without=_SET_ELSEWHERE)
     if file is not None and not values.get("supported_models"):
         raise ConfigError(
@@ -248,7 +255,8 @@ _SET_ELSEWHERE = frozenset({"home", "file"})
 _FROM_ENVIRONMENT = [
     f.name
     for f in fields(Settings)
-    if f.name not in _SET_ELSEWHERE | {"supported_models", "tenants", "authorized_users", "persistence"}
+    if f.name
+    not in _SET_ELSEWHERE | {"supported_models", "tenants", "authorized_users", "persistence", "backends"}
 ]
 
 

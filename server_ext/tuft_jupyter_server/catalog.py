@@ -24,7 +24,8 @@ class ServerCatalog:
         self._ledger = ledger
         self._configured = [
             replace(
-                _card(model.model_name, model.model_path, model.max_model_len), max_rank=model.max_lora_rank
+                _card(model.model_name, model.model_path, model.max_model_len),
+                max_rank=settings.rank_limit(model.model_name),
             )
             for model in settings.supported_models
         ]

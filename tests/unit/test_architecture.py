@@ -36,6 +36,15 @@ MAY_IMPORT = {
     # package: the packages of ours that it stands on
     "tuft_jupyter.core": {"tuft_jupyter.core"},
     "tuft_jupyter.wire": {"tuft_jupyter.core", "tuft_jupyter.wire", "tuft_jupyter._version"},
+    # training and sampling over HTTP: without torch and ray, so that the notebook server's process can run it
+    "tuft_jupyter.engine.remote": {
+        "tuft_jupyter.core",
+        "tuft_jupyter.wire",
+        "tuft_jupyter.config",
+        "tuft_jupyter.config_backends",
+        "tuft_jupyter.engine",
+        "tuft_jupyter._version",
+    },
     "tuft_jupyter.engine": {"tuft_jupyter.core", "tuft_jupyter.engine", "tuft_jupyter._version"},
     "tuft_jupyter.kernel": {
         "tuft_jupyter.kernel",
