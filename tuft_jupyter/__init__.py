@@ -5,9 +5,8 @@
     tuft_jupyter.init("tuft/demo")
     training = tuft_jupyter.create_training_client(rank=8)     # the stock Tinker SDK's TrainingClient
 
-or, in a notebook, ``%load_ext tuft_jupyter`` and ``%tuft init``. Importing this package imports nothing
-heavy: no torch, ray, tornado, transformers or tinker, each of which is loaded by the first call that needs
-it.
+or, in a notebook, ``%tuft init``. Importing this package imports nothing heavy: no torch, ray, tornado,
+transformers or tinker, each of which is loaded by the first call that needs it.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def __getattr__(name: str) -> Any:
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """``%load_ext tuft_jupyter``: register ``%tuft``."""
+    """Register ``%tuft``: with its first use (jupyter-config/ipython_config.json), or by ``%load_ext tuft_jupyter``."""
     from tuft_jupyter.kernel import magic
 
     magic.load(shell)

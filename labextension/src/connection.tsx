@@ -254,7 +254,6 @@ export function Welcome(props: {
       </p>
       <Code
         lines={[
-          '%load_ext tuft_jupyter',
           `%tuft init ${model}`,
           'import tuft_jupyter',
           'run = tuft_jupyter.create_training_client()'

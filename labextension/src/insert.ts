@@ -7,7 +7,6 @@ const IMPORT = 'import tuft_jupyter';
 /** The first cell of a fine-tuning notebook. */
 export function startCode(model: string): string {
   return [
-    '%load_ext tuft_jupyter',
     `%tuft init ${model}`,
     IMPORT,
     'training = tuft_jupyter.create_training_client()'
@@ -27,7 +26,7 @@ export function checkpointCode({ kind, path }: ICheckpoint): string {
 
 /** Goes on with a run at its next step. */
 export function resumeCode({ id }: IRun): string {
-  return `%load_ext tuft_jupyter\ntraining = %tuft resume ${id}`;
+  return `training = %tuft resume ${id}`;
 }
 
 function quoted(text: string): string {

@@ -130,6 +130,7 @@ def test_the_wheel_carries_everything_that_runs(wheel: Path) -> None:
         "tuft_jupyter/demo/model.safetensors",
         "tuft_jupyter/demo/tokenizer.json",
         f"{data}/etc/jupyter/jupyter_server_config.d/tuft_jupyter.json",
+        f"{data}/etc/ipython/ipython_config.json",
         f"{extension}/package.json",
         f"{extension}/install.json",
         f"{extension}/schemas/tuft-jupyter/panel.json",
@@ -225,6 +226,14 @@ def test_installing_the_wheel_enables_the_server_extension(installed: Installed)
     plain = listing.replace("\x1b[32m", "").replace("\x1b[0m", "")
     assert "tuft_jupyter enabled" in plain
     assert f"tuft_jupyter {__version__} OK" in plain
+
+
+def test_the_magic_is_there_without_loading_an_extension(installed: Installed) -> None:
+    """S0-03: the first line of a notebook may be `%tuft init`; what IPython reads at its start names no module that
+    is imported before that."""
+    said = installed.run("ipython", "-c", "import sys; print('tuft_jupyter' in sys.modules)\n%tuft doctor")
+    assert "False\n" in said, said
+    assert f"tuft-jupyter      {__version__}" in said
 
 
 def test_the_panel_needs_no_node(installed: Installed) -> None:

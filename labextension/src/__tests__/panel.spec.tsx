@@ -111,9 +111,7 @@ describe('the panel', () => {
   it('says what to type when there is nothing', async () => {
     await show(emptyAnswer());
     await eventually(() =>
-      expect(texts('pre').join()).toContain(
-        '%load_ext tuft_jupyter\n%tuft init'
-      )
+      expect(texts('pre').join()).toContain('%tuft init tuft/demo')
     );
   });
 
