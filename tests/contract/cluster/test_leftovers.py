@@ -13,9 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.cluster import runs
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 DRIVER = """
 import asyncio, os, sys
@@ -73,7 +75,7 @@ def test_no_process_outlives_the_driver_however_it_ends(end: str, tmp_path: Path
         began = time.perf_counter()
         driver.wait(30)
         _, alive = psutil.wait_procs(children, timeout=10)
-        assert not [process for process in alive if _runs(process)]
+        assert not [process for process in alive if runs(process)]
         assert time.perf_counter() - began < 10
     finally:
         driver.kill()
@@ -149,9 +151,3 @@ def _writers(logs: str) -> list[psutil.Process]:
             if any(file.path.startswith(logs) for file in process.open_files()):
                 found.append(process)
     return found
-
-
-def _runs(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
