@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from tuft_jupyter import config_backends
+from tuft_jupyter import config_backends, config_placement
 from tuft_jupyter import home as homes
 from tuft_jupyter.config_backends import BackendsConfig as BackendsConfig
+from tuft_jupyter.config_placement import PlacementConfig as PlacementConfig
 from tuft_jupyter.config_reader import ConfigError as ConfigError
 from tuft_jupyter.config_reader import Reader, at_least, web_address
 from tuft_jupyter.config_sections import QUOTAS, check_sampler
@@ -86,6 +87,8 @@ class Settings:
     """that the torch sampler keeps at once; None: by free memory"""
     ray_address: str | None = None
     """None: a local Ray of our own"""
+    placement: PlacementConfig | None = None
+    """None: actors take shares of the GPUs there are"""
     trainer_threads: int | None = None
     """None: by CPUs"""
     trust_remote_code: bool = False
@@ -185,6 +188,7 @@ def load_settings(
     chosen = document.get("backends") or {}
     if isinstance(chosen, dict):  # what it is otherwise, the reader says
         document = {**document, "backends": config_backends.from_environment(chosen, env)}
+    document = dict(config_placement.with_torchspec(document))
     values = Reader(source, base).read(Settings, document, without=_SET_ELSEWHERE)
     if file is not None and not values.get("supported_models"):
         raise ConfigError(
@@ -256,7 +260,8 @@ _FROM_ENVIRONMENT = [
     f.name
     for f in fields(Settings)
     if f.name
-    not in _SET_ELSEWHERE | {"supported_models", "tenants", "authorized_users", "persistence", "backends"}
+    not in _SET_ELSEWHERE
+    | {"supported_models", "tenants", "authorized_users", "persistence", "backends", "placement"}
 ]
 
 

@@ -83,7 +83,8 @@ class ModelSettings:
     defaults are those of TuFT 0.1. ``trust_remote_code``, ``sampler_type`` None: the server's. Of each GPU's memory
     vLLM takes ``gpu_memory_utilization``; ``data_parallel`` processes train together, each on a GPU if there are any.
     ``training_gpus`` and ``sampling_gpus`` are reserved whole (0: none is used; None: some of those there are);
-    ``sampling_replicas`` processes sample, each on its share. Every actor asks Ray for ``actor_cpus`` and runs with
+    ``sampling_replicas`` processes sample, each on its share, and those that train are divided over ``training_nodes``
+    (None: as the section ``placement`` has it). Every actor asks Ray for ``actor_cpus`` and runs with
     ``actor_env`` in its environment.
     """
 
@@ -104,6 +105,7 @@ class ModelSettings:
     gpu_memory_utilization: float = 0.4
     data_parallel: int = 1
     training_gpus: int | None = None
+    training_nodes: int | None = None
     sampling_gpus: int | None = None
     sampling_replicas: int = 1
     actor_cpus: float | None = None
@@ -117,6 +119,12 @@ class ModelSettings:
         for name in ("max_model_len", "tensor_parallel_size", "max_lora_rank", "max_loras", "data_parallel"):
             at_least(name, getattr(self, name), 1)
         at_least("sampling_replicas", self.sampling_replicas, 1)
+        at_least("training_nodes", self.training_nodes, 1)
+        if self.data_parallel % (self.training_nodes or 1):
+            raise ConfigError(
+                f"data_parallel must be a multiple of training_nodes: {self.data_parallel} processes cannot be divided "
+                f"evenly over {self.training_nodes} nodes"
+            )
         for name in ("training_gpus", "sampling_gpus", "actor_cpus"):
             at_least(name, getattr(self, name), 0)
         _divides("training_gpus", self.training_gpus, "data_parallel", self.data_parallel)

@@ -13,7 +13,14 @@ import yaml
 
 from scripts import api_docs
 from tuft_jupyter import cli
-from tuft_jupyter.config import BackendsConfig, ModelSettings, PersistenceConfig, Settings, TenantSettings
+from tuft_jupyter.config import (
+    BackendsConfig,
+    ModelSettings,
+    PersistenceConfig,
+    PlacementConfig,
+    Settings,
+    TenantSettings,
+)
 from tuft_jupyter.core import state
 from tuft_jupyter.kernel import magic
 from tuft_jupyter.wire.routes import ROUTES
@@ -39,7 +46,9 @@ def test_the_api_reference_is_the_route_table() -> None:
     assert (ROOT / "docs" / "api.md").read_text() == api_docs.text(), "run: python scripts/api_docs.py"
 
 
-@pytest.mark.parametrize("kind", [Settings, ModelSettings, PersistenceConfig, TenantSettings, BackendsConfig])
+@pytest.mark.parametrize(
+    "kind", [Settings, ModelSettings, PersistenceConfig, TenantSettings, BackendsConfig, PlacementConfig]
+)
 def test_every_setting_is_documented(kind: type) -> None:
     known = {field.name for field in dataclasses.fields(kind)} - {"home", "file"}
     assert not [name for name in known if f"`{name}`" not in SETTINGS]
