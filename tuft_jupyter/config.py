@@ -24,7 +24,7 @@ from tuft_jupyter.config_backends import BackendsConfig as BackendsConfig
 from tuft_jupyter.config_placement import PlacementConfig as PlacementConfig
 from tuft_jupyter.config_reader import ConfigError as ConfigError
 from tuft_jupyter.config_reader import Reader, at_least, web_address
-from tuft_jupyter.config_sections import QUOTAS, check_sampler
+from tuft_jupyter.config_sections import QUOTAS, SAMPLERS, check_sampler
 from tuft_jupyter.config_sections import ModelSettings as ModelSettings
 from tuft_jupyter.config_sections import PersistenceConfig as PersistenceConfig
 from tuft_jupyter.config_sections import TenantSettings as TenantSettings
@@ -148,6 +148,12 @@ class Settings:
         """What is set for a model, also for one that no file lists."""
         listed = {model.model_name: model for model in self.supported_models}
         return listed.get(model_name) or ModelSettings(model_name, max_lora_rank=self.max_lora_rank)
+
+    def sampler_asked(self, model_name: str) -> str:
+        """``torch``, ``vllm`` or ``auto``: the sampler that workers of this server are asked to use for a model."""
+        if self.backends.sampling in SAMPLERS and self.backends.sampling != "auto":
+            return self.backends.sampling
+        return self.model(model_name).sampler_type or self.sampler_type
 
     def rank_limit(self, model_name: str) -> int:
         """The highest LoRA rank that may be trained on a model: what cannot be sampled later is refused at once."""

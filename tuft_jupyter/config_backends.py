@@ -58,6 +58,8 @@ class BackendsConfig:
             web_address(name, given)
             if not given:
                 raise ConfigError(f"{name} must not be empty")
+            if "@" in given:  # it is shown in errors and in the panel
+                raise ConfigError(f"{name} must not hold a user or a password: give a key of its own")
             object.__setattr__(self, name, given.rstrip("/"))
         for name in ("max_loras", "max_lora_rank", "max_workers"):
             at_least(name, getattr(self, name), 1)

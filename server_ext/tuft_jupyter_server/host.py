@@ -19,9 +19,10 @@ from typing import Any
 
 from tuft_jupyter import models, tracing
 from tuft_jupyter._version import __version__
-from tuft_jupyter.config import Settings
+from tuft_jupyter.config import BackendsConfig, Settings
 from tuft_jupyter.config_reader import usable
 from tuft_jupyter.core.access import KeyRing
+from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.engine import RunMemory, SamplingEngine, TrainingEngine
 from tuft_jupyter.core.errors import Elsewhere, Forbidden, Overloaded, TuftError, UserError
 from tuft_jupyter.core.journal import Journal, MemoryJournal, Unavailable
@@ -31,8 +32,10 @@ from tuft_jupyter.core.keys import KeyBook
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.quotas import Limits, Quota, Quotas
 from tuft_jupyter.core.samples import Samples
+from tuft_jupyter.core.sampling import Worker
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.types import ModelCard, Principal
+from tuft_jupyter.engine.remote.engines import BackendEngines
 from tuft_jupyter.home import ensure_key, ensure_secret, private_directory, private_file
 from tuft_jupyter.kernel.versions import sdk_note
 from tuft_jupyter.wire.api import Api
@@ -139,6 +142,9 @@ class Host:
         traced = tracing.begin("server")
         self.traces = None if traced is None else Traces(traced, self.ledger)
         self.engines = engines or ClusterEngines(settings)
+        self.elsewhere = BackendEngines(settings, self.engines)
+        if settings.backends != BackendsConfig():
+            self.engines = self.elsewhere
         if self.traces is not None:
             self.engines = self.traces.around(self.engines)
         self.service = Service(
@@ -173,8 +179,13 @@ class Host:
     async def start(self) -> None:
         """Recover from the journal. A failure is kept in ``problem`` and shown; the notebook server goes on.
 
-        A journal that another server holds is taken over as soon as that one lets go.
+        A journal that another server holds is taken over as soon as that one lets go. Servers elsewhere need not be
+        there yet.
         """
+        if self.elsewhere.servers:
+            self._tasks.append(
+                asyncio.get_running_loop().create_task(self.elsewhere.watch(self._there_again))
+            )
         if await self._try_to_start():
             self._tasks.append(asyncio.get_running_loop().create_task(self._wait_for_the_journal()))
 
@@ -239,16 +250,15 @@ class Host:
         return self._metrics.text(), CONTENT_TYPE
 
     def status(self, principal: Principal) -> dict[str, Any]:
-        missing = missing_backend()
+        missing = missing_backend() if self.elsewhere.needs_workers else []
         states = [self._model_state(card) for card in self.service.catalog.cards()]
         loading = [f"{s['name']}: {s['detail']}" for s in states if s["state"] == "loading"]
         problem = self.problem or self.journal.problem
         waiting = problem or "; ".join(loading)
         if not self._ready.is_set() and not waiting:
             waiting = "reading the journal"
-        backend = (
-            NO_BACKEND.format(missing=", ".join(missing)) if missing else "torch, peft and ray are installed"
-        )
+        backend = NO_BACKEND.format(missing=", ".join(missing)) if missing else self.elsewhere.description
+        note = sdk_note(self._sdk_of(principal.tenant))
         return {
             "version": __version__,
             "tenant": principal.tenant,
@@ -260,9 +270,20 @@ class Host:
             "durability": self.journal.durability.value,
             "backend": {"installed": not missing, "detail": backend},
             "models": states,
-            "notes": [note] if (note := sdk_note(self._sdk_of(principal.tenant))) else [],
+            "servers": [server.shown() for server in self.elsewhere.servers],
+            "notes": [text for text in (note, *(server.detail for server in self.elsewhere.servers)) if text],
             "ending": self.service.lifetimes.ending(principal.tenant, self.ledger.clock()),
         }
+
+    def _there_again(self) -> None:
+        """A server elsewhere is back: what failed for want of it is tried again when it is next asked for."""
+        parts: list[Driver | Worker] = [
+            *self.service.drivers.values(),
+            *self.service.sampling.workers.values(),
+        ]
+        for part in parts:
+            if part.status == "failed":
+                part.status, part.detail = "idle", ""
 
     def _sdk_of(self, tenant: str) -> str:
         """The SDK of a tenant's newest session, as it named itself."""

@@ -145,7 +145,8 @@ def test_every_module_says_what_it_is(name: str, path: Path) -> None:
 def test_importing_what_a_notebook_server_needs_loads_no_heavy_package() -> None:
     """S1-65, S3-01: the notebook's process never imports torch, transformers, vllm or ray by itself."""
     script = (
-        "import sys, tuft_jupyter, tuft_jupyter_server.app, tuft_jupyter_server.daemon; "
+        "import sys, tuft_jupyter, tuft_jupyter_server.app, tuft_jupyter_server.daemon, "
+        "tuft_jupyter.engine.remote.engines; "
         "print(sorted({'torch', 'transformers', 'peft', 'vllm', 'ray'} & set(sys.modules)))"
     )
     path = f"{ROOT}:{ROOT / 'server_ext'}"

@@ -62,6 +62,7 @@ class VllmOptions:
     max_loras: int
     gpu_memory: float
     tensor_parallel: int
+    enable_lora: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,16 @@ class Engines:
             gpu_memory=model.gpu_memory_utilization,
             tensor_parallel=model.tensor_parallel_size,
         )
-        asked = model.sampler_type or self.settings.sampler_type
+        backends = self.settings.backends
+        if backends.sampling == "vllm":
+            vllm = replace(
+                vllm,
+                max_rank=self.settings.rank_limit(card.name),
+                max_loras=backends.max_loras,
+                gpu_memory=backends.gpu_memory_utilization,
+                enable_lora=backends.enable_lora,
+            )
+        asked = self.settings.sampler_asked(card.name)
         made = ClusterSamplingEngine(card, self._runtime, 1, options, trusted=trusted, asked=asked, vllm=vllm)
         self._made.append(made)
         return made

@@ -28,6 +28,10 @@ class LruCache(Generic[T]):
     def __len__(self) -> int:
         return len(self._held)
 
+    def items(self) -> list[T]:
+        """What is kept, least recently used first."""
+        return list(self._held.values())
+
     def take(self, key: str) -> T | None:
         """What is kept under a key, from now on used once more; None if there is nothing."""
         if key not in self._held:

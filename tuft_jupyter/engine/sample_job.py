@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,8 +21,10 @@ from tuft_jupyter.core.types import (
     SampleResult,
     StopReason,
 )
-from tuft_jupyter.engine.kv_cache import Place
-from tuft_jupyter.engine.prompt_scores import PromptScores
+
+if TYPE_CHECKING:  # torch stays out: samplers elsewhere share the limits and the words
+    from tuft_jupyter.engine.kv_cache import Place
+    from tuft_jupyter.engine.prompt_scores import PromptScores
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens included."""

@@ -21,6 +21,10 @@ from pathlib import Path
 from tuft_jupyter.core.errors import ServerError
 from tuft_jupyter.engine.lru import LruCache, version_key
 
+NO_ADAPTERS = (
+    "vLLM may not be asked for adapters here (VLLM_ENABLE_LORA is false): sample from the base model, or set "
+    "VLLM_ENABLE_LORA=true"
+)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -70,6 +74,10 @@ class NamedAdapters:
             if not self._cache.give_back(key) and broken:
                 self._cache.forget(key)
             self._freed.set()
+
+    def held(self) -> list[Named]:
+        """What the engine knows now."""
+        return [held.named for held in self._cache.items()]
 
     async def _take(self, key: str, directory: Path) -> _Held:
         while True:

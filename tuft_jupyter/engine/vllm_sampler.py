@@ -37,7 +37,7 @@ from tuft_jupyter.core.types import SampleRequest, SampleResult
 from tuft_jupyter.engine import checkpoint, vllm_scoring, vllm_values
 from tuft_jupyter.engine.ray_local import Guard
 from tuft_jupyter.engine.sample_job import Limits
-from tuft_jupyter.engine.vllm_adapters import Named, NamedAdapters
+from tuft_jupyter.engine.vllm_adapters import NO_ADAPTERS, Named, NamedAdapters
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class VllmSampler:
 
     ``max_loras`` adapters share a batch and ``max_adapters`` are held in host memory, of rank ``max_rank`` at most;
     ``gpu_memory`` is the share of each GPU's memory that vLLM takes; ``tensor_parallel`` is over how many GPUs the
-    model is spread. ``on_death`` is called, in some thread, when the engine's process has ended. UserError says why a
-    model cannot be served.
+    model is spread. Without ``enable_lora`` only the base model is sampled. ``on_death`` is called, in some thread,
+    when the engine's process has ended. UserError says why a model cannot be served.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class VllmSampler:
         max_adapters: int = 32,
         gpu_memory: float = 0.4,
         tensor_parallel: int = 1,
+        enable_lora: bool = True,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -102,6 +103,7 @@ class VllmSampler:
             os.environ.setdefault(variable, value)
         self._path, self._name = str(model_path), name or str(model_path)
         self._max_rank = max_rank
+        self._enable_lora = enable_lora
         self._on_death = on_death
         self._guard = Guard()
         self._ended: queue.SimpleQueue[tuple[str, Result]] = queue.SimpleQueue()
@@ -118,7 +120,7 @@ class VllmSampler:
             "model": self._path,
             "dtype": dtype or "auto",
             "max_model_len": max_context,
-            "enable_lora": True,
+            "enable_lora": enable_lora,
             "max_loras": loras,
             "max_cpu_loras": max(loras, held),
             "max_lora_rank": next(rank for rank in RANKS if rank >= max_rank),
@@ -274,6 +276,8 @@ class VllmSampler:
             self.check(request)
             if adapter is None:
                 return await self._sample(key, request, None, on_token)
+            if not self._enable_lora:
+                raise UserError(NO_ADAPTERS)
             async with self._adapters.using(adapter) as named:
                 return await self._sample(key, request, named, on_token)
         except TuftError as error:

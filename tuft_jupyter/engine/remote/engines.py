@@ -1,0 +1,83 @@
+"""The engines of one server, wherever they are: its own workers, or servers elsewhere, as :func:`route` says.
+
+With nothing configured it hands on what it is given, and no connection is ever opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tuft_jupyter.config import Settings
+from tuft_jupyter.core.engine import Engines, RunMemory, SamplingEngine, TrainingEngine
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.types import ModelCard
+from tuft_jupyter.engine.remote import http, vllm_server
+from tuft_jupyter.engine.remote.http import Server
+from tuft_jupyter.engine.remote.routing import Backend, route
+from tuft_jupyter.engine.remote.vllm_server import VllmServer
+
+
+class BackendEngines:
+    """Implements ``core.engine.Engines``. ``workers`` makes our own engines."""
+
+    def __init__(self, settings: Settings, workers: Any) -> None:
+        self._backends = backends = settings.backends
+        self._own: Any = workers
+        self._instance = hashlib.sha256(str(settings.home.absolute()).encode()).hexdigest()[:8]
+        self._threads = ThreadPoolExecutor(backends.max_workers, "tuft-backend")
+        self.servers: list[Server] = []
+        if backends.sampling == "external":
+            self._vllm = self._server(vllm_server.KIND, backends.vllm_url, backends.vllm_key)
+
+    @property
+    def needs_workers(self) -> bool:
+        """Whether workers of ours train or sample."""
+        backends = self._backends
+        return backends.training == "peft" or backends.sampling in ("torch", "vllm")
+
+    def training(self, card: ModelCard) -> TrainingEngine:
+        """UserError if nobody trains."""
+        if route("forward_backward", self._backends) is Backend.TRAINING_SERVER:
+            raise UserError(
+                "training on a server elsewhere is not offered yet: set backends.training to peft"
+            )
+        return self._workers.training(card)
+
+    def sampling(self, card: ModelCard) -> SamplingEngine:
+        """UserError if nobody samples."""
+        if route("asample", self._backends) is Backend.VLLM_SERVER:
+            return VllmServer(card, self._vllm, self._backends, self._instance)
+        return self._workers.sampling(card)
+
+    def workers(self) -> list[tuple[str, int]]:
+        found: list[tuple[str, int]] = self._own.workers()
+        return found
+
+    async def memory(self) -> dict[str, RunMemory]:
+        found: dict[str, RunMemory] = await self._own.memory()
+        return found
+
+    async def watch(self, there_again: Callable[[], None]) -> None:
+        """Follow whether the servers elsewhere are there, for ever; ``there_again`` is called when one came back."""
+        for server in self.servers:
+            server.on_return = there_again
+        await http.watch(self.servers)
+
+    @property
+    def description(self) -> str:
+        """In words, who works here and elsewhere."""
+        own = ["torch, peft and ray are installed"] if self.needs_workers else []
+        return "; ".join(own + [f"{server.kind.name} at {server.url}" for server in self.servers])
+
+    @property
+    def _workers(self) -> Engines:
+        engines: Engines = self._own
+        return engines
+
+    def _server(self, kind: http.Kind, url: str, key: str) -> Server:
+        server = Server(kind, url, key, self._threads)
+        self.servers.append(server)
+        return server
