@@ -57,10 +57,10 @@ class Tenants:
 
 
 def measure() -> list[Row]:
-    from tuft_jupyter.engine.actors import CPU_MALLOC  # needs more than the engine alone does
+    from tuft_jupyter.engine.actors import CPU_MEMORY  # needs more than the engine alone does
 
     os.environ.update(
-        CPU_MALLOC
+        CPU_MEMORY
     )  # both get what the server gives its trainer; malloc reads it when a process starts
     rows = []
     with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:

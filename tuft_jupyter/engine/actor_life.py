@@ -17,7 +17,7 @@ from tuft_jupyter.core.engine import EngineDied
 from tuft_jupyter.core.errors import ServerError, failure
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actor import Actor
-from tuft_jupyter.engine.actors import CPU_MALLOC, SECRETS, ActorOptions, EngineActor, Loaded, Place
+from tuft_jupyter.engine.actors import CPU_MEMORY, SECRETS, ActorOptions, EngineActor, Loaded, Place
 from tuft_jupyter.engine.pretrained import TRUST
 from tuft_jupyter.engine.ray_local import log_tail
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
@@ -139,7 +139,7 @@ class ActorEngine:
         environment = dict.fromkeys(SECRETS, "") | {"OMP_NUM_THREADS": str(self.threads)}
         environment[TRUST] = "1" if self.trusted else "0"
         if not on_gpu:
-            environment |= CPU_MALLOC
+            environment |= CPU_MEMORY
         options: dict[str, Any] = {
             "num_cpus": 0 if session.place.local else self.threads,
             "num_gpus": self.gpus() if on_gpu else 0,

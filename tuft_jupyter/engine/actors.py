@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CPU_MALLOC = {
+CPU_MEMORY = {
     # Freed memory stays with the process: returning and faulting it in again costs a third of a training step
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
+    # oneDNN keeps a kernel, half a megabyte, for each of this many shapes
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
 
 SECRETS = (

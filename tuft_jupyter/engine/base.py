@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.engine import llama, memory, packing
+from tuft_jupyter.engine import frozen, llama, memory, packing
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.llama import LlamaDecoder
 from tuft_jupyter.engine.pretrained import reading, refusal
@@ -143,7 +144,10 @@ def _decoder(hf: Any) -> Decoder:
     positions = packing.positions(packed.cu, hf.device)
     tolerance = 1e-4 if hf.dtype == torch.float32 else 0.05
     reason = ""
-    for kind in (LlamaDecoder, ModuleDecoder) if llama.fits(hf) else (ModuleDecoder,):
+    copies = memory.roomy(hf)
+    frozen.of(hf.get_output_embeddings(), copies=copies)
+    llama_ = partial(LlamaDecoder, copies=copies)
+    for kind in (llama_, ModuleDecoder) if llama.fits(hf) else (ModuleDecoder,):
         decoder: Decoder = kind(hf)
         try:
             hidden, _ = decoder(packed, torch.cat(ids), positions, backward=False)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tuft_jupyter.engine import frozen
+from tuft_jupyter.engine.frozen import Frozen
 from tuft_jupyter.engine.lora import MultiLoraLinear, Part, add_updates, pull_updates, take
 from tuft_jupyter.engine.losses import Config, Inputs, Loss
 from tuft_jupyter.engine.packing import Segment
@@ -67,7 +68,7 @@ class SpanResult:
 def logits(lm_head: nn.Module, h_MD: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Logits [M, V] of hidden states, in the model's dtype; ``segments`` are of these M positions."""
     base = _base(lm_head)
-    z_MV = F.linear(h_MD, base.weight, base.bias)
+    z_MV = base(h_MD)
     add_updates(h_MD, _parts(lm_head, segments), z_MV)
     return z_MV
 
@@ -87,8 +88,8 @@ def run(
         return work.results, dh_ND
 
 
-def _base(lm_head: nn.Module) -> Any:
-    return lm_head.base_layer if isinstance(lm_head, MultiLoraLinear) else lm_head
+def _base(lm_head: nn.Module) -> Frozen:
+    return frozen.of(lm_head.base_layer if isinstance(lm_head, MultiLoraLinear) else lm_head)
 
 
 def _parts(lm_head: nn.Module, segments: Sequence[Segment]) -> list[Part]:
@@ -98,7 +99,7 @@ def _parts(lm_head: nn.Module, segments: Sequence[Segment]) -> list[Part]:
 class _Pass:
     """One row on its way through the unembedding, chunk by chunk; a chunk is some of its positions, in order."""
 
-    def __init__(self, base: Any, parts: list[Part], h_ND: Tensor, spans: Sequence[Span]) -> None:
+    def __init__(self, base: Frozen, parts: list[Part], h_ND: Tensor, spans: Sequence[Span]) -> None:
         self.base, self.parts, self.h_ND, self.spans = base, parts, h_ND, spans
         self.size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS[h_ND.device.type] // base.weight.shape[0])
         self.counts = np.concatenate([span.counts for span in spans])
@@ -120,7 +121,9 @@ class _Pass:
 
     def _chunks(self, rows: Rows) -> Iterator[Rows]:
         for at in range(0, len(rows), self.size):
-            yield rows[at : at + self.size]
+            chunk = rows[at : at + self.size]
+            most = len(chunk) - len(chunk) % frozen.STEP  # a number of rows that need not be filled up
+            yield from (part for part in (chunk[:most], chunk[most:]) if len(part))
 
     def _chunk(self, rows: Rows, dh_ND: Tensor | None) -> None:
         h_MD = _at(self.h_ND, rows)
@@ -144,7 +147,7 @@ class _Pass:
                 dz_MV.scatter_add_(1, targets.view(len(there), -1), slopes)
         if dh_ND is not None:
             dz_MV = p_MV.to(h_MD.dtype)
-            out_MD = torch.mm(dz_MV, self.base.weight)
+            out_MD = self.base.pull(dz_MV)
             parts = self._parts_in(rows)
             hidden = [torch.mm(take(h_MD, a, b), slot.a.t()) for a, b, slot in parts]
             pull_updates(dz_MV, h_MD, parts, hidden, out_MD)
@@ -164,7 +167,7 @@ class _Pass:
             result.losses[at], result.slopes[at] = span.loss.formula(result.logprobs[at], inputs, span.config)
 
     def _logits(self, h_MD: Tensor, rows: Rows) -> Tensor:
-        z_MV = F.linear(h_MD, self.base.weight, self.base.bias)
+        z_MV = self.base(h_MD)
         add_updates(h_MD, self._parts_in(rows), z_MV)
         return z_MV
 

@@ -16,9 +16,9 @@ from itertools import pairwise
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tuft_jupyter.engine.frozen import Frozen
 from tuft_jupyter.engine.grouped import GroupedStack, Groups, Member
 from tuft_jupyter.engine.lora import MultiLoraLinear, Slot, take
 from tuft_jupyter.engine.packing import Segment, boundaries
@@ -87,7 +87,7 @@ _Stacked = tuple[tuple[ref[Slot], ...], list[_Stack]]
 class Linears:
     """The linear layers ``names`` of ``parent``; to be made before adapters are."""
 
-    def __init__(self, parent: nn.Module, *names: str) -> None:
+    def __init__(self, parent: nn.Module, *names: str, copies: bool = False) -> None:
         self._parent, self._names = parent, names
         modules: list[nn.Linear] = [getattr(parent, name) for name in names]
         self._columns = [
@@ -97,13 +97,14 @@ class Linears:
         self._together: WeakKeyDictionary[Slot, tuple[tuple[ref[Slot], ...], SideBySide]] = (
             WeakKeyDictionary()
         )  # of the adapters that were last read together
-        self._weight, self._bias = modules[0].weight.detach(), modules[0].bias
+        weight, bias = modules[0].weight.detach(), modules[0].bias
         if len(modules) > 1:
-            self._weight = torch.cat([module.weight.detach() for module in modules])
-            if self._bias is not None:
-                self._bias = nn.Parameter(torch.cat([module.bias for module in modules]), requires_grad=False)
+            weight = torch.cat([module.weight.detach() for module in modules])
+            if bias is not None:
+                bias = nn.Parameter(torch.cat([module.bias for module in modules]), requires_grad=False)
             for module, columns in zip(modules, self._columns, strict=True):
-                module.weight = nn.Parameter(self._weight[columns], requires_grad=False)
+                module.weight = nn.Parameter(weight[columns], requires_grad=False)
+        self._base = Frozen(weight, bias, copies=copies)
 
     def parts(self, segments: Sequence[Segment], together: Rows | Groups | None = None) -> list[StackedPart]:
         """For each segment the stacks of its adapter in these layers; more than one if they are not neighbours.
@@ -148,12 +149,7 @@ class Linears:
         self, x_NI: Tensor, parts: Sequence[StackedPart], residual: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """``x W^T + b + residual`` with every part's update, and each part's ``x A^T``."""
-        if residual is None or self._bias is not None:
-            y_NO = F.linear(x_NI, self._weight, self._bias)
-            if residual is not None:
-                y_NO += residual
-        else:
-            y_NO = torch.addmm(residual, x_NI, self._weight.t())
+        y_NO = self._base(x_NI) if residual is None else self._base.plus(x_NI, residual)
         return y_NO, [
             stack.update(take(x_NI, start, end), take(y_NO, start, end)) for start, end, stack in parts
         ]
@@ -168,7 +164,7 @@ class Linears:
         needs_dx: bool = True,
     ) -> Tensor:
         """Add the adapters' gradients to their slots; the gradient in x, new memory (empty if not needed)."""
-        dx_NI = torch.mm(dy_NO, self._weight) if needs_dx else dy_NO.new_empty(0)
+        dx_NI = self._base.pull(dy_NO) if needs_dx else dy_NO.new_empty(0)
         for (start, end, stack), h_NR in zip(parts, hidden, strict=True):
             dx = take(dx_NI, start, end) if needs_dx else None
             stack.pull(take(dy_NO, start, end), take(x_NI, start, end), h_NR, dx)

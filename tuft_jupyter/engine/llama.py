@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tuft_jupyter.engine import frozen
 from tuft_jupyter.engine.attention import Back, CausalAttention
 from tuft_jupyter.engine.grouped import Groups, groups_of
 from tuft_jupyter.engine.linears import Linears, StackedPart, only_rows
@@ -66,11 +67,12 @@ def _children(module: nn.Module) -> set[str]:
 class LlamaDecoder:
     """All before the unembedding; see :class:`~tuft_jupyter.engine.decoder.Decoder`. To be made before adapters are."""
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: PreTrainedModel, *, copies: bool = False) -> None:
         decoder: Any = hf.base_model
         self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
-        self._layers = [_Layer(layer) for layer in decoder.layers]
+        self._layers = [_Layer(layer, copies) for layer in decoder.layers]
         self._norm = _Norm.of(decoder.norm)
+        self._copies = copies
         self.grouped = hf.device.type == "cuda"
         """Whether adapters that are trained are computed together."""
 
@@ -80,6 +82,9 @@ class LlamaDecoder:
     ) -> tuple[Tensor, Pull]:
         if _TOGETHER not in packed.memo:
             packed.memo[_TOGETHER] = self._together(packed, ids_N.device, backward)
+        more = frozen.rounded(packed.tokens) - packed.tokens if self._copies else 0
+        if more:  # rows of no sequence, so that there are few numbers of rows
+            ids_N, positions_1N = F.pad(ids_N, (0, more)), F.pad(positions_1N, (0, more))
         x_ND = F.embedding(ids_N, self._embed.weight)
         rope = _Rope(*self._rotary(x_ND, positions_1N))
         tape: list[_Kept | Tensor] = []  # of each layer what its backward pass reads, or only its input
@@ -94,7 +99,7 @@ class LlamaDecoder:
         def pull(dh_ND: Tensor, rows_M: Tensor | None = None) -> None:
             if isinstance(packed.memo[_TOGETHER], Groups):
                 rows_M = None  # the adapters' rows are told once for all layers
-            of = (dh_ND, unit_ND, scale_N1)
+            of = (_longer(dh_ND, more), unit_ND, scale_N1)
             dx_ND = self._norm.pull(*(of if rows_M is None else (t[rows_M] for t in of)))
             for layer in reversed(self._layers):
                 kept = tape.pop()
@@ -103,7 +108,7 @@ class LlamaDecoder:
                 dx_ND = layer.pull(dx_ND, kept, rope, first=not tape, rows_M=rows_M)
                 rows_M = None
 
-        return h_ND, pull
+        return h_ND[: packed.tokens], pull
 
     def _together(self, packed: Packed, device: torch.device, backward: bool) -> Rows | Groups | None:
         """How the adapters of a row are computed together, if they are."""
@@ -116,8 +121,12 @@ class LlamaDecoder:
 
 @dataclass(slots=True)
 class _Kept:
-    """What a layer's backward pass reads: of each norm its ``unit`` and ``scale``, of each matmul its LoRA hidden."""
+    """What a layer's backward pass reads: of each norm its ``unit`` and ``scale``, of each matmul its LoRA hidden.
 
+    Rows from ``tokens`` on belong to no sequence.
+    """
+
+    tokens: int
     parts: list[list[StackedPart]]
     unit1: Tensor
     scale1: Tensor
@@ -145,7 +154,7 @@ class _Kept:
 
 
 class _Layer:
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, copies: bool) -> None:
         attention, mlp = module.self_attn, module.mlp
         self.index: int = attention.layer_idx
         self.scaling: float = attention.scaling
@@ -160,10 +169,10 @@ class _Layer:
                 [q.weight.expand(self.queries, -1), k.weight.expand(self.keys, -1)]
             ).detach()
             self.head_norm = _Norm(weight_JE, q.variance_epsilon)
-        self.qkv = Linears(attention, "q_proj", "k_proj", "v_proj")
-        self.out = Linears(attention, "o_proj")
-        self.gate_up = Linears(mlp, "gate_proj", "up_proj")
-        self.down = Linears(mlp, "down_proj")
+        self.qkv = Linears(attention, "q_proj", "k_proj", "v_proj", copies=copies)
+        self.out = Linears(attention, "o_proj", copies=copies)
+        self.gate_up = Linears(mlp, "gate_proj", "up_proj", copies=copies)
+        self.down = Linears(mlp, "down_proj", copies=copies)
 
     def __call__(self, x_ND: Tensor, packed: Packed, rope: _Rope, keep: bool) -> tuple[Tensor, _Kept]:
         n, h, j = len(x_ND), self.queries, self.queries + self.keys
@@ -179,14 +188,19 @@ class _Layer:
         if self.head_norm is not None:
             qk_NJE, unit_heads, scale_heads = self.head_norm(qk_NJE)
         qk_NJE = rope(qk_NJE)
-        qkv = (_heads_first(qk_NJE[:, :h]), _heads_first(qk_NJE[:, h:]), _heads_first(qkv_NCE[:, j:]))
+        at = slice(packed.tokens)
+        qkv = (
+            _heads_first(qk_NJE[at, :h]),
+            _heads_first(qk_NJE[at, h:]),
+            _heads_first(qkv_NCE[at, j:]),
+        )
         attend_back: Back | None = None
         if keep:
             assert isinstance(packed.attention, CausalAttention)
             attended_1NHE, attend_back = packed.attention.taped(*qkv, self.scaling)
         else:
             attended_1NHE = packed.attention(self.index, *qkv, self.scaling, None)
-        attended = attended_1NHE.reshape(n, -1)
+        attended = _longer(attended_1NHE.flatten(2)[0], n - packed.tokens)
         x2_ND, h_out = self.out(attended, parts[1], x_ND)
         n2_ND, unit2, scale2 = self.norm2(x2_ND)
         gate_up, h_gate_up = self.gate_up(n2_ND, parts[2])
@@ -194,6 +208,7 @@ class _Layer:
         y_ND, h_down = self.down(F.silu(gate_NF).mul_(up_NF), parts[3], x2_ND)
         hidden = [h_qkv, h_out, h_gate_up, h_down]
         return y_ND, _Kept(
+            packed.tokens,
             parts,
             unit1,
             scale1,
@@ -233,10 +248,11 @@ class _Layer:
                 t.new_zeros(n, t.shape[1]).index_copy_(0, rows_M, t) for t in (dx2_ND, dattended)
             )
         assert kept.attend_back is not None
-        grads = kept.attend_back(dattended.view(1, n, h, self.head_size))
+        grads = kept.attend_back(dattended[: kept.tokens].view(1, -1, h, self.head_size))
         dqkv_NCE = dx2_ND.new_empty(n, j + self.keys, self.head_size)
+        dqkv_NCE[kept.tokens :] = 0
         for heads, grad in zip((slice(h), slice(h, j), slice(j, None)), grads, strict=True):
-            dqkv_NCE[:, heads] = grad[0].transpose(0, 1)
+            dqkv_NCE[: kept.tokens, heads] = grad[0].transpose(0, 1)
         dqk_NJE = rope.pull(dqkv_NCE[:, :j])
         if self.head_norm is not None:
             assert kept.unit_heads is not None
@@ -246,6 +262,11 @@ class _Layer:
         n1_ND = kept.unit1 * self.norm1.weight
         dn1_ND = self.qkv.pull(dqkv_NCE.view(n, -1), n1_ND, kept.parts[0], h_qkv, needs_dx=not first)
         return dx2_ND if first else self.norm1.pull(dn1_ND, kept.unit1, kept.scale1).add_(dx2_ND)
+
+
+def _longer(t_NX: Tensor, more: int) -> Tensor:
+    """With ``more`` rows of zeros."""
+    return F.pad(t_NX, (0, 0, 0, more)) if more else t_NX
 
 
 def _heads_first(t_NHE: Tensor) -> Tensor:

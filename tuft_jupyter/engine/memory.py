@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tuft_jupyter.engine.base import BaseModel
 
 SHARE = 0.5
@@ -86,6 +88,11 @@ def weights(directory: Path, dtype: torch.dtype | None) -> int:
                 width = _WIDTHS.get(tensor.get_dtype(), 4) if dtype is None else dtype.itemsize
                 total += math.prod(tensor.get_shape()) * width
     return total
+
+
+def roomy(hf: PreTrainedModel) -> bool:
+    """Whether two more copies of a model's weights would take no more than an eighth of the free memory."""
+    return 2 * sum(parameter.nbytes for parameter in hf.parameters()) <= available(hf.device) // 8
 
 
 def for_adapters(device: torch.device) -> tuple[int, int]:
