@@ -22,7 +22,7 @@ from tuft_jupyter.config import config_file, load_settings
 from tuft_jupyter.config_reader import ConfigError
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.home import KEY_PREFIX
-from tuft_jupyter_server import lab, lab_calls, logtail, misconfigured, tinker
+from tuft_jupyter_server import lab, lab_calls, logtail, misconfigured, relay, tinker
 from tuft_jupyter_server.host import Host
 
 ACTIVITY_SECONDS = 10.0
@@ -67,8 +67,12 @@ class TuftExtension(ExtensionApp):
         if self.problem:
             self.handlers.extend(misconfigured.handlers(root, self.problem))
             return
-        self.handlers.extend(lab.handlers(root, self.host))
-        self.handlers.extend(lab_calls.handlers(root, self.host))
+        service = shared_service()
+        if service is None:
+            self.handlers.extend(lab.handlers(root, self.host))
+            self.handlers.extend(lab_calls.handlers(root, self.host))
+        else:  # what the user trains is there, and so is what the panel shows
+            self.handlers.extend(relay.handlers(root, self.host, relay.Service(*service)))
         limit = self.host.settings.max_body_bytes
         uploads = self.host.settings.max_upload_bytes
         self.handlers.extend(tinker.handlers(root + "/api/v1", self.host.api, self.host.keys, limit, uploads))
@@ -112,17 +116,26 @@ def address_of(serverapp: Any) -> str:
     return urlunsplit((parts.scheme, parts.netloc, url_path_join(serverapp.base_url, "tuft"), "", ""))
 
 
+def _chosen_by_user() -> bool:
+    return bool(os.environ.get("TUFT_ADDRESS") or os.environ.get("TINKER_BASE_URL"))
+
+
+def shared_service() -> tuple[str, str] | None:
+    """Address and key of the Hub's shared service, if there is one: whom a Hub token speaks for is known there."""
+    service, token = os.environ.get("TUFT_HUB_SERVICE"), os.environ.get("JUPYTERHUB_API_TOKEN")
+    if _chosen_by_user() or not service or not token:
+        return None
+    return service.rstrip("/"), KEY_PREFIX + token
+
+
 def tell_kernels(host: Host, serverapp: Any) -> None:
     """Put this server's address and key where the kernels it starts inherit them.
 
     What the user set is left alone: a TUFT_ADDRESS or TINKER_BASE_URL of theirs names another server on purpose.
     """
-    if os.environ.get("TUFT_ADDRESS") or os.environ.get("TINKER_BASE_URL"):
+    if _chosen_by_user():
         return
-    address, key = address_of(serverapp), host.key
-    service, token = os.environ.get("TUFT_HUB_SERVICE"), os.environ.get("JUPYTERHUB_API_TOKEN")
-    if service and token:  # everybody's GPU is there, and whom a Hub token speaks for is known there
-        address, key = service.rstrip("/"), KEY_PREFIX + token
+    address, key = shared_service() or (address_of(serverapp), host.key)
     os.environ.update(zip(INJECTED, (address, key, address, key), strict=True))
     proxies = any(os.environ.get(name) for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"))
     exempt = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))

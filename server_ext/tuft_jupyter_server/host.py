@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tuft_jupyter import models, tracing
@@ -40,6 +40,7 @@ from tuft_jupyter.home import ensure_key, ensure_secret, private_directory, priv
 from tuft_jupyter.kernel.versions import sdk_note
 from tuft_jupyter.wire.api import Api
 from tuft_jupyter.wire.tickets import Tickets
+from tuft_jupyter_server import live
 from tuft_jupyter_server.catalog import ServerCatalog
 from tuft_jupyter_server.detokenize import detokenizer
 from tuft_jupyter_server.gauges import Gauges
@@ -296,6 +297,11 @@ class Host:
         card = await self.service.card(principal, model)
         self.service.driver(card.name).wake()
         return card
+
+    def live(
+        self, principal: Principal, tenant: str | None, since: int | None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        return live.messages(self, principal, tenant, since)
 
     async def measured(self) -> dict[str, Any]:
         return await self.gauges.fresh()

@@ -98,15 +98,24 @@ class LabCall(BaseHandler, APIHandler):
         self.finish(reply.body, set_content_type=reply.content_type)
 
 
-def handlers(root: str, host: Host) -> list[tuple[str, type[APIHandler], dict[str, Any]]]:
-    """Tornado rules for what the lab may call."""
-    rules: list[tuple[str, type[APIHandler], dict[str, Any]]] = []
+Rule = tuple[str, type[APIHandler], dict[str, Any]]
+
+
+def handlers(root: str, host: Host) -> list[Rule]:
+    return rules(root, LabCall, LabUpload, {"host": host})
+
+
+def rules(
+    root: str, call: type[APIHandler], upload: type[APIHandler], shared: Mapping[str, Any]
+) -> list[Rule]:
+    """Tornado rules for what the lab may call. Beside ``shared``, a handler is given its ``routes`` by method, that of
+    an upload its ``route``."""
+    found: list[Rule] = []
     by_path: dict[str, dict[str, Route]] = {}
     for prefix, routes in ((TINKER, ROUTES), (OPENAI, OPENAI_ROUTES)):
         for route in routes:
             if route.upload:
-                rules.append((root + prefix + route.pattern, LabUpload, {"host": host, "route": route}))
+                found.append((root + prefix + route.pattern, upload, {**shared, "route": route}))
             elif route.access is Access.KEY and route.endpoint not in OF_A_KEY:
                 by_path.setdefault(prefix + route.pattern, {})[route.method] = route
-    rules += [(root + path, LabCall, {"host": host, "routes": methods}) for path, methods in by_path.items()]
-    return rules
+    return found + [(root + path, call, {**shared, "routes": routes}) for path, routes in by_path.items()]

@@ -96,8 +96,12 @@ class LabUpload(BaseHandler, APIHandler):
         except TuftError as error:
             self.send(error_reply(error))
             return
+        await self.keep(self._spool)
+
+    async def keep(self, spool: Spool) -> None:
+        """Have the body taken over, and answer."""
         query = {name: self.get_query_argument(name) for name in self.request.query_arguments}
-        await self.answer(self.route, Call(self.host.owner, query=query, upload=self._spool.file))
+        await self.answer(self.route, Call(self.host.owner, query=query, upload=spool.file))
 
     def on_finish(self) -> None:
         super().on_finish()

@@ -91,6 +91,10 @@ def test_S0_10_a_kernel_finds_the_shared_service_with_no_key_typed(hub: Hub) -> 
         assert kernel.value("offered") == ["tuft/demo"]
         kernel.run("from tuft_jupyter.kernel import connect; status = connect.current().status()")
         assert kernel.value("status['tenant']") == "real-zoe"
+        panel = kernel.server.request("GET", "tuft/lab/state")
+        assert panel["status"]["tenant"] == "real-zoe"
+        shown = {session["id"] for session in panel["state"]["sessions"]}
+        assert shown == set(hub.tuft("GET", "sessions", token)["sessions"]), "the panel shows the service's"
     hub.stop("real-zoe")
     assert hub.tuft("GET", "healthz", None)["status"] == "ok"
 

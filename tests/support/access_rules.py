@@ -138,6 +138,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/tuft/runs/{run}/curve"): OF_RUN,
     ("GET", "/tuft/runs/{run}/samples"): OF_RUN,
     ("POST", "/tuft/runs/{run}/resume"): own(session_id="SESSION"),
+    ("GET", "/tuft/feed"): Rule(Whose.TENANT, query="?wait=0"),
     ("GET", "/tuft/gauges"): TENANT,
     ("POST", "/tuft/adapters"): Rule(Whose.TENANT, lambda ids: adapter(), query="?base_model=tuft/demo"),
     ("GET", "/tuft/tokenizer"): Rule(Whose.TENANT, query="?model=tuft/demo"),

@@ -255,6 +255,12 @@ ROUTES: tuple[Route, ...] = (
         "show_state",
         "What the lab shows: sessions, runs, samplers, checkpoints (?tenant=NAME, or * for all: admins only).",
     ),
+    Route(
+        "GET",
+        "/tuft/feed",
+        "feed",
+        "What happens from now on, as server-sent events (?tenant= as above, ?since=RECORD, ?wait= seconds at most).",
+    ),
     Route("GET", "/tuft/keys", "list_keys", "The caller's keys without the keys; for an admin, everybody's."),
     Route("POST", "/tuft/keys", "create_key", "Make a key for a tenant (admins only).", m.CreateKey),
     Route("PUT", "/tuft/keys/{key}", "expire_key", "Give a key an end, or none (admins only).", m.SetTtl),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Protocol
@@ -20,6 +20,9 @@ from tuft_jupyter.wire.routes import Dialect
 from tuft_jupyter.wire.tickets import Tickets
 
 ANYTHING = "*/*"
+EVENTS = "text/event-stream"
+STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""What keeps a proxy from holding events back."""
 OPENAI_ERRORS = {
     401: ("authentication_error", "missing_api_key"),
     403: ("permission_error", "invalid_api_key"),
@@ -70,6 +73,15 @@ class Reply:
     stream: Stream | None = None
 
 
+def event_stream(events: AsyncGenerator[bytes, None]) -> Reply:
+    """Server-sent events, each sent as it comes: ``data: ...``."""
+    return Reply(b"", content_type=EVENTS, headers=STREAMED, stream=Stream(None, events))
+
+
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
 def reply(value: Any, status: int = 200) -> Reply:
     return Reply(msgspec.json.encode(value), status)
 
@@ -115,6 +127,14 @@ class Host(Protocol):
 
     async def measured(self) -> dict[str, Any]:
         """What the machine does: the newest measurement, not older than a second or two."""
+
+    def live(
+        self, principal: Principal, tenant: str | None, since: int | None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """What happens from now on, of one tenant or (None) of all, as messages for ``principal``; for ever.
+
+        ``since`` is the number of the last record that the caller knows, if it knows any.
+        """
 
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         """The model's tokenizer files by name, as text."""

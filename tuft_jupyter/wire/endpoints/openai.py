@@ -8,18 +8,14 @@ from typing import Any
 
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.text import Offered
-from tuft_jupyter.wire.archive import Stream
-from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, error_reply, reply
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, error_reply, event, event_stream, reply
 from tuft_jupyter.wire.openai import decode_head
 from tuft_jupyter.wire.routes import Dialect
 
-EVENTS = "text/event-stream"
 BYTES_PER_TOKEN = 4
 """A guess: nothing is tokenized in the notebook's process, and a rate needs no more."""
 
 DONE = b"data: [DONE]\n\n"
-STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""What keeps a proxy from holding events back."""
 
 
 class OpenAIEndpoints(Endpoints):
@@ -54,26 +50,20 @@ class OpenAIEndpoints(Endpoints):
             await chunks.aclose()
             raise
         if head.stream:
-            return Reply(
-                b"", content_type=EVENTS, headers=STREAMED, stream=Stream(None, _events(first, chunks))
-            )
+            return event_stream(_events(first, chunks))
         await chunks.aclose()
         return Reply(first)
 
 
 async def _events(first: bytes, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     async with aclosing(chunks):
-        yield _event(first)
+        yield event(first)
         try:
             async for chunk in chunks:
-                yield _event(chunk)
+                yield event(chunk)
         except TuftError as error:
-            yield _event(error_reply(error, Dialect.OPENAI).body)
+            yield event(error_reply(error, Dialect.OPENAI).body)
         yield DONE
-
-
-def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
 
 
 def _model(offered: Offered) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
 
 import msgspec
 
 from tuft_jupyter.core.outlook import next_seq, outlook, points
 from tuft_jupyter.core.views import state_view
 from tuft_jupyter.wire import messages as m
-from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, number, reply
+from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, event, event_stream, number, reply
 from tuft_jupyter.wire.sample_view import sample_views
 
 
@@ -47,6 +50,14 @@ class WatchingEndpoints(Endpoints):
             {"state": state_view(self.service.state, tenant), "status": self.host.status(call.principal)}
         )
 
+    async def feed(self, call: Call) -> Reply:
+        """Server-sent events, until the caller leaves or for ``wait`` seconds."""
+        since, seconds = (
+            number(call.query, name, 0) if name in call.query else None for name in ("since", "wait")
+        )
+        messages = self.host.live(call.principal, _asked(call), since)
+        return event_stream(_events(messages, seconds))
+
     async def curve(self, call: Call) -> Reply:
         run = self.service.runs.get(call.principal, call.path["run"])
         start = number(call.query, "start", 0)
@@ -78,6 +89,20 @@ class WatchingEndpoints(Endpoints):
 
     async def gauges(self, call: Call) -> Reply:
         return reply(await self.host.measured())
+
+
+async def _events(
+    messages: AsyncGenerator[dict[str, Any], None], seconds: float | None
+) -> AsyncGenerator[bytes, None]:
+    end = None if seconds is None else asyncio.get_running_loop().time() + seconds
+    async with aclosing(messages):
+        while True:
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await anext(messages)
+            except TimeoutError:
+                return
+            yield event(msgspec.json.encode(message))
 
 
 def _asked(call: Call) -> str | None:
