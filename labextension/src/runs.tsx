@@ -56,6 +56,13 @@ function RunCard(
   const dashed = line.dashed ? ' jp-mod-dashed' : '';
   const open = () =>
     void props.commands.execute(CommandIDs.openRuns, { runs: [run.id] });
+  const about = [
+    run.base_model,
+    run.rank !== null && trans.__('rank %1', run.rank),
+    run.tenant
+  ]
+    .filter(Boolean)
+    .join(' · ');
   return (
     <li
       className={`jp-Tuft-card${shown ? ' jp-mod-on' : ''}`}
@@ -88,14 +95,8 @@ function RunCard(
         </span>
       </div>
       <div className="jp-Tuft-cardSub">
-        <span className="jp-Tuft-ellipsis" title={run.base_model}>
-          {[
-            run.base_model,
-            run.rank !== null && trans.__('rank %1', run.rank),
-            run.tenant
-          ]
-            .filter(Boolean)
-            .join(' · ')}
+        <span className="jp-Tuft-ellipsis" title={about}>
+          {about}
         </span>
         <div
           className="jp-Tuft-actions"

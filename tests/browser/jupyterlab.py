@@ -86,6 +86,9 @@ class Lab:
         """A click on our icon in the left sidebar."""
         self.page.click('.jp-SideBar.jp-mod-left [data-id="tuft-panel"]')
         self.page.wait_for_selector("#tuft-panel .jp-Tuft-head")
+        self.set_panel_width(width)
+
+    def set_panel_width(self, width: int) -> None:
         self.page.evaluate(
             """width => {
                 const split = jupyterapp.shell._hsplitPanel;

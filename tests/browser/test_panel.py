@@ -144,3 +144,11 @@ def test_the_status_bar_tells_and_opens_the_panel(staged: Staged) -> None:
     page.wait_for_selector("#tuft-panel", state="hidden")
     page.click("#tuft-status button")
     page.wait_for_selector("#tuft-panel .jp-Tuft-head")
+
+
+def test_at_the_width_that_jupyterlab_gives_a_sidebar_every_head_is_one_line(staged: Staged) -> None:
+    staged.play()
+    staged.set_panel_width(250)
+    heads = staged.page.locator("#tuft-panel .jp-Tuft-sectionHead")
+    heights = [heads.nth(n).bounding_box()["height"] for n in range(heads.count())]
+    assert max(heights) < 40, heights
