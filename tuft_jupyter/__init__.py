@@ -23,6 +23,7 @@ from tuft_jupyter.kernel.connect import (
     shutdown,
 )
 from tuft_jupyter.kernel.continuity import resume, runs
+from tuft_jupyter.serving import launch_server
 
 __all__ = [
     "PersistenceConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "get_service_client",
     "init",
     "is_initialized",
+    "launch_server",
     "resume",
     "runs",
     "shutdown",

@@ -13,20 +13,36 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tuft_jupyter import cli_keys, cli_runs
+from tuft_jupyter import cli_check, cli_keys, cli_runs
 from tuft_jupyter._version import __version__
-from tuft_jupyter.config import DEFAULT_PORT, LOG_LEVELS, ConfigError, Settings, config_file, load_settings
-from tuft_jupyter.config_reader import usable
+from tuft_jupyter.config import (
+    DEFAULT_PORT,
+    LOG_LEVELS,
+    RAY_NAMESPACE,
+    ConfigError,
+    Settings,
+    config_file,
+    load_settings,
+)
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.kernel import doctor
 from tuft_jupyter.kernel.errors import TuftConnectionError
 from tuft_jupyter.kernel.report import Table, status_table
 from tuft_jupyter.kernel.versions import difference
+from tuft_jupyter.serving import serve
 
-VERBS = ("launch", "status", "runs", "export", "keys", "hub-service", "doctor", "config", "stop")
+VERBS = (
+    "launch", "check-config", "status", "runs", "export", "keys", "hub-service", "doctor", "config", "stop"
+)  # fmt: skip
 NO_MODEL_CONFIG = "Model configuration file must be provided via --model-config"
-OTHERS = {"runs": cli_runs.runs, "export": cli_runs.export, "stop": cli_runs.stop, "keys": cli_keys.run}
-OVERRIDES = ("host", "port", "checkpoint_dir", "log_level")
+OTHERS = {
+    "runs": cli_runs.runs,
+    "export": cli_runs.export,
+    "stop": cli_runs.stop,
+    "keys": cli_keys.run,
+    "check-config": cli_check.run,
+}
+OVERRIDES = ("host", "port", "checkpoint_dir", "log_level", "ray_namespace")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--address", metavar="URL", help="of this server (default: the one that %%tuft init finds)"
     )
+    cli_check.add_parser(verbs)
     cli_runs.add_parsers(verbs)
     cli_keys.add_parser(verbs)
     service = verbs.add_parser("hub-service", help="serve all users of a JupyterHub, as a service of it")
@@ -75,7 +92,10 @@ def _server_options(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--checkpoint-dir", metavar="DIR", help="where checkpoints are kept; made if missing"
     )
-    options.add_argument("--log-level", choices=LOG_LEVELS, help="(default: info)")
+    options.add_argument("--log-level", type=str.lower, choices=LOG_LEVELS, help="(default: info)")
+    options.add_argument(
+        "--namespace", dest="ray_namespace", metavar="NAME", help=f"Ray namespace (default: {RAY_NAMESPACE})"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,8 +122,8 @@ def _run(words: list[str]) -> int:
             return _hub_service(options.config)
         case "status":
             return _status(options.address)
-        case "runs" | "export" | "stop" | "keys":
-            return OTHERS[options.verb](options)
+        case verb if verb in OTHERS:
+            return OTHERS[verb](options)
         case "doctor":
             print(Table("TuFT doctor", doctor.findings()))
         case "config":
@@ -126,10 +146,6 @@ def _settings(options: argparse.Namespace, file: str | None) -> Settings:
 
 
 def _serve(settings: Settings) -> int:
-    from tuft_jupyter_server.daemon import serve
-
-    with usable("checkpoint_dir", settings.checkpoint_dir):
-        settings.checkpoint_dir.mkdir(parents=True, exist_ok=True)
     serve(settings)
     return 0
 

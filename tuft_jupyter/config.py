@@ -19,21 +19,23 @@ from typing import Any
 import yaml
 
 from tuft_jupyter import config_backends, config_placement
+from tuft_jupyter import config_translated as translated
 from tuft_jupyter import home as homes
 from tuft_jupyter.config_backends import BackendsConfig as BackendsConfig
 from tuft_jupyter.config_placement import PlacementConfig as PlacementConfig
 from tuft_jupyter.config_reader import ConfigError as ConfigError
 from tuft_jupyter.config_reader import Reader, at_least, web_address
-from tuft_jupyter.config_sections import QUOTAS, SAMPLERS, check_sampler
+from tuft_jupyter.config_sections import QUOTAS, SAMPLERS, Served, check_sampler
 from tuft_jupyter.config_sections import ModelSettings as ModelSettings
 from tuft_jupyter.config_sections import PersistenceConfig as PersistenceConfig
 from tuft_jupyter.config_sections import TenantSettings as TenantSettings
 from tuft_jupyter.models import context_offered
 
-DEFAULT_PORT = 10610
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 10610
 DEFAULT_RANK_LIMIT = 64
 DEMO_MODEL = "tuft/demo"
 LOCAL_USER = "local-user"
+RAY_NAMESPACE = "tuft_cluster"
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
@@ -51,7 +53,7 @@ class Settings:
     persistence: PersistenceConfig = field(default_factory=PersistenceConfig)
     backends: BackendsConfig = field(default_factory=BackendsConfig)
     model_owner: str = LOCAL_USER
-    host: str = "127.0.0.1"
+    host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
     public_url: str = ""
     """where clients reach this server behind a proxy; "": as the ``Host`` header of a request says"""
@@ -85,8 +87,14 @@ class Settings:
     """of one forward and backward pass; None: by device"""
     kv_tokens: int | None = None
     """that the torch sampler keeps at once; None: by free memory"""
+    max_ongoing_requests: int = 0
+    """answered at once, of all tenants; polls do not count"""
+    text_workers: int = 1
+    """threads that turn text into tokens, for each base model that is sampled"""
     ray_address: str | None = None
     """None: a local Ray of our own"""
+    ray_namespace: str = RAY_NAMESPACE
+    """that our actors are in"""
     placement: PlacementConfig | None = None
     """None: actors take shares of the GPUs there are"""
     trainer_threads: int | None = None
@@ -107,6 +115,10 @@ class Settings:
     """accepted as TuFT 0.1 has it; without effect, because there is no toy engine"""
     file: Path | None = None
     """the configuration file that was read"""
+    applications: tuple[Served, ...] = ()
+    """of a file in Twinkle's form"""
+    notes: tuple[str, ...] = ()
+    """what that file says without effect here"""
 
     def __post_init__(self) -> None:
         for name in (
@@ -115,9 +127,10 @@ class Settings:
             "max_upload_bytes",
             "micro_batch_tokens",
             "trainer_threads",
+            "text_workers",
         ):
             at_least(name, getattr(self, name), 1)
-        for name in (*QUOTAS, "max_loras", "history_days"):
+        for name in (*QUOTAS, "max_loras", "history_days", "max_ongoing_requests"):
             at_least(name, getattr(self, name), 0)
         at_least("kv_tokens", self.kv_tokens, 512)
         if not 0 <= self.port <= 65535:
@@ -191,16 +204,18 @@ def load_settings(
     user, kept = env.get("JUPYTERHUB_USER"), document.get("persistence")
     if user and isinstance(kept, dict) and "namespace" not in kept:  # on a Hub, one Redis serves many users
         document = {**document, "persistence": {**kept, "namespace": f"tuft:{user}"}}
-    chosen = document.get("backends") or {}
-    if isinstance(chosen, dict):  # what it is otherwise, the reader says
-        document = {**document, "backends": config_backends.from_environment(chosen, env)}
     document = dict(config_placement.with_torchspec(document))
-    values = Reader(source, base).read(Settings, document, without=_SET_ELSEWHERE)
+    values = _read(Reader(source, base), document, env)
     if file is not None and not values.get("supported_models"):
         raise ConfigError(
             f"{source}: supported_models must list at least one model, such as [{{model_name: tuft/demo}}]"
         )
     values["supported_models"] = tuple(_local(model, base) for model in values.get("supported_models", ()))
+    if user:  # a cluster too: actors have names in it
+        values.setdefault("ray_namespace", f"{RAY_NAMESPACE}:{user}")
+    for theirs, ours in _ALIASES.items():
+        if env.get(theirs) and not env.get(ours):
+            env = {**env, ours: env[theirs]}
     for name in _FROM_ENVIRONMENT:
         variable = f"TUFT_{name.upper()}"
         if env.get(variable):
@@ -261,7 +276,28 @@ def _minimal(model: str | None, home: Path, env: Mapping[str, str]) -> dict[str,
     return document
 
 
-_SET_ELSEWHERE = frozenset({"home", "file"})
+def _read(reader: Reader, document: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
+    """Either notation; a file with ``applications`` may have keys of our own notation beside them."""
+    ours = {key: value for key, value in document.items() if key not in translated.KEYS}
+    chosen = ours.pop("backends", None) or {}
+    values: dict[str, Any] = reader.read(Settings, ours, without=_SET_ELSEWHERE, also=translated.KEYS)
+    elsewhere: dict[str, Any] = {}
+    if len(ours) + ("backends" in document) < len(document):
+        said = translated.translate(reader, document, values.get("max_lora_rank", DEFAULT_RANK_LIMIT))
+        elsewhere = said.pop("backends")
+        for key in said.keys() & values.keys():
+            raise reader.error(key, "is said by the applications too: leave it out")
+        values |= said
+    if isinstance(chosen, Mapping):  # what it is otherwise, the reader says
+        for key in elsewhere.keys() & chosen.keys():
+            raise reader.error(f"backends.{key}", "is said by the applications too: leave it out")
+        chosen = config_backends.from_environment({**elsewhere, **chosen}, env)
+        translated.check_elsewhere(reader, elsewhere, chosen)
+    return {**values, **reader.read(Settings, {"backends": chosen})}
+
+
+_SET_ELSEWHERE = frozenset({"home", "file", "applications", "notes"})
+_ALIASES = {"TWINKLE_TRUST_REMOTE_CODE": "TUFT_TRUST_REMOTE_CODE"}
 _FROM_ENVIRONMENT = [
     f.name
     for f in fields(Settings)

@@ -35,8 +35,18 @@ class Reader:
     base: Path
     text: bool = False
 
-    def read(self, cls: type, document: Any, place: str = "", without: frozenset[str] = frozenset()) -> Any:
-        """The keys of ``document`` as converted keyword arguments of ``cls``; what is not given stays out."""
+    def read(
+        self,
+        cls: type,
+        document: Any,
+        place: str = "",
+        without: frozenset[str] = frozenset(),
+        also: tuple[str, ...] = (),
+    ) -> Any:
+        """The keys of ``document`` as converted keyword arguments of ``cls``; what is not given stays out.
+
+        ``also`` are keys that would have been known elsewhere: somebody may have meant one of them.
+        """
         if not isinstance(document, Mapping):
             raise self.error(place or "the document", f"must hold keys and values, not {document!r}")
         hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in without}
@@ -44,7 +54,9 @@ class Reader:
         for key, value in document.items():
             inner = f"{place}.{key}" if place else str(key)
             if key not in hints:
-                raise ConfigError(f"{self.source}: unknown key {inner!r}{_nearest(str(key), hints)}")
+                raise ConfigError(
+                    f"{self.source}: unknown key {inner!r}{_nearest(str(key), [*hints, *also])}"
+                )
             values[key] = self._value(hints[key], value, inner)
         return values
 
@@ -74,7 +86,9 @@ class Reader:
         if get_origin(hint) is tuple:
             if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
                 raise self.error(place, "must be a list, with each entry beginning '- '")
-            return tuple(self.build(get_args(hint)[0], each, f"{place}[{n}]") for n, each in enumerate(value))
+            inner = get_args(hint)[0]
+            each_as = self.build if is_dataclass(inner) else self._plain
+            return tuple(each_as(inner, each, f"{place}[{n}]") for n, each in enumerate(value))
         if is_dataclass(hint):
             return self.build(hint, {} if value is None else value, place)
         if get_origin(hint) is Mapping:
@@ -107,7 +121,7 @@ class Reader:
         raise self.error(place, f"must be {WANTED[hint]}, not {value!r}")
 
 
-def _nearest(key: str, known: Mapping[str, Any]) -> str:
+def _nearest(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
 

@@ -5,7 +5,7 @@ Each checks itself when it is made: a value out of range is a :class:`~tuft_jupy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -23,6 +23,8 @@ QUOTAS = {
 }
 """Our settings, which are the seeds' words, and what they limit."""
 SAMPLERS = ("auto", "torch", "vllm")
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
+"""vLLM's words: log-probabilities of the model itself, or of what was drawn from: after temperature and filters."""
 MODES = {
     "disabled": "disabled", "disable": "disabled", "memory": "disabled",
     "redis_url": "redis_url", "redis": "redis_url",
@@ -75,6 +77,19 @@ class PersistenceConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueSettings:
+    """What each tenant may ask of one engine of one base model, within its limits on the whole server; 0: no limit."""
+
+    rps_limit: float = 0.0
+    tps_limit: float = 0.0
+    max_input_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rps_limit", "tps_limit", "max_input_tokens"):
+            at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSettings:
     """One base model: ``model_name`` on the wire, ``model_path`` a directory or a hub id (default: the name).
 
@@ -86,6 +101,9 @@ class ModelSettings:
     ``sampling_replicas`` processes sample, each on its share, and those that train are divided over ``training_nodes``
     (None: as the section ``placement`` has it). Every actor asks Ray for ``actor_cpus`` and runs with
     ``actor_env`` in its environment.
+    Training takes sequences of ``max_train_len`` tokens; None: of ``max_model_len``. ``training_queue`` and
+    ``sampling_queue`` bound what a tenant asks of either engine. ``enable_lora`` false: only the model itself is
+    sampled. ``logprobs_mode`` None: raw, as the protocol has it.
     """
 
     model_name: str
@@ -110,6 +128,11 @@ class ModelSettings:
     sampling_replicas: int = 1
     actor_cpus: float | None = None
     actor_env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    max_train_len: int | None = None
+    training_queue: QueueSettings = field(default_factory=QueueSettings)
+    sampling_queue: QueueSettings = field(default_factory=QueueSettings)
+    enable_lora: bool = True
+    logprobs_mode: str | None = None
 
     def __post_init__(self) -> None:
         if not self.model_name:
@@ -129,6 +152,8 @@ class ModelSettings:
             at_least(name, getattr(self, name), 0)
         _divides("training_gpus", self.training_gpus, "data_parallel", self.data_parallel)
         _divides("sampling_gpus", self.sampling_gpus, "sampling_replicas", self.sampling_replicas)
+        at_least("max_train_len", self.max_train_len, 1)
+        one_of("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
         if self.sampler_type is not None:
             check_sampler(self.sampler_type)
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -170,11 +195,31 @@ class TenantSettings:
         return {quota: value for quota, value in values.items() if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One application of a file in Twinkle's form, as status shows it. ``gpus`` None: those there are, shared."""
+
+    name: str
+    import_path: str
+    route_prefix: str
+    model: str = ""
+    deployment: str = ""
+    device_type: str = "cuda"
+    gpus: int | None = None
+    dp_size: int = 1
+    tp_size: int = 1
+
+
 def _divides(name: str, gpus: int | None, by: str, processes: int) -> None:
     if gpus and gpus % processes:
         raise ConfigError(f"{name} must be a multiple of {by}: {gpus} GPUs are not {processes} equal shares")
 
 
 def check_sampler(name: str) -> None:
-    if name not in SAMPLERS:
-        raise ConfigError(f"sampler_type must be one of {', '.join(SAMPLERS)}, not {name!r}")
+    one_of("sampler_type", name, SAMPLERS)
+
+
+def one_of(name: str, value: str | None, known: Collection[str]) -> None:
+    """ConfigError unless a word is among the known ones; None is none."""
+    if value is not None and value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")

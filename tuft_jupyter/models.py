@@ -1,10 +1,11 @@
 """Base models by name: what ``base_model`` may be, and the card of each.
 
 A name is ``tuft/demo`` (the bundled model), a directory on this machine, or a Hugging Face id whose files lie in
-the local cache. Standard library only, and nothing is ever downloaded: :func:`resolve` reads ``config.json`` and
-looks at file names. It promises that a card it returns stands for a directory with a configuration, a tokenizer
-and weights, and that a refusal names what was looked for, where, and how to mend it. :func:`context_offered` asks for
-less, since a configuration is generated before anybody looks at the model.
+the local cache; with ``hf://`` before it no directory is meant, with ``ms://`` an id of ModelScope. Standard library
+only, and nothing is ever downloaded: :func:`resolve` reads ``config.json`` and looks at file names. It promises that a
+card it returns stands for a directory with a configuration, a tokenizer and weights, and that a refusal names what was
+looked for, where, and how to mend it. :func:`context_offered` asks for less, since a configuration is generated before
+anybody looks at the model.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuft_jupyter import modelscope
 from tuft_jupyter.core.errors import UserError
 
 if TYPE_CHECKING:
     from tuft_jupyter.core.types import ModelCard
 
 DEMO = "tuft/demo"
+MODELSCOPE, HUGGING_FACE = "ms://", "hf://"
 CONTEXT_LIMIT = 32768
 """Tokens of context offered unless configured, however far the model itself goes."""
 CONTEXT_ASSUMED = 4096
@@ -69,20 +72,34 @@ def context_trained(name: str, env: Mapping[str, str] = os.environ) -> int:
     return _number(name, _config(name, directory), "max_position_embeddings")
 
 
+def without_scheme(name: str) -> str:
+    """``ms://`` and ``hf://`` say on which hub an id is; the rest of it is what the model is called."""
+    return name.removeprefix(MODELSCOPE).removeprefix(HUGGING_FACE)
+
+
 def _place(name: str, env: Mapping[str, str]) -> tuple[str, Path]:
     """What a model is served as, and the directory of its files. UserError if there is none."""
     if name == DEMO:
         return DEMO, Path(__file__).parent / "demo"
+    if name.startswith(MODELSCOPE):
+        return without_scheme(name), modelscope.directory(_hub_id(without_scheme(name)))
+    if name.startswith(HUGGING_FACE):
+        plain = _hub_id(without_scheme(name))
+        return plain, _snapshot(plain, hub_cache(env))
     directory = Path(name).expanduser()
     if name and directory.is_dir():
         directory = directory.resolve()
         return directory.name, directory
+    return name, _snapshot(_hub_id(name), hub_cache(env))
+
+
+def _hub_id(name: str) -> str:
     if name.startswith((".", "~", os.sep)) or not _HUB_ID.fullmatch(name) or ".." in name:
         raise UserError(
             f"base model {name!r}: there is no such directory on the server; give {DEMO!r}, a directory, or a "
             "Hugging Face id such as 'Qwen/Qwen3-0.6B'"
         )
-    return name, _snapshot(name, hub_cache(env))
+    return name
 
 
 def tokenizer_files(card: ModelCard) -> list[Path]:

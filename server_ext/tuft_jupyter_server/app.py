@@ -18,7 +18,7 @@ from jupyter_server.utils import url_path_join
 from traitlets import Int, Unicode
 
 from tuft_jupyter._version import __version__
-from tuft_jupyter.config import config_file, load_settings
+from tuft_jupyter.config import DEFAULT_HOST, DEFAULT_PORT, config_file, load_settings
 from tuft_jupyter.config_reader import ConfigError
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.home import KEY_PREFIX
@@ -57,7 +57,11 @@ class TuftExtension(ExtensionApp):
         self._activity: asyncio.Task[None] | None = None
         try:
             file = config_file(os.environ, self.config_path)
-            self.host = Host(load_settings(file, os.environ, overrides))
+            settings = load_settings(file, os.environ, overrides)
+            if (settings.host, settings.port) != (DEFAULT_HOST, DEFAULT_PORT):
+                where = f"{settings.host}:{settings.port}"
+                self.log.warning("host and port (%s) have no effect: the notebook server listens", where)
+            self.host = Host(settings)
         except (ConfigError, TuftError, OSError) as error:
             self.problem = str(error)
             self.log.error("tuft-jupyter is not serving: %s", self.problem)
@@ -73,14 +77,7 @@ class TuftExtension(ExtensionApp):
             self.handlers.extend(lab_calls.handlers(root, self.host))
         else:  # what the user trains is there, and so is what the panel shows
             self.handlers.extend(relay.handlers(root, self.host, relay.Service(*service)))
-        limit = self.host.settings.max_body_bytes
-        uploads = self.host.settings.max_upload_bytes
-        self.handlers.extend(tinker.handlers(root + "/api/v1", self.host.api, self.host.keys, limit, uploads))
-        self.handlers.extend(
-            tinker.openai_handlers(root + "/oai/api/v1", self.host.api, self.host.keys, limit)
-        )
-
-        self.handlers.extend(tinker.metrics_handler(root + "/metrics", self.host.api, self.host.keys, limit))
+        self.handlers.extend(tinker.rules(root, self.host))
 
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:
         if self.problem:

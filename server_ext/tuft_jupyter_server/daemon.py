@@ -50,10 +50,9 @@ async def serve_host(host: Host, prefix: str) -> None:
             "choose another with --port, or stop the program that uses it"
         ) from None
     limit = settings.max_body_bytes
-    rules = tinker.handlers(prefix + "/api/v1", host.api, host.keys, limit, settings.max_upload_bytes)
-    rules += tinker.openai_handlers(prefix + "/oai/api/v1", host.api, host.keys, limit)
-    rules += tinker.metrics_handler(prefix + "/metrics", host.api, host.keys, limit)
-    server = HTTPServer(Application(rules), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20)
+    server = HTTPServer(
+        Application(tinker.rules(prefix, host)), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20
+    )
     server.add_sockets(sockets)
     address = f"http://{settings.host}:{sockets[0].getsockname()[1]}"
     if settings.host not in ("0.0.0.0", "::"):

@@ -15,12 +15,14 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from tuft_jupyter import models, tracing
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import BackendsConfig, Settings
 from tuft_jupyter.config_reader import usable
+from tuft_jupyter.config_sections import Served
 from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.engine import RunMemory, SamplingEngine, TrainingEngine
@@ -30,7 +32,7 @@ from tuft_jupyter.core.journal_redis import RedisJournal
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.keys import KeyBook
 from tuft_jupyter.core.ledger import Ledger
-from tuft_jupyter.core.quotas import Limits, Quota, Quotas
+from tuft_jupyter.core.quotas import Limits, Queue, Quota, Quotas, Work
 from tuft_jupyter.core.samples import Samples
 from tuft_jupyter.core.sampling import Worker
 from tuft_jupyter.core.service import Service
@@ -126,6 +128,8 @@ class Host:
         groups: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self.settings = settings
+        for note in settings.notes:
+            log.warning("%s", note)
         if settings.toy_backend_seed:
             log.info("toy_backend_seed is read and has no effect: there is no toy engine here")
         self.owner = owner or Principal(owner_name(), admin=True)
@@ -165,7 +169,8 @@ class Host:
             quotas=_quotas(settings, lambda tenant: self.groups.get(tenant, ())),
             samples=Samples(settings.keep_samples),
         )
-        self.api = Api(self.service, self, watch=None if self.traces is None else self.traces.request)
+        watch = None if self.traces is None else self.traces.request
+        self.api = Api(self.service, self, watch=watch, max_ongoing=settings.max_ongoing_requests)
         self.gauges = Gauges(self.engines.workers, self.engines.memory)
         self._metrics = Metrics(self)
         self.problem = ""
@@ -271,6 +276,7 @@ class Host:
             "durability": self.journal.durability.value,
             "backend": {"installed": not missing, "detail": backend},
             "models": states,
+            "applications": [self._application(app, states) for app in self.settings.applications],
             "servers": [server.shown() for server in self.elsewhere.servers],
             "notes": [text for text in (note, *(server.detail for server in self.elsewhere.servers)) if text],
             "ending": self.service.lifetimes.ending(principal.tenant, self.ledger.clock()),
@@ -285,6 +291,10 @@ class Host:
         for part in parts:
             if part.status == "failed":
                 part.status, part.detail = "idle", ""
+
+    def _application(self, app: Served, models: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        state = next((each["state"] for each in models if each["name"] == app.model), "")
+        return {**asdict(app), "state": state or ("ready" if self.serving else "starting")}
 
     def _sdk_of(self, tenant: str) -> str:
         """The SDK of a tenant's newest session, as it named itself."""
@@ -335,7 +345,12 @@ def _quotas(settings: Settings, members: Callable[[str], Collection[str]]) -> Qu
     )
     tenants = {each.tenant: each.given() for each in settings.tenants if each.tenant}
     groups = {each.group: each.given() for each in settings.tenants if each.group}
-    return Quotas(default, tenants, groups, settings.max_loras, members)
+    queues = {
+        (work, model.model_name): Queue(given.rps_limit, given.tps_limit, given.max_input_tokens)
+        for model in settings.supported_models
+        for work, given in ((Work.TRAINING, model.training_queue), (Work.SAMPLING, model.sampling_queue))
+    }
+    return Quotas(default, tenants, groups, settings.max_loras, members, queues)
 
 
 def open_journal(settings: Settings) -> Journal:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zstandard
 from jupyter_server.auth.decorator import allow_unauthenticated
@@ -42,9 +43,12 @@ from tuft_jupyter_server.base_handler import BaseHandler
 from tuft_jupyter_server.logs import begin_request
 from tuft_jupyter_server.uploads import Spool
 
+if TYPE_CHECKING:
+    from tuft_jupyter_server.host import Host
+
 log = logging.getLogger("tuft_jupyter.http")
 
-API = "/api/v1/"
+API = "/api/v1"
 
 BODY_SECONDS, UPLOAD_SECONDS = 120.0, 3600.0
 """How long a body may take to arrive: who sends a byte a second does not keep a connection for ever."""
@@ -52,7 +56,11 @@ BODY_SECONDS, UPLOAD_SECONDS = 120.0, 3600.0
 
 @stream_request_body
 class TinkerHandler(BaseHandler):
-    """One path. ``routes`` maps its methods; an empty map is a path that we do not have."""
+    """One path. ``routes`` maps its methods; an empty map is a path that we do not have.
+
+    ``mount`` is where the table begins, below whatever a proxy puts before it; ``parts`` are those of the route's path
+    that this path does not spell out.
+    """
 
     def initialize(
         self,
@@ -62,8 +70,12 @@ class TinkerHandler(BaseHandler):
         max_body: int,
         dialect: Dialect,
         max_upload: int = UPLOAD,
+        mount: str = API,
+        parts: Mapping[str, str] | None = None,
     ) -> None:
         self.dialect = dialect
+        self.mount = mount + "/"
+        self.parts = parts or {}
         self.api = api
         self.keys = keys
         self.routes = routes
@@ -168,7 +180,7 @@ class TinkerHandler(BaseHandler):
             headers = self.request.headers
             call = Call(
                 self.principal,
-                parts,
+                {**self.parts, **parts},
                 self._query(),
                 self._body(),
                 headers.get("Content-Type", JSON),
@@ -238,13 +250,13 @@ class TinkerHandler(BaseHandler):
 
     def _root(self) -> str:
         """Ours, as the client spells it: a proxy may have put a prefix before it. No id holds a slash."""
-        prefix, _, _ = self.request.path.rpartition(API)
-        return f"{self.request.protocol}://{self.request.host}{prefix}{API.rstrip('/')}"
+        prefix, _, _ = self.request.path.rpartition(self.mount)
+        return f"{self.request.protocol}://{self.request.host}{prefix}{self.mount.rstrip('/')}"
 
     def _below(self) -> str:
         """What was asked for, as it is below the address of any server like this one."""
-        prefix, _, rest = (self.request.uri or "").partition(API)
-        return f"{'/oai' if prefix.endswith('/oai') else ''}{API}{rest}"
+        prefix, _, rest = (self.request.uri or "").partition(self.mount)
+        return f"{'/oai' if prefix.endswith('/oai') else ''}{API}/{rest}"
 
     def _log(self) -> None:
         """No access log: a poll that is held is no event. Of the path only what the table says of it: the rest names
@@ -255,9 +267,36 @@ class TinkerHandler(BaseHandler):
 Rule = tuple[str, type[TinkerHandler], dict[str, Any]]
 
 
-def handlers(root: str, api: Api, keys: KeyRing, max_body: int, max_upload: int = UPLOAD) -> list[Rule]:
-    """Tornado rules for the whole table below ``root`` (ending in ``/api/v1``), and for what it does not have."""
-    shared = {"api": api, "keys": keys, "max_body": max_body, "max_upload": max_upload}
+def rules(base: str, host: Host) -> list[Rule]:
+    """All that a host answers to who has a key, below ``base`` (a pattern).
+
+    Where the configuration gives the server another prefix, the table is there as well; at the prefix of every other
+    application is what it is. A path of the table goes before those.
+    """
+    settings = host.settings
+    limit, upload = settings.max_body_bytes, settings.max_upload_bytes
+    found = handlers(base + API, host.api, host.keys, limit, upload)
+    nothing = found.pop()
+    shared = {
+        **nothing[2],
+        "routes": {"GET": next(each for each in ROUTES if each.endpoint == "applications")},
+    }
+    for app in settings.applications:
+        at = base + re.escape(app.route_prefix)
+        if app.import_path != "server":
+            found.append((at + "/?$", TinkerHandler, {**shared, "parts": {"application": app.name}}))
+        elif app.route_prefix != API:
+            found += handlers(at, host.api, host.keys, limit, upload, app.route_prefix)
+    found.append(nothing)
+    found += openai_handlers(f"{base}/oai{API}", host.api, host.keys, limit)
+    return found + metrics_handler(base + "/metrics", host.api, host.keys, limit)
+
+
+def handlers(
+    root: str, api: Api, keys: KeyRing, max_body: int, max_upload: int = UPLOAD, mount: str = API
+) -> list[Rule]:
+    """Tornado rules for the whole table below ``root`` (ending in ``mount``), and for what it does not have."""
+    shared = {"api": api, "keys": keys, "max_body": max_body, "max_upload": max_upload, "mount": mount}
     shared["dialect"] = Dialect.TINKER
     return _rules(root, ROUTES, shared)
 

@@ -140,6 +140,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/tuft/runs/{run}/resume"): own(session_id="SESSION"),
     ("GET", "/tuft/feed"): Rule(Whose.TENANT, query="?wait=0"),
     ("GET", "/tuft/gauges"): TENANT,
+    ("GET", "/tuft/applications"): TENANT,
     ("POST", "/tuft/adapters"): Rule(Whose.TENANT, lambda ids: adapter(), query="?base_model=tuft/demo"),
     ("GET", "/tuft/tokenizer"): Rule(Whose.TENANT, query="?model=tuft/demo"),
     ("GET", "/models"): TENANT,

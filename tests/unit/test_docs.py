@@ -50,7 +50,7 @@ def test_the_api_reference_is_the_route_table() -> None:
     "kind", [Settings, ModelSettings, PersistenceConfig, TenantSettings, BackendsConfig, PlacementConfig]
 )
 def test_every_setting_is_documented(kind: type) -> None:
-    known = {field.name for field in dataclasses.fields(kind)} - {"home", "file"}
+    known = {field.name for field in dataclasses.fields(kind)} - {"home", "file", "notes", "applications"}
     assert not [name for name in known if f"`{name}`" not in SETTINGS]
 
 

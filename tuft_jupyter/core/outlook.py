@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.quotas import Work
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.state import CURVE_COLUMNS, Run
 from tuft_jupyter.core.views import state_view
@@ -64,9 +65,7 @@ def why(service: Service, run: Run) -> str:
     if run.status == "closed":
         return "it was unloaded; its checkpoints can be loaded into a new run"
     if service.quotas.paused(run.tenant):
-        quota = service.quotas.of(run.tenant)
-        rates = {"requests": quota.requests_per_second, "tokens": quota.tokens_per_second}
-        allowed = " and ".join(f"{rate:g} {what} a second" for what, rate in rates.items() if rate)
+        allowed = service.quotas.allowed(run.tenant, (Work.TRAINING, run.base_model))
         return f"your requests are held back: this server lets you have {allowed} (rps_limit, tps_limit)"
     if not run.pending:
         if run.last_error:

@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 from tuft_jupyter.core.errors import Overloaded, UserError
@@ -64,6 +65,26 @@ class Quota:
         return replace(self, **changed)
 
 
+class Work(StrEnum):
+    """What a request asks of a base model."""
+
+    TRAINING = "training"
+    SAMPLING = "sampling"
+
+
+Engine = tuple[Work, str]
+"""What is asked, of which base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What each tenant may ask of one engine, within its quota; 0 means no limit."""
+
+    requests_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    input_tokens: int = 0
+
+
 def check_input(tokens: int, allowed: int) -> None:
     """UserError if a request has more input tokens than its tenant may send at once; 0 allows any number."""
     if allowed and tokens > allowed:
@@ -93,11 +114,20 @@ class Pace:
         return self._paid_at <= now
 
 
+Payer = tuple[str, Engine | None]
+"""A tenant, on the whole server or at one engine of it."""
+
+
+def _lowest(limits: Iterable[float]) -> float:
+    """0 is no limit."""
+    return min((limit for limit in limits if limit), default=0.0)
+
+
 class Quotas:
     """``tenants`` and ``groups`` change single limits for some; a tenant's own go before those of its groups.
 
     ``members`` says which groups a tenant is in. ``max_loras`` bounds the runs in use on one base model, whoever's
-    they are.
+    they are. ``queues`` are limits of single engines: what a tenant trains does not slow what it samples.
     """
 
     def __init__(
@@ -107,6 +137,7 @@ class Quotas:
         groups: Mapping[str, Mapping[str, float]] | None = None,
         max_loras: int = 0,
         members: Callable[[str], Collection[str]] = lambda tenant: (),
+        queues: Mapping[Engine, Queue] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -116,9 +147,10 @@ class Quotas:
         self.groups = groups or {}
         self.max_loras = max_loras
         self.members = members
+        self.queues = queues or {}
         self._clock = clock
-        self._requests: dict[str, Pace] = {}
-        self._tokens: dict[str, Pace] = {}
+        self._requests: dict[Payer, Pace] = {}
+        self._tokens: dict[Payer, Pace] = {}
         self._held: dict[str, int] = {}
         self._opening: dict[str, tuple[str, str]] = {}
 
@@ -134,22 +166,24 @@ class Quotas:
 
     # ---- rates ------------------------------------------------------------------------------------------------
 
-    async def pace(self, tenant: str, requests: int = 0, tokens: int = 0) -> None:
+    async def pace(
+        self, tenant: str, requests: int = 0, tokens: int = 0, engine: Engine | None = None
+    ) -> None:
         """Return when this much may pass, in the order of asking; Overloaded if that is too far off."""
-        quota, now = self.of(tenant), self._clock()
+        now = self._clock()
         due = [
-            (self._pace(paces, tenant, now), cost, rate)
+            (self._pace(paces, payer, now), cost, rate)
+            for payer, limits in self._limits(tenant, engine)
             for paces, cost, rate in (
-                (self._requests, requests, quota.requests_per_second),
-                (self._tokens, tokens, quota.tokens_per_second),
+                (self._requests, requests, limits.requests_per_second),
+                (self._tokens, tokens, limits.tokens_per_second),
             )
             if cost and rate
         ]
         wait = max((pace.wait(now, cost, rate) for pace, cost, rate in due), default=0.0)
         if wait > HOLD:
             raise Overloaded(
-                f"{tenant} sends more than {quota.requests_per_second:g} requests or "
-                f"{quota.tokens_per_second:g} tokens a second (paused_rate_limit): wait {wait:.0f} s",
+                f"{tenant} sends more than {self.allowed(tenant, engine)} (paused_rate_limit): wait {wait:.0f} s",
                 wait - HOLD / 2,
             )
         for pace, cost, rate in due:
@@ -167,16 +201,40 @@ class Quotas:
         """Whether requests of this tenant wait because of its rates right now."""
         return tenant in self._held
 
-    def _pace(self, paces: dict[str, Pace], tenant: str, now: float) -> Pace:
+    def allowed(self, tenant: str, engine: Engine | None) -> str:
+        """The rates that hold for a tenant's requests to an engine, in words: the lowest of each."""
+        limits = [limits for _, limits in self._limits(tenant, engine)]
+        rates = {
+            "requests": _lowest(each.requests_per_second for each in limits),
+            "tokens": _lowest(each.tokens_per_second for each in limits),
+        }
+        return " and ".join(f"{rate:g} {what} a second" for what, rate in rates.items() if rate)
+
+    def _limits(self, tenant: str, engine: Engine | None) -> list[tuple[Payer, Quota | Queue]]:
+        """What holds for a request, and whose account of it is kept."""
+        found: list[tuple[Payer, Quota | Queue]] = [((tenant, None), self.of(tenant))]
+        if engine is not None and engine in self.queues:
+            found.append(((tenant, engine), self.queues[engine]))
+        return found
+
+    def _pace(self, paces: dict[Payer, Pace], payer: Payer, now: float) -> Pace:
         if len(paces) > REMEMBERED:
             for name in [name for name, pace in paces.items() if pace.idle(now)]:
                 del paces[name]
-        return paces.setdefault(tenant, Pace())
+        return paces.setdefault(payer, Pace())
 
     # ---- sizes ------------------------------------------------------------------------------------------------
 
-    def check_input(self, tenant: str, tokens: int) -> None:
-        check_input(tokens, self.of(tenant).input_tokens)
+    def input_tokens(self, tenant: str, engine: Engine | None = None) -> int:
+        """How many a request may have; 0: any number."""
+        return int(_lowest(limits.input_tokens for _, limits in self._limits(tenant, engine)))
+
+    def check_input(self, tenant: str, tokens: int, engine: Engine | None = None) -> None:
+        check_input(tokens, self.input_tokens(tenant, engine))
+
+    def counts_tokens(self, tenant: str, engine: Engine) -> bool:
+        """Whether any limit asks how many tokens a request has."""
+        return any(each.tokens_per_second or each.input_tokens for _, each in self._limits(tenant, engine))
 
     def check_storage(self, tenant: str, used: int, more: int) -> None:
         """``used`` and ``more`` in bytes: of the tenant's checkpoints, and of the one it is about to add."""

@@ -196,6 +196,10 @@ class SampledSequence:
     topk_logprobs: FloatArray | None = None
 
 
+NO_TOKEN = -99999.0
+"""The protocol's log-probability of a token that cannot be drawn, or is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """One token of sample ``index``, as soon as it is there; ``stop_reason`` comes with the last one.

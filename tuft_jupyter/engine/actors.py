@@ -80,7 +80,8 @@ class Place:
 class ActorOptions:
     """``threads`` for torch on the CPU; ``options`` are further keywords of the trainer or sampler.
 
-    ``vllm`` is there if that is the sampler, ``place`` if the trainer is several processes.
+    ``vllm`` is there if that is the sampler, ``place`` if the trainer is several processes. ``adapters``: whether a
+    sampler may be asked for any; ``text_workers``: its threads that turn text into tokens.
     """
 
     card: ModelCard
@@ -88,6 +89,8 @@ class ActorOptions:
     options: Mapping[str, Any] = field(default_factory=dict)
     vllm: VllmOptions | None = None
     place: Place | None = None
+    adapters: bool = True
+    text_workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +236,10 @@ class SamplingActor(EngineActor):
     text: TextWorker
 
     def make(self) -> None:
-        card = self.options.card
-        self.worker = SamplingWorker(self.sampler(), context=card.max_context_length, on_death=self._end)
+        card, adapters = self.options.card, self.options.adapters
+        self.worker = SamplingWorker(
+            self.sampler(), context=card.max_context_length, adapters=adapters, on_death=self._end
+        )
         self.text = self.texts()
 
     def sampler(self) -> Sampler:
@@ -275,7 +280,8 @@ class SamplingActor(EngineActor):
         from tuft_jupyter.engine.text_worker import TextWorker
 
         card = self.options.card
-        return TextWorker(self.worker, Path(card.path), context=card.max_context_length)
+        threads = self.options.text_workers
+        return TextWorker(self.worker, Path(card.path), context=card.max_context_length, threads=threads)
 
     def _end(self) -> None:
         exit_process: Callable[[int], Any] = os._exit

@@ -80,10 +80,17 @@ class ClusterSamplingEngine(ActorEngine):
     concurrency = SAMPLES_AT_ONCE
 
     def __init__(
-        self, *args: Any, asked: str = "torch", vllm: VllmOptions | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        asked: str = "torch",
+        vllm: VllmOptions | None = None,
+        adapters: bool = True,
+        text_workers: int = 1,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._asked, self._vllm = asked, vllm
+        self._options = replace(self._options, adapters=adapters, text_workers=text_workers)
 
     def gpus(self) -> float:
         """vLLM spreads a model over whole GPUs; on one it shares."""
@@ -134,7 +141,7 @@ class Engines:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._runtime = Runtime(settings.home, settings.ray_address)
+        self._runtime = Runtime(settings.home, settings.ray_address, settings.ray_namespace)
         self._made: list[ActorEngine] = []
 
     def training(self, card: ModelCard) -> ClusterTrainingEngine | TrainingGroup:
@@ -143,7 +150,7 @@ class Engines:
         threads = max(1, (settings.trainer_threads or cpus() - 1) // ranks)
         options = {
             "max_rank": settings.rank_limit(card.name),
-            "max_length": card.max_context_length,
+            "max_length": settings.model(card.name).max_train_len or card.max_context_length,
             "micro_batch_tokens": settings.micro_batch_tokens,
             "custom_loss": settings.custom_loss_server_side,
             "spill": settings.home,
@@ -162,14 +169,19 @@ class Engines:
         return made[0] if ranks == 1 else TrainingGroup(made, meeting)
 
     def sampling(self, card: ModelCard) -> ClusterSamplingEngine:
-        options = {"max_context": card.max_context_length, "kv_tokens": self.settings.kv_tokens}
         trusted = self.settings.trusts_code(card.name)
         model = self.settings.model(card.name)
+        options = {
+            "max_context": card.max_context_length,
+            "kv_tokens": self.settings.kv_tokens,
+            "logprobs_mode": model.logprobs_mode,
+        }
         vllm = VllmOptions(
             max_rank=model.max_lora_rank,
             max_loras=model.max_loras,
             gpu_memory=model.gpu_memory_utilization,
             tensor_parallel=model.tensor_parallel_size,
+            enable_lora=model.enable_lora,
         )
         backends = self.settings.backends
         if backends.sampling == "vllm":
@@ -181,7 +193,17 @@ class Engines:
                 enable_lora=backends.enable_lora,
             )
         asked = self.settings.sampler_asked(card.name)
-        made = ClusterSamplingEngine(card, self._runtime, 1, options, trusted=trusted, asked=asked, vllm=vllm)
+        made = ClusterSamplingEngine(
+            card,
+            self._runtime,
+            1,
+            options,
+            trusted=trusted,
+            asked=asked,
+            vllm=vllm,
+            adapters=model.enable_lora,
+            text_workers=self.settings.text_workers,
+        )
         self._made.append(made)
         return made
 

@@ -27,7 +27,6 @@ from tuft_jupyter.home import write_private
 
 log = logging.getLogger(__name__)
 
-NAMESPACE = "tuft"
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Bodies over 100 KB pass through it, a few at a time."""
 ATTEMPTS = 2
@@ -79,7 +78,7 @@ class Guard:
         self._process.communicate()
 
 
-def start(home: Path) -> tuple[Any, Path]:
+def start(home: Path, namespace: str) -> tuple[Any, Path]:
     """(Ray's node object, the temporary directory); ServerError if it would listen to the network."""
     temp = ray_place.temp_dir()
     ray_place.prune_sessions(temp)
@@ -100,7 +99,7 @@ def start(home: Path) -> tuple[Any, Path]:
         ray = import_ray()
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # in case Ray was imported before us
         with _without(ray._private.node.Node, UNUSED):
-            _init(ray, temp)
+            _init(ray, temp, namespace)
     node = ray._private.worker._global_node
     if node.node_ip_address != "127.0.0.1":
         ray.shutdown()
@@ -138,12 +137,12 @@ def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
         _apply(before)
 
 
-def _init(ray: Any, temp: Path) -> None:
+def _init(ray: Any, temp: Path, namespace: str) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             ray.init(
                 address=ray_place.LOCAL,
-                namespace=NAMESPACE,
+                namespace=namespace,
                 _temp_dir=str(temp),
                 include_dashboard=False,
                 num_cpus=0,  # our actors ask for none, and Ray then keeps no idle workers

@@ -74,11 +74,15 @@ class Session:
 
 
 class Runtime:
-    """Ray for this process. ``users`` keep it up; when the last is gone it is shut down."""
+    """Ray for this process. ``users`` keep it up; when the last is gone it is shut down.
 
-    def __init__(self, home: Path, address: str | None) -> None:
+    ``namespace`` keeps the names of our actors apart from those of other servers on the same cluster.
+    """
+
+    def __init__(self, home: Path, address: str | None, namespace: str = "tuft_cluster") -> None:
         self.home = home
         self.address = address
+        self.namespace = namespace
         self.thread = RayThread()
         self._session: Session | None = None
         self._users: set[object] = set()
@@ -127,7 +131,7 @@ class Runtime:
         guard = ray_local.Guard()
         guard.watch_sessions(ray_place.own_sessions())  # first: we may be killed while Ray starts
         try:
-            node, temp = ray_local.start(self.home)
+            node, temp = ray_local.start(self.home, self.namespace)
         except BaseException:
             guard.close()
             raise
@@ -144,7 +148,7 @@ class Runtime:
         with ray_local.environment(settings):
             ray_local.import_ray().init(
                 address=place.address,
-                namespace=ray_local.NAMESPACE,
+                namespace=self.namespace,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )

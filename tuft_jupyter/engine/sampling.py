@@ -4,7 +4,8 @@ A token is drawn by inverting the cumulative distribution at one uniform number 
 from the row's own generator and the distribution is laid out in the order of the vocabulary, so what a row
 draws does not depend on who else is in the batch (up to the rounding of logits computed in a larger batch).
 
-Log-probabilities are those of the model itself: temperature 1, no filters. Filters apply in the usual order:
+Log-probabilities are those of the model itself: temperature 1, no filters; or, ``processed``, those of what was drawn
+from. Filters apply in the usual order:
 temperature, then the ``top_k`` likeliest, then of these the fewest whose mass reaches ``top_p`` (nucleus
 sampling, Holtzman et al. 2019, arXiv 1904.09751).
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tuft_jupyter.core.types import SamplingParams
+from tuft_jupyter.core.types import NO_TOKEN, SamplingParams
 
 _FIRST_CANDIDATES = 256
 _STRETCH = 128  # tokens
@@ -40,10 +41,17 @@ class Picker:
     """Draws one token per row; made anew when the rows change. ``k`` likeliest tokens are told with each."""
 
     def __init__(
-        self, params: Sequence[SamplingParams], vocab_size: int, device: torch.device, k: int = 0
+        self,
+        params: Sequence[SamplingParams],
+        vocab_size: int,
+        device: torch.device,
+        k: int = 0,
+        *,
+        processed: bool = False,
     ) -> None:
         self._device = device
         self._k = k
+        self._processed = processed
         greedy = [i for i, p in enumerate(params) if p.temperature == 0]
         filtered = [
             i for i, p in enumerate(params) if p.temperature and (0 < p.top_k < vocab_size or p.top_p < 1)
@@ -70,7 +78,9 @@ class Picker:
         if self.all_greedy:
             tokens_N, norm_N1 = z_NV.argmax(-1), z_NV.logsumexp(-1, keepdim=True)
         else:
-            tokens_N, norm_N1 = self._draw(z_NV, uniforms)
+            tokens_N, norm_N1, masses_NV = self._draw(z_NV, uniforms)
+            if self._processed:  # of a greedy row the masses are the model's own
+                z_NV, norm_N1 = masses_NV.log(), masses_NV.sum(1, keepdim=True).log_()
         logprobs_N1 = z_NV.gather(1, tokens_N[:, None]) - norm_N1
         return tokens_N, logprobs_N1[:, 0], self._likeliest(z_NV, norm_N1)
 
@@ -78,13 +88,16 @@ class Picker:
         if not self._k:
             return [[]] * len(z_NV)
         top_NK, ids_NK = z_NV.topk(self._k, dim=1)
+        told_NK = (top_NK - norm_N1).clamp_(min=NO_TOKEN)
         return [
             list(zip(ids, logps, strict=True))
-            for ids, logps in zip(ids_NK.tolist(), (top_NK - norm_N1).tolist(), strict=True)
+            for ids, logps in zip(ids_NK.tolist(), told_NK.tolist(), strict=True)
         ]
 
-    def _draw(self, z_NV: Tensor, uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Tokens [N], and the logarithm [N, 1] of what the exponentials of each row add up to."""
+    def _draw(self, z_NV: Tensor, uniforms: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [N], the logarithm [N, 1] of what the exponentials of each row add up to, and the masses [N, V]
+        that the tokens were drawn by.
+        """
         peak_N1 = z_NV.amax(1, keepdim=True)
         heat_N1 = self._temperature_N1
         masses_NV = (z_NV - peak_N1).exp_()
@@ -97,7 +110,7 @@ class Picker:
         tokens_N = invert(masses_NV, uniforms_N1)[:, 0]
         if self._greedy is not None:
             tokens_N[self._greedy] = z_NV[self._greedy].argmax(-1)
-        return tokens_N, norm_N1
+        return tokens_N, norm_N1, masses_NV
 
     def _truncated(self, masses_MV: Tensor) -> Tensor:
         """The distributions with everything that the filters exclude set to 0."""

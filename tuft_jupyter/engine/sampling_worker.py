@@ -35,15 +35,22 @@ Waiting = tuple[asyncio.AbstractEventLoop, asyncio.Future[SampleResult | TuftErr
 class SamplingWorker:
     """Samples from ``sampler``.
 
-    ``context`` stands in for a missing ``max_tokens`` (the sampler bounds it by the room that is left).
-    ``on_death`` is called in the engine thread when the sampler broke, after every request was told.
+    ``context`` stands in for a missing ``max_tokens`` (the sampler bounds it by the room that is left). ``adapters``:
+    whether any may be asked for. ``on_death`` is called in the engine thread when the sampler broke, after every
+    request was told.
     """
 
     def __init__(
-        self, sampler: Sampler, *, context: int, on_death: Callable[[], None] = lambda: None
+        self,
+        sampler: Sampler,
+        *,
+        context: int,
+        adapters: bool = True,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self.sampler = sampler
         self._context = context
+        self._adapters = adapters
         self._on_death = on_death
         self._changed = threading.Condition()
         self._waiting: dict[str, Waiting] = {}
@@ -77,6 +84,11 @@ class SamplingWorker:
     ) -> SampleResult:
         """The same over values; TuftError says why there is none. Cancelling the call stops the drawing."""
         self.sampler.check(request)
+        if adapter is not None and not self._adapters:
+            raise UserError(
+                "this base model is sampled without adapters here (enable_lora is false for it): sample the base "
+                "model, or ask whoever runs this server to set enable_lora to true"
+            )
         path = None if adapter is None else Path(adapter)
         return await self._result(
             request_id, lambda: self.sampler.submit(request_id, path, request, on_token)

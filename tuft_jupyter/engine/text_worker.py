@@ -1,7 +1,7 @@
 """Requests in OpenAI's form inside a sampling actor: bytes in, chunks out as tokens are drawn.
 
 A task is begun with one call, and its chunks are fetched with further ones. A fetch waits for something new and takes
-all there is, so a slow reader gets fewer, larger parts and nothing polls. Tokenizing happens in a thread of its own.
+all there is, so a slow reader gets fewer, larger parts and nothing polls. Tokenizing happens in threads of its own.
 Promises: a task ends with its last part or with its cancellation, and then draws no more.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,14 +37,17 @@ a second altogether, however many read along. Alone, a reader gets every token a
 
 
 class TextWorker:
-    """Samples text from ``worker``. ``context`` bounds a request that does not say how long it may become."""
+    """Samples text from ``worker``. ``context`` bounds a request that does not say how long it may become.
 
-    def __init__(self, worker: SamplingWorker, directory: Path, *, context: int) -> None:
+    ``threads`` turn text into tokens, each with a tokenizer of its own.
+    """
+
+    def __init__(self, worker: SamplingWorker, directory: Path, *, context: int, threads: int = 1) -> None:
         self._worker = worker
         self._directory = directory
         self._context = context
-        self._model: TextModel | None = None
-        self._thread = ThreadPoolExecutor(1, "tokenizer")
+        self._models = threading.local()
+        self._threads = ThreadPoolExecutor(threads, "tokenizer")
         self._open: dict[str, _OpenTask] = {}
         self._preparing: set[str] = set()
 
@@ -52,7 +56,7 @@ class TextWorker:
         request_id = task.request_id
         self._preparing.add(request_id)
         try:
-            asked = await asyncio.get_running_loop().run_in_executor(self._thread, self._prepare, task)
+            asked = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, task)
         except TuftError as error:
             self._preparing.discard(request_id)
             return Part(ended=True, category=error.category, error=error.message)
@@ -88,11 +92,16 @@ class TextWorker:
         if asked is not None:
             asked.stop()
 
+    def _model(self) -> TextModel:
+        """This thread's own."""
+        if not hasattr(self._models, "own"):
+            self._models.own = TextModel(self._directory)
+        model: TextModel = self._models.own
+        return model
+
     def _prepare(self, task: TextTask) -> _OpenTask:
         request = decode_request(task.body, chat=task.chat)
-        if self._model is None:
-            self._model = TextModel(self._directory)
-        model = self._model
+        model = self._model()
         if task.chat:
             prompts = [model.chat(request.messages)]
         else:

@@ -51,7 +51,14 @@ class _Batch:
     Rows stand by adapter; ``tokens_N`` are the newest tokens.
     """
 
-    def __init__(self, live: Sequence[Live], cache: KVCache, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        live: Sequence[Live],
+        cache: KVCache,
+        vocab_size: int,
+        device: torch.device,
+        processed: bool,
+    ) -> None:
         self.rows = sorted(live, key=lambda row: row.job.adapter or "")
         adapters = [row.job.adapter for row in self.rows]
         self.attention = DecodeAttention(cache, [row.where for row in self.rows], device)
@@ -59,14 +66,14 @@ class _Batch:
         self.packed = packing.Packed(
             packing.boundaries(ones), packing.segments_of(ones, adapters), self.attention
         )
-        self.pick = _picker(self.rows, vocab_size, device)
+        self.pick = _picker(self.rows, vocab_size, device, processed)
         self.tokens_N = torch.tensor([row.tokens[-1] for row in self.rows], device=device)
 
 
-def _picker(rows: Sequence[Live], vocab_size: int, device: torch.device) -> Picker:
+def _picker(rows: Sequence[Live], vocab_size: int, device: torch.device, processed: bool) -> Picker:
     requests = [row.job.request for row in rows]
     k = max(request.topk_sample_logprobs for request in requests)
-    return Picker([request.params for request in requests], vocab_size, device, k)
+    return Picker([request.params for request in requests], vocab_size, device, k, processed=processed)
 
 
 class TorchSampler:
@@ -76,7 +83,8 @@ class TorchSampler:
     the model's own limit on prompt and samples together; ``max_samples`` bounds one request. ``kv_tokens`` bounds the
     positions held of all prompts and sequences (None: a share of the free memory); one sequence may have two fifths
     of them. A step runs at most ``prefill_tokens`` of prompts, or ``chunk_tokens`` while others decode. ``dtype``
-    None keeps that of the files, ``device`` None takes CUDA if there is one.
+    None keeps that of the files, ``device`` None takes CUDA if there is one. ``logprobs_mode``: "processed_logprobs"
+    are those of what was drawn from, after temperature and filters; otherwise they are the model's own.
     """
 
     def __init__(
@@ -93,6 +101,7 @@ class TorchSampler:
         kv_tokens: int | None = None,
         prefill_tokens: int = 2048,
         chunk_tokens: int = 512,
+        logprobs_mode: str | None = None,
     ) -> None:
         self.base = load_base(model_path, name=name, dtype=dtype, device=device)
         self._cache = KVCache(kv_tokens or kv_positions(self.base))
@@ -103,6 +112,7 @@ class TorchSampler:
         )
         self.limits = Limits(self.base.vocab_size, min(context, longest), max_samples, why)
         self._max_live, self._max_adapters = max_live, max_adapters
+        self._processed = logprobs_mode == "processed_logprobs"
         self._prefill_tokens, self._chunk_tokens = prefill_tokens, chunk_tokens
         self._adapters = AdapterCache(self.base, max_adapters)
         self._jobs: list[Job] = []  # in order of arrival
@@ -290,7 +300,7 @@ class TorchSampler:
         fresh = [live for _, lives in ready for live in lives]
         self._live += fresh
         self._batch = None
-        pick = _picker(fresh, self.base.vocab_size, self.base.device)
+        pick = _picker(fresh, self.base.vocab_size, self.base.device, self._processed)
         self._extend(fresh, pick, logits_MV.repeat_interleave(counts_M, 0))
         self._leave(fresh)
 
@@ -312,7 +322,9 @@ class TorchSampler:
     def _decode(self) -> None:
         """One more token for every live sequence."""
         if self._batch is None:
-            self._batch = _Batch(self._live, self._cache, self.base.vocab_size, self.base.device)
+            self._batch = _Batch(
+                self._live, self._cache, self.base.vocab_size, self.base.device, self._processed
+            )
         batch = self._batch
         hidden_ND = self._forward(batch.packed, batch.tokens_N, batch.attention.positions_N[None])
         batch.attention.advance()

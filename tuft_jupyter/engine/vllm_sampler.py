@@ -71,8 +71,9 @@ class VllmSampler:
 
     ``max_loras`` adapters share a batch and ``max_adapters`` are held in host memory, of rank ``max_rank`` at most;
     ``gpu_memory`` is the share of each GPU's memory that vLLM takes; ``tensor_parallel`` is over how many GPUs the
-    model is spread. Without ``enable_lora`` only the base model is sampled. ``on_death`` is called, in some thread,
-    when the engine's process has ended. UserError says why a model cannot be served.
+    model is spread; ``logprobs_mode`` is vLLM's word for which log-probabilities are told. Without ``enable_lora`` only
+    the base model is sampled. ``on_death`` is called, in some thread, when the engine's process has ended. UserError
+    says why a model cannot be served.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class VllmSampler:
         gpu_memory: float = 0.4,
         tensor_parallel: int = 1,
         enable_lora: bool = True,
+        logprobs_mode: str | None = None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -121,6 +123,7 @@ class VllmSampler:
             "dtype": dtype or "auto",
             "max_model_len": max_context,
             "enable_lora": enable_lora,
+            "logprobs_mode": logprobs_mode or "raw_logprobs",
             "max_loras": loras,
             "max_cpu_loras": max(loras, held),
             "max_lora_rank": next(rank for rank in RANKS if rank >= max_rank),

@@ -16,6 +16,7 @@ import numpy as np
 from tuft_jupyter.core.engine import Listener
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import (
+    NO_TOKEN,
     Drawn,
     FloatArray,
     Int32Array,
@@ -25,8 +26,6 @@ from tuft_jupyter.core.types import (
     StopReason,
 )
 from tuft_jupyter.engine.sample_job import DIVERGED
-
-NO_TOKEN = -99999.0  # the protocol's logprob of a cell that holds no token
 
 
 def asked(request: SampleRequest, room: int) -> dict[str, Any]:
@@ -132,7 +131,7 @@ class Answer:
 def _best(cell: Any, k: int) -> list[tuple[int, float]]:
     """The k likeliest (token, logprob) of a place, best first."""
     ranked = sorted((cell or {}).items(), key=lambda pair: pair[1].rank)[:k]
-    return [(token, found.logprob) for token, found in ranked]
+    return [(token, max(found.logprob, NO_TOKEN)) for token, found in ranked]
 
 
 def _top(rows: Sequence[Sequence[tuple[int, float]]], k: int) -> tuple[Int32Array, FloatArray]:

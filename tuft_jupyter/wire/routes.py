@@ -248,6 +248,12 @@ ROUTES: tuple[Route, ...] = (
         "Number and size of the checkpoints kept (?project_id=).",
     ),
     Route("GET", "/tuft/status", "status", "Readiness: what is loaded, and what the server waits for."),
+    Route(
+        "GET",
+        "/tuft/applications",
+        "applications",
+        "The applications of the configuration file, and their states; one alone at its route_prefix.",
+    ),
     Route("POST", "/tuft/models", "add_model", "Offer one more base model and load it.", m.AddModel),
     Route(
         "GET",

@@ -57,7 +57,7 @@ def test_only_loopback_listens_and_secrets_are_ours_alone(
 
     import ray
 
-    assert ray.get_runtime_context().namespace == "tuft"
+    assert ray.get_runtime_context().namespace == "tuft_cluster"
     shown = training.resources()
     assert shown["pid"] in {process.pid for process in processes}
     assert shown["rss_bytes"] > 1 << 20

@@ -353,6 +353,6 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_what_is_exported_is_what_is_promised() -> None:
     assert set(tuft_jupyter.__all__) == {
         "PersistenceConfig", "__version__", "create_training_client", "get_service_client", "init",
-        "is_initialized", "resume", "runs", "shutdown",
+        "is_initialized", "launch_server", "resume", "runs", "shutdown",
     }  # fmt: skip
     assert all(hasattr(tuft_jupyter, name) for name in tuft_jupyter.__all__)

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from tuft_jupyter.core.errors import TuftError
+from tuft_jupyter.core.quotas import Work
 from tuft_jupyter.core.text import Offered
 from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, error_reply, event, event_stream, reply
 from tuft_jupyter.wire.openai import decode_head
@@ -39,8 +40,10 @@ class OpenAIEndpoints(Endpoints):
     async def _complete(self, call: Call, *, chat: bool) -> Reply:
         """The first piece is waited for, so that a refusal is one, with its status, and not an event."""
         head, quotas, tenant = decode_head(call.body), self.service.quotas, call.principal.tenant
-        await quotas.pace(tenant, 1, len(call.body) // BYTES_PER_TOKEN)
-        allowed = quotas.of(tenant).input_tokens
+        card, _ = self.service.text.find(call.principal, head.model)
+        engine = (Work.SAMPLING, card.name)
+        await quotas.pace(tenant, 1, len(call.body) // BYTES_PER_TOKEN, engine)
+        allowed = quotas.input_tokens(tenant, engine)
         chunks = self.service.text.complete(
             call.principal, head.model, call.body, chat=chat, input_tokens=allowed
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.promises import Answer
+from tuft_jupyter.core.quotas import Engine, Work
 from tuft_jupyter.core.types import PROTOBUF, SAMPLED
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, reply
@@ -87,20 +88,22 @@ class SamplingEndpoints(Endpoints):
                 f"num_samples: {asked.num_samples} is outside 1..{MAX_SAMPLES}: ask for at least 1, split more"
             )
         sampler, seq = asked.sampling_session_id, asked.seq_id
-        await self.service.quotas.pace(call.principal.tenant, 1, self._prompt_tokens(call))
+        engine = (Work.SAMPLING, self.service.sampling.get(call.principal, sampler).base_model)
+        await self.service.quotas.pace(
+            call.principal.tenant, 1, self._prompt_tokens(call, engine), engine=engine
+        )
         request_id = self.service.sampling.submit(call.principal, sampler, seq, call.body)
         sequences = [f"{sampler}:{seq}:{i}" for i in range(asked.num_samples)]
         return reply({"request_id": request_id, "sample_sequence_ids": sequences})
 
-    def _prompt_tokens(self, call: Call) -> int:
+    def _prompt_tokens(self, call: Call, engine: Engine) -> int:
         """Tokens of the prompt, checked; 0 without looking where no limit asks for them."""
         tenant = call.principal.tenant
-        quota = self.service.quotas.of(tenant)
-        if not (quota.tokens_per_second or quota.input_tokens):
+        if not self.service.quotas.counts_tokens(tenant, engine):
             return 0
         chunks = m.decode(m.SampleSize, call.body).prompt.chunks
         tokens = sum(len(chunk.tokens or ()) for chunk in chunks)
-        self.service.quotas.check_input(tenant, tokens)
+        self.service.quotas.check_input(tenant, tokens, engine)
         return tokens
 
 

@@ -70,6 +70,12 @@ class SessionEndpoints(Endpoints):
     async def status(self, call: Call) -> Reply:
         return reply(self.host.status(call.principal))
 
+    async def applications(self, call: Call) -> Reply:
+        """All of them; where the path is one's own, that one."""
+        known = self.host.status(call.principal)["applications"]
+        name = call.path.get("application")
+        return reply({"applications": known} if name is None else next(a for a in known if a["name"] == name))
+
     async def add_model(self, call: Call) -> Reply:
         card = await self.host.add_model(call.principal, m.decode(m.AddModel, call.body).model)
         return reply({"name": card.name})

@@ -7,6 +7,7 @@ import msgspec
 from tuft_jupyter.core.errors import NotOffered, UserError
 from tuft_jupyter.core.loss_graph import Node, checked
 from tuft_jupyter.core.loss_names import CUSTOM_LOSS_IS_OFF, check_loss
+from tuft_jupyter.core.quotas import Engine, Work
 from tuft_jupyter.core.types import CheckpointKind, OpKind
 from tuft_jupyter.wire import messages as m
 from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, checked_ttl, reply
@@ -57,8 +58,9 @@ class TrainingEndpoints(Endpoints):
     async def _pass(self, call: Call, kind: OpKind) -> Reply:
         peek = peek_forward_backward(call.body, call.content_type)
         check_loss(peek.loss_fn, custom_loss=self.service.limits.custom_loss)
-        self.service.quotas.check_input(call.principal.tenant, peek.tokens)
-        await self.service.quotas.pace(call.principal.tenant, 1, peek.tokens)
+        engine = self._engine(call, peek.run)
+        self.service.quotas.check_input(call.principal.tenant, peek.tokens, engine)
+        await self.service.quotas.pace(call.principal.tenant, 1, peek.tokens, engine)
         request_id = await self.service.runs.forward_backward(
             call.principal,
             peek.run,
@@ -69,6 +71,9 @@ class TrainingEndpoints(Endpoints):
             backward=kind is OpKind.FORWARD_BACKWARD and not peek.forward_only,
         )
         return _promise(request_id, peek.run)
+
+    def _engine(self, call: Call, run: str) -> Engine:
+        return Work.TRAINING, self.service.runs.get(call.principal, run).base_model
 
     async def create_custom_loss(self, call: Call) -> Reply:
         asked = m.decode(m.CreateCustomLoss, call.body)
@@ -90,7 +95,8 @@ class TrainingEndpoints(Endpoints):
                 f"optimizer_params: this run was created with adamw, not {kind!r}: send adam_params"
             )
         adam = (asked.adam_params or m.Adam()).checked()
-        await self.service.quotas.pace(call.principal.tenant, 1)
+        engine = self._engine(call, asked.model_id)
+        await self.service.quotas.pace(call.principal.tenant, 1, engine=engine)
         request_id = await self.service.runs.optim_step(
             call.principal, asked.model_id, asked.seq_id, adam, call.body
         )
