@@ -244,9 +244,13 @@ export function addActions(
     takes: ['runs', 'format'],
     isEnabled: anyRun,
     execute: async args => {
-      const chosen = Array.isArray(args.runs)
-        ? args.runs.map(id => feed.state.runs.get(String(id)))
-        : [await commands.run(args, trans.__('Export the Metrics of Runs'))];
+      const title = trans.__('Export the Metrics of Runs');
+      const asked = Array.isArray(args.runs)
+        ? args.runs.map(id => ({ run: String(id) }))
+        : [args];
+      const chosen = await Promise.all(
+        asked.map(each => commands.run(each, title))
+      );
       const names = runNames(feed.state, trans);
       const found = chosen
         .filter((run): run is IRun => run !== undefined)

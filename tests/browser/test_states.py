@@ -145,6 +145,9 @@ def test_a_run_that_is_not_yours_is_said_in_the_words_of_the_notebook(staged: St
     toast.locator("button:has-text('Read all')").click()
     page.locator(".jp-Dialog >> text=`%tuft runs` lists them").wait_for()
     page.click(".jp-Dialog button")
+    toast.wait_for(state="detached")
+    staged.execute("tuft:export-metrics", {"runs": [STRANGER], "format": "csv"})
+    toast.wait_for()
 
 
 def test_nothing_moves_for_whoever_asked_for_less_motion(staged: Staged) -> None:

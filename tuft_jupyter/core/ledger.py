@@ -51,8 +51,8 @@ class Ledger:
         self.feed = Feed()
         self.observers: list[Callable[[Record, float], None]] = []
         """called with each new record and the seconds until it was durable"""
-        self.today: Callable[[str], str] = str
-        """where a directory that the journal tells of is now"""
+        self.relocate: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda args: args
+        """an op's arguments, with the directories of today"""
         self._answers: dict[str, Answer] = {}
         self._spent: list[int] = []
 
@@ -89,9 +89,7 @@ class Ledger:
         record = await self.journal.read(accepted)
         if record is None:
             raise Damaged(f"record {accepted} is not in the journal")
-        data, args = record.data, record.data["args"]
-        if data["op"] == OpKind.LOAD_WEIGHTS:
-            args = {**args, "directory": self.today(args["directory"])}
+        data = record.data
         return Op(
             request_id=data["request_id"],
             run=data["run"],
@@ -99,7 +97,7 @@ class Ledger:
             kind=OpKind(data["op"]),
             tenant=record.tenant,
             tokens=data["tokens"],
-            args=args,
+            args=self.relocate(data["args"]),
             body=record.blob or b"",
             content_type=data.get("content_type", JSON),
         )

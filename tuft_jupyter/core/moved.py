@@ -2,13 +2,16 @@
 
 An operator renames a home, mounts a volume elsewhere, sets another ``checkpoint_dir``. The last part of each of our
 directories is random and occurs once, so it is enough to find it again. Nothing is looked for that is where it was.
+What is still to be written goes below the directories of today.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tuft_jupyter.core.objects import State
 
@@ -34,6 +37,18 @@ class Places:
             self.snapshots.joinpath(*told.parts[-2:]),
         )
         return next((str(path) for path in below if path.is_dir()), directory)
+
+    def relocate(self, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An accepted op's arguments as they hold today: where its weights are read, or will be written."""
+        if "directory" not in args:
+            return args
+        facts = args.get("facts", {})
+        for made, root in (("checkpoint", self.checkpoints), ("sampler", self.ephemeral)):
+            if made in facts:
+                directory = str(root / Path(args["directory"]).name)
+                facts = {**facts, made: {**facts[made], "directory": directory}}
+                return {**args, "directory": directory, "facts": facts}
+        return {**args, "directory": self.today(args["directory"])}
 
     def settle(self, state: State) -> None:
         """Put today's places into a state that was just read; a warning if checkpoints lie nowhere."""

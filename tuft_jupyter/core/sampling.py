@@ -72,6 +72,13 @@ class Worker:
     def lost(self) -> None:
         self.status, self.detail = "idle", "restarting the sampling worker"
 
+    async def stop(self) -> None:
+        """End the engine; a start that is under way is given up without a word."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        await self.engine.stop()
+
     async def _start(self) -> None:
         self.status = "loading"
         try:
@@ -131,7 +138,7 @@ class Sampling:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.usage.flush()
-        await asyncio.gather(*(worker.engine.stop() for worker in self.workers.values()))
+        await asyncio.gather(*(worker.stop() for worker in self.workers.values()))
 
     def worker(self, card: ModelCard) -> Worker:
         worker = self.workers.get(card.name)

@@ -65,7 +65,7 @@ class Service:
     ) -> None:
         self.ledger = ledger
         self.places = Places(checkpoint_dir, home / SNAPSHOTS, home / EPHEMERAL)
-        ledger.today = self.places.today
+        ledger.relocate = self.places.relocate
         self.catalog = catalog
         self.engines = engines
         self.home = home

@@ -124,15 +124,19 @@ def _check_numbers(where: str, values: NDArray[Any], targets: NDArray[Any]) -> N
         raise UserError(
             f"{where} has shape {list(values.shape)}, target_tokens {list(targets.shape)}; make them equal"
         )
-    _check_finite(where, values)
+    remedy = "use 0 to leave it out"
+    if where.endswith(": weights"):  # the SDK sends the gradients of a loss that ran at the client as weights
+        remedy += (
+            ". With forward_backward_custom these are the gradients of your loss in the log-probabilities of this "
+            "datum, negated: keep its terms away from 0/0, log(0) and sqrt(0)"
+        )
+    _check_finite(where, values, remedy)
 
 
-def _check_finite(where: str, values: NDArray[Any]) -> None:
+def _check_finite(where: str, values: NDArray[Any], remedy: str = "use 0 to leave it out") -> None:
     if not np.isfinite(values).all():
         at = int(np.flatnonzero(~np.isfinite(values.reshape(-1)))[0])
-        raise UserError(
-            f"{where} is not finite at element {at} ({values.reshape(-1)[at]}); use 0 to leave it out"
-        )
+        raise UserError(f"{where} is not finite at element {at} ({values.reshape(-1)[at]}); {remedy}")
 
 
 def check_adam(params: AdamParams) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import redis as client
 
 from tests.support.redis_server import RedisServer
+from tests.support.sleeper import write
 from tests.support.world import stepped, world
 from tuft_jupyter.core import journal_redis, lease
 from tuft_jupyter.core.errors import Overloaded, ServerError
@@ -275,26 +278,13 @@ def test_the_loopback_address_of_another_machine_or_container_leads_nowhere(
     assert lease.address_of(b"process 7 on vm #0a") == ""
 
 
-SLEEPER = """
-import asyncio, sys
-from pathlib import Path
-from tuft_jupyter.core import journal_redis, lease
-from tuft_jupyter.core.errors import Overloaded
-from tuft_jupyter.core.types import Record
-journal_redis.LEASE_SECONDS = 0.3
-async def main():
-    kept = journal_redis.RedisJournal(sys.argv[1], "tuft", Path(sys.argv[2]))
-    await kept.open(lambda record: None)
-    print("open", flush=True)
-    i = 0
-    while not kept.problem:
-        i += 1
-        try:
-            await kept.append(Record("k", "t", {"from": "sleeper", "i": i}))
-        except Overloaded as refused:
-            print("refused", refused, flush=True)
-asyncio.run(main())
-"""
+def rest(heard: Connection) -> str:
+    """What a process says until it ends."""
+    said = ""
+    with contextlib.suppress(EOFError):
+        while True:
+            said += heard.recv() + "\n"
+    return said
 
 
 def test_a_holder_that_was_asleep_cannot_write_any_more(redis: RedisServer, tmp_path: Path) -> None:
@@ -310,8 +300,8 @@ def test_a_holder_that_was_asleep_cannot_write_any_more(redis: RedisServer, tmp_
                 await asyncio.sleep(0.02)
                 continue
             await heir.append(line(0))
-            sleeper.send_signal(signal.SIGCONT)
-            said = await asyncio.to_thread(sleeper.stdout.read)
+            os.kill(sleeper.pid or 0, signal.SIGCONT)
+            said = await asyncio.to_thread(rest, heard)
             assert "refused" in said
             assert "took over" in said
             after: list[Record] = []
@@ -323,13 +313,17 @@ def test_a_holder_that_was_asleep_cannot_write_any_more(redis: RedisServer, tmp_
             assert len(after) == count
             return after
 
-    arguments = [sys.executable, "-c", SLEEPER, redis.url, str(tmp_path / "markers")]
+    quick = get_context("forkserver")  # imports once, not twenty times
+    quick.set_forkserver_preload(["tests.support.sleeper"])
     for trial in range(20):
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as sleeper:
-            assert sleeper.stdout is not None
-            assert sleeper.stdout.readline() == "open\n"
-            sleeper.send_signal(signal.SIGSTOP)
-            records = asyncio.run(take_over())
+        heard, told = quick.Pipe(duplex=False)
+        sleeper = quick.Process(target=write, args=(redis.url, tmp_path / "markers", told))
+        sleeper.start()
+        told.close()
+        assert heard.recv() == "open"
+        os.kill(sleeper.pid or 0, signal.SIGSTOP)
+        records = asyncio.run(take_over())
+        sleeper.join()
         heirs = [record for record in records if "from" not in record.data]
         assert len(heirs) == trial + 1
 

@@ -77,6 +77,38 @@ def test_a_load_that_waited_while_its_files_moved_is_run(tmp_path: Path) -> None
     scenario(body)
 
 
+def below(directory: str) -> Path:
+    """Where a directory that is on disk lies."""
+    assert Path(directory).is_dir()
+    return Path(directory).parent
+
+
+def test_a_save_that_waited_is_written_below_the_directories_of_today(tmp_path: Path) -> None:
+    """F2: a checkpoint, and weights for a sampler without a name."""
+
+    async def body() -> None:
+        old, new, journal = tmp_path / "old", tmp_path / "new", tmp_path / "journal.sqlite"
+        engines = ScriptedEngines()
+        async with world(old, journal=SqliteJournal(journal), engines=engines) as first:
+            run = await first.connect()
+            await first.train(run, 1)
+            engines.trainer.gate.clear()
+            runs = first.service.runs
+            kept = await runs.save_weights(ALICE, run, 90, "s", CheckpointKind.TRAINING, b"s")
+            drawn = await runs.save_for_sampling_session(ALICE, run, 91, 0, b"e")
+
+        engines.trainer.gate.set()
+        async with world(new, journal=SqliteJournal(journal), engines=engines) as second:
+            for waiting in (kept, drawn):
+                assert not (await second.answer(waiting)).category
+            (saved,) = second.service.state.checkpoints.values()
+            (sampler,) = second.service.state.samplers.values()
+            assert below(saved.directory) == new / "checkpoints"
+            assert below(sampler.directory or "") == new / "ephemeral"
+
+    scenario(body)
+
+
 def test_checkpoints_that_lie_nowhere_are_told_at_the_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from pathlib import Path
 
 import pytest
 
+from tests.support.scripted_engine import ScriptedEngines, ScriptedSampler
 from tests.support.world import ALICE, BOB, World, scenario, until, world
 from tuft_jupyter.core import sampling
-from tuft_jupyter.core.errors import Lost, Overloaded
+from tuft_jupyter.core.errors import Lost, Overloaded, ServerError
 from tuft_jupyter.core.types import Principal
 
 
@@ -101,5 +104,35 @@ def test_who_waits_is_told_for_what_and_with_whom(tmp_path: Path) -> None:
             assert reason == f"waiting to be drawn: {w.engines.sampler.held_up}"
             w.engines.sampler.gate.set()
             await w.answer(request)
+
+    scenario(body)
+
+
+class SlowSampler(ScriptedSampler):
+    """Loads for ever; the end of its process is the failure of its start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts = 0
+        self.ended = asyncio.Event()
+
+    async def start(self) -> None:
+        self.starts += 1
+        await self.ended.wait()
+        raise ServerError("the sampling worker died while loading tiny")
+
+    async def stop(self) -> None:
+        self.ended.set()
+
+
+def test_a_stop_while_a_sampler_loads_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        engines = ScriptedEngines()
+        engines.sampler = slow = SlowSampler()
+        async with world(tmp_path, engines=engines) as w:
+            await opened(w, ALICE)
+            await until(lambda: slow.starts == 1)
+        await asyncio.sleep(0)
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     scenario(body)

@@ -62,7 +62,11 @@ BAD_DATA: dict[str, tuple[str, Datum, list[str]]] = {
     ),
     "weights shape": ("cross_entropy", weighted(*[1.0] * 5), ["weights", "[5]", "[6]"]),
     "weights of many": ("cross_entropy", targets(6, 2, weights=FLOATS), ["weights", "[6, 2]"]),
-    "weights nan": ("cross_entropy", weighted(1.0, 1.0, np.nan, 1.0, 1.0, 1.0), ["weights", "element 2"]),
+    "weights nan": (
+        "cross_entropy",
+        weighted(1.0, 1.0, np.nan, 1.0, 1.0, 1.0),
+        ["weights", "element 2", "gradients of your loss"],
+    ),
     "weights text": ("cross_entropy", weighted(*"abcdef"), ["weights", "numbers"]),
     "no advantages": (
         "importance_sampling",

@@ -29,12 +29,14 @@ def heads(rng: torch.Generator, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(1, n, tokens, D, generator=rng) for n in (H, G, G))  # type: ignore[return-value]
 
 
-def reference(q_HD: Tensor, k_GTD: Tensor, v_GTD: Tensor, window: int | None) -> Tensor:
-    """Attention of the newest token over all of its past, [H, D]."""
-    first = 0 if window is None else max(0, k_GTD.shape[1] - window)
-    k, v = (t[:, first:].repeat_interleave(H // G, 0) for t in (k_GTD, v_GTD))
-    weights = torch.softmax((k @ q_HD[:, :, None])[..., 0] * D**-0.5, -1)
-    return (weights[:, None] @ v)[:, 0]
+def reference(q_HND: Tensor, k_GTD: Tensor, v_GTD: Tensor, window: int | None) -> Tensor:
+    """Attention of the newest N tokens, each over all of its past, [N, H, D]."""
+    n, t = q_HND.shape[1], k_GTD.shape[1]
+    k, v = (each.repeat_interleave(H // G, 0) for each in (k_GTD, v_GTD))
+    ago = torch.arange(t - n, t)[:, None] - torch.arange(t)
+    unseen = (ago < 0) | (ago >= (t if window is None else window))
+    scores = (q_HND @ k.mT * D**-0.5).masked_fill(unseen, -torch.inf)
+    return (torch.softmax(scores, -1) @ v).transpose(0, 1)
 
 
 class World:
@@ -58,13 +60,12 @@ class World:
             out = attention(0, q, k, v, None, window)
             attention.advance()
             for i, (start, end) in zip(row, pairwise(cu), strict=True):
-                for at in range(start, end):
-                    keys, values = (
-                        torch.cat([old, new[0, :, at : at + 1]], 1)
-                        for old, new in zip(seen[i], (k, v), strict=True)
-                    )
-                    seen[i] = keys, values
-                    torch.testing.assert_close(out[0, at], reference(q[0, :, at], keys, values, window))
+                seen[i] = keys, values = (
+                    torch.cat([seen[i][0], k[0, :, start:end]], 1),
+                    torch.cat([seen[i][1], v[0, :, start:end]], 1),
+                )
+                wanted = reference(q[0, :, start:end], keys, values, window)
+                torch.testing.assert_close(out[0, start:end], wanted)
         for strip, held in zip(strips, seen, strict=True):
             for _ in range(copies):
                 assert self.cache.take(slot_size(strip.done + 1))
@@ -90,7 +91,8 @@ class World:
                     torch.cat([keys, k[0, :, row : row + 1]], 1),
                     torch.cat([values, v[0, :, row : row + 1]], 1),
                 )
-                torch.testing.assert_close(out[0, row], reference(q[0, :, row], keys, values, window))
+                wanted = reference(q[0, :, row : row + 1], keys, values, window)
+                torch.testing.assert_close(out[0, row : row + 1], wanted)
             attention.advance()
 
 
