@@ -234,6 +234,7 @@ class Host:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.service.stop()
+        await self.elsewhere.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.tracing.close)
 

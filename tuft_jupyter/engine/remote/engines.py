@@ -12,11 +12,12 @@ from typing import Any
 
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.engine import Engines, RunMemory, SamplingEngine, TrainingEngine
-from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import ModelCard
-from tuft_jupyter.engine.remote import http, vllm_server
+from tuft_jupyter.engine.remote import http, tinker_client, vllm_server
 from tuft_jupyter.engine.remote.http import Server
 from tuft_jupyter.engine.remote.routing import Backend, route
+from tuft_jupyter.engine.remote.tinker_sampling import TinkerSampling
+from tuft_jupyter.engine.remote.tinker_training import TinkerTraining
 from tuft_jupyter.engine.remote.vllm_server import VllmServer
 
 
@@ -29,6 +30,8 @@ class BackendEngines:
         self._instance = hashlib.sha256(str(settings.home.absolute()).encode()).hexdigest()[:8]
         self._threads = ThreadPoolExecutor(backends.max_workers, "tuft-backend")
         self.servers: list[Server] = []
+        if backends.training == "external":
+            self._trainer = self._server(tinker_client.KIND, backends.training_url, backends.training_key)
         if backends.sampling == "external":
             self._vllm = self._server(vllm_server.KIND, backends.vllm_url, backends.vllm_key)
 
@@ -41,15 +44,16 @@ class BackendEngines:
     def training(self, card: ModelCard) -> TrainingEngine:
         """UserError if nobody trains."""
         if route("forward_backward", self._backends) is Backend.TRAINING_SERVER:
-            raise UserError(
-                "training on a server elsewhere is not offered yet: set backends.training to peft"
-            )
+            return TinkerTraining(card, self._trainer, samples_there=self._backends.sampling == "auto")
         return self._workers.training(card)
 
     def sampling(self, card: ModelCard) -> SamplingEngine:
         """UserError if nobody samples."""
-        if route("asample", self._backends) is Backend.VLLM_SERVER:
+        backend = route("asample", self._backends)
+        if backend is Backend.VLLM_SERVER:
             return VllmServer(card, self._vllm, self._backends, self._instance)
+        if backend is Backend.TRAINING_SERVER:
+            return TinkerSampling(card, self._trainer)
         return self._workers.sampling(card)
 
     def workers(self) -> list[tuple[str, int]]:
@@ -65,6 +69,12 @@ class BackendEngines:
         for server in self.servers:
             server.on_return = there_again
         await http.watch(self.servers)
+
+    async def close(self) -> None:
+        """End connections and threads, after the engines were stopped."""
+        for server in self.servers:
+            await server.close()
+        self._threads.shutdown(wait=False)
 
     @property
     def description(self) -> str:

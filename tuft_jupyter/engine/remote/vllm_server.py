@@ -129,7 +129,6 @@ class VllmServer:
             for named in self._adapters.held():
                 self._unload(named)
         await asyncio.gather(*self._leaving, return_exceptions=True)
-        await self._server.close()
 
     # ---- one request
 

@@ -1,0 +1,61 @@
+"""A directory of ours for weights that a training server keeps: a note of where, and the files if they are here too.
+
+The note is one small JSON file beside the adapter's own. A checkpoint with an optimizer, a snapshot, and what is only
+sampled there are found again by it, also after a restart of either server.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tuft_jupyter.core.errors import UserError
+
+NOTE = "kept_there.json"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptThere:
+    """``path`` is the checkpoint's there (``tinker://...``), ``url`` the server's address when it was made.
+
+    ``older`` are snapshots that were still there when this one was made.
+    """
+
+    url: str
+    path: str
+    older: Sequence[str] = ()
+
+
+def read(directory: Path) -> KeptThere:
+    """UserError if the weights of a directory are not on a training server."""
+    try:
+        return KeptThere(**json.loads((directory / NOTE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(
+            "these weights were not made on the training server that is configured, and cannot be sent to it: train "
+            "where they were made, or sample from them with backends.sampling set to torch, vllm or external"
+        ) from None
+
+
+def write(directory: Path, note: KeptThere) -> None:
+    """Put a note into a directory that is being made."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / NOTE).write_text(json.dumps(asdict(note)), encoding="utf-8")
+
+
+def beside(directory: Path) -> Path:
+    """Where a directory is made before it gets its name, whole or not at all."""
+    made = directory.parent / f".{uuid.uuid4().hex}.part"
+    made.mkdir(parents=True)
+    return made
+
+
+def finish(made: Path, directory: Path) -> int:
+    """Give it its name; returns the size of its files in bytes."""
+    shutil.rmtree(directory, ignore_errors=True)
+    made.rename(directory)
+    return sum(file.stat().st_size for file in directory.iterdir())
