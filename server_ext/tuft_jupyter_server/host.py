@@ -42,7 +42,7 @@ from tuft_jupyter.home import ensure_key, ensure_secret, private_directory, priv
 from tuft_jupyter.kernel.versions import sdk_note
 from tuft_jupyter.wire.api import Api
 from tuft_jupyter.wire.tickets import Tickets
-from tuft_jupyter_server import live
+from tuft_jupyter_server import foreseen, live
 from tuft_jupyter_server.catalog import ServerCatalog
 from tuft_jupyter_server.detokenize import detokenizer
 from tuft_jupyter_server.gauges import Gauges
@@ -207,7 +207,12 @@ class Host:
             return isinstance(error, Unavailable)
         self.problem = ""
         self.keybook.recovered()
-        self._tasks.append(asyncio.get_running_loop().create_task(self._expire_keys()))
+        told = foreseen.warn(
+            self.settings, self.service.catalog, self.ledger.state, workers=self.elsewhere.needs_workers
+        )
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._expire_keys()))
+        self._tasks.append(loop.create_task(told, name="foreseen"))
         self._ready.set()
         self._tried.set()
         log.info("tuft-jupyter keeps its journal in %s", self.journal.description)

@@ -1,0 +1,62 @@
+"""What is bound to fail at its first use is said in the log at the start, where whoever configured the server looks.
+
+Nothing waits for it and nothing is refused because of it: a cluster may come up later, a run may never be used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from tuft_jupyter.config import Settings
+from tuft_jupyter.core.engine import Catalog
+from tuft_jupyter.core.errors import TuftError, UserError
+from tuft_jupyter.core.state import ENDED, State
+from tuft_jupyter.engine import ray_place
+
+log = logging.getLogger("tuft_jupyter")
+
+
+async def warn(settings: Settings, catalog: Catalog, state: State, *, workers: bool) -> None:
+    """``workers``: whether this server trains or samples with workers of its own."""
+    found = list(models_left_out(catalog, state))
+    if workers:
+        found += await asyncio.to_thread(lambda: [*cluster(settings, os.environ), *vllm(settings, catalog)])
+    for problem in found:
+        log.warning("%s", problem)
+
+
+def models_left_out(catalog: Catalog, state: State) -> Iterator[str]:
+    """Base models of runs that may go on, which are not on offer any more."""
+    runs = Counter(run.base_model for run in state.runs.values() if run.status not in ENDED)
+    for model, count in runs.items():
+        try:
+            catalog.resolve(model)
+        except UserError as refusal:
+            yield f"{count} of the runs on record cannot go on: {refusal.message}. Add the model to supported_models again"
+
+
+def cluster(settings: Settings, env: Mapping[str, str]) -> Iterator[str]:
+    """A Ray cluster that was named and does not answer; takes two seconds at most."""
+    try:
+        place = ray_place.choose(settings.ray_address, env)
+        if not place.local:
+            ray_place.probe(place.address)
+    except TuftError as error:
+        yield f"no worker can be started yet: {error.message}"
+
+
+def vllm(settings: Settings, catalog: Catalog) -> Iterator[str]:
+    """Models that are to be sampled with vLLM here, where it is not installed."""
+    if importlib.util.find_spec("vllm") is not None or settings.ray_address:  # a cluster has its own packages
+        return
+    asked = [card.name for card in catalog.cards() if settings.sampler_asked(card.name) == "vllm"]
+    if asked:
+        yield (
+            f"{', '.join(asked)} cannot be sampled: sampler_type is vllm, and vLLM is not installed in the server's "
+            'environment: run pip install "tuft-jupyter[vllm]" there, or set sampler_type to auto'
+        )
