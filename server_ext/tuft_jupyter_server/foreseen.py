@@ -37,7 +37,7 @@ def models_left_out(catalog: Catalog, state: State) -> Iterator[str]:
         try:
             catalog.resolve(model)
         except UserError as refusal:
-            yield f"{count} of the runs on record cannot go on: {refusal.message}. Add the model to supported_models again"
+            yield f"{count} of the runs on record cannot go on: {refusal.message}. Add it to supported_models again"
 
 
 def cluster(settings: Settings, env: Mapping[str, str]) -> Iterator[str]:
