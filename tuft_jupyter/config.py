@@ -92,7 +92,7 @@ class Settings:
     text_workers: int = 1
     """threads that turn text into tokens, for each base model that is sampled"""
     ray_address: str | None = None
-    """None: a local Ray of our own"""
+    """None: a local Ray of our own; ``require``: a cluster of this user on this machine, or none"""
     ray_namespace: str = RAY_NAMESPACE
     """that our actors are in"""
     placement: PlacementConfig | None = None
@@ -147,6 +147,8 @@ class Settings:
             if model.model_name in seen:
                 raise ConfigError(f"supported_models names {model.model_name!r} twice; names must be unique")
             seen.add(model.model_name)
+            if self.placement is not None:
+                self.placement.check(model)
         if "" in self.authorized_users:
             raise ConfigError("authorized_users has an empty key")
         if any(name.startswith("tml-") for name in self.authorized_users.values()):

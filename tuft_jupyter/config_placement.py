@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuft_jupyter.config_reader import ConfigError, at_least
+from tuft_jupyter.config_sections import ModelSettings
 
 MODES = ("auto", "separate", "colocate", "debug_train_only", "debug_inference_only")
 FLAGS = MODES[2:]
@@ -78,6 +79,23 @@ class PlacementConfig:
                 f"inference_num_gpus_per_node {self.inference_num_gpus_per_node}: raise one of them"
             )
         return each
+
+    def sampling_gpus(self, model: ModelSettings) -> int:
+        """Of a model that may have its own number of them."""
+        return self.inference_num_gpus if model.sampling_gpus is None else model.sampling_gpus
+
+    def check(self, model: ModelSettings) -> None:
+        """ConfigError if a model's own numbers do not go with the section's."""
+        each = self.gpus_per_engine(self.sampling_gpus(model), model.sampling_replicas)
+        if each and each < model.tensor_parallel_size:
+            raise ConfigError(
+                f"{model.model_name} is spread over tensor_parallel_size {model.tensor_parallel_size} GPUs, and "
+                f"each of its {model.sampling_replicas} sampling replicas has {each}"
+            )
+        if self.mode == "colocate" and each > 1:
+            raise ConfigError(
+                f"colocate shares single GPUs, and a sampling process of {model.model_name} has {each}"
+            )
 
 
 def with_torchspec(document: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -101,6 +101,17 @@ class ClusterEngines:
         """What each run in training takes in memory."""
         return {} if self._engines is None else await self._engines.memory()
 
+    def placements(self) -> list[dict[str, Any]]:
+        """What is reserved for each base model."""
+        return [] if self._engines is None else self._engines.placements()
+
+    async def ray(self) -> dict[str, Any]:
+        """The Ray that is up, and what is placed where."""
+        if self._engines is None:
+            return {"address": None, "why": None, "nodes": [], "placements": []}
+        found: dict[str, Any] = await self._engines.ray()
+        return found
+
     def _cluster(self) -> Any:
         if self._engines is None:
             missing = missing_backend()
@@ -282,6 +293,7 @@ class Host:
             "durability": self.journal.durability.value,
             "backend": {"installed": not missing, "detail": backend},
             "models": states,
+            "placements": self._placements(principal),
             "applications": [self._application(app, states) for app in self.settings.applications],
             "servers": [server.shown() for server in self.elsewhere.servers],
             "notes": [text for text in (note, *(server.detail for server in self.elsewhere.servers)) if text],
@@ -321,6 +333,19 @@ class Host:
 
     async def measured(self) -> dict[str, Any]:
         return await self.gauges.fresh()
+
+    def _placements(self, principal: Principal) -> list[dict[str, Any]]:
+        """The mesh of each model that has GPUs of its own; on which nodes, only admins are told."""
+        hidden = set() if principal.admin else {"processes"}
+        return [
+            {key: value for key, value in placed.items() if key not in hidden}
+            for placed in self.engines.placements()
+        ]
+
+    async def ray(self) -> dict[str, Any]:
+        from tuft_jupyter.engine import ray_place
+
+        return {**await self.engines.ray(), "commands": ray_place.start_commands()}
 
     def tokenizer(self, card: ModelCard) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in models.tokenizer_files(card)}

@@ -146,6 +146,14 @@ class TracedEngines:
         found: list[tuple[str, int]] = self._engines.workers()
         return found
 
+    def placements(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._engines.placements()
+        return found
+
+    async def ray(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self._engines.ray()
+        return found
+
     async def memory(self) -> dict[str, RunMemory]:
         found: dict[str, RunMemory] = await self._engines.memory()
         return found

@@ -10,21 +10,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tinker import types as sdk
-from tinker.proto.response_conv import deserialize_forward_backward_output
 
-from tests.support.sdk_bodies import sdk_body
+from tests.support.steps import losses, steps
 from tests.support.tiny_models import make_model
 from tuft_jupyter import models
 from tuft_jupyter.config import ModelSettings, Settings
-from tuft_jupyter.core.engine import EngineDied, Outcome, Task
-from tuft_jupyter.core.types import PROTOBUF, ModelCard, OpKind
+from tuft_jupyter.core.engine import EngineDied
+from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.cluster import Engines
 from tuft_jupyter.engine.group import TrainingGroup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-RUN = "s:train:0"
 
 
 @pytest.fixture
@@ -51,23 +47,6 @@ def group(engines: Engines, card: ModelCard, runner: asyncio.Runner) -> Iterator
     assert isinstance(group, TrainingGroup)
     yield group
     runner.run(group.stop())
-
-
-def steps() -> list[Task]:
-    data = [
-        sdk.Datum(model_input=sdk.ModelInput.from_ints(ids), loss_fn_inputs={"target_tokens": ids})
-        for ids in ([5, 6, 7, 8], [9, 3], [4, 4, 4, 1, 2])
-    ]
-    tasks = [Task("create", RUN, OpKind.CREATE_MODEL, {"lora": {"rank": 4, "alpha": 8.0, "seed": 1}})]
-    for i in range(2):
-        tasks.append(Task(f"pass{i}", RUN, OpKind.FORWARD_BACKWARD, {}, sdk_body(data), PROTOBUF, 1 << 20))
-        tasks.append(Task(f"step{i}", RUN, OpKind.OPTIM_STEP, {"adam": {"learning_rate": 1e-2}}))
-    return tasks
-
-
-def losses(outcomes: list[Outcome]) -> list[float]:
-    assert [outcome.error for outcome in outcomes if outcome.category] == []
-    return [deserialize_forward_backward_output(outcomes[i].result).metrics["loss:sum"] for i in (1, 3)]
 
 
 def test_two_actors_train_as_one_and_the_death_of_either_is_the_death_of_both(

@@ -162,6 +162,29 @@ def test_the_machine_is_measured_for_whoever_asks(tmp_path: Path) -> None:
     on_server(tmp_path, body)
 
 
+def test_everybody_sees_the_mesh_and_only_the_owner_the_nodes(tmp_path: Path) -> None:
+    """S2-65: the mesh of each placed model is in the status; addresses of nodes are the owner's alone."""
+    placed = {
+        "model": "m",
+        "mode": "separate",
+        "mesh": {"data_parallel": 2},
+        "processes": [{"ip": "10.0.0.9"}],
+    }
+
+    async def body(server: Server) -> None:
+        server.host.engines.placements = lambda: [placed]
+        own = json.loads((await server.ask("GET", "/tuft/status")).body)
+        assert own["placements"] == [placed]
+        others = json.loads((await server.ask("GET", "/tuft/status", key=BOB_KEY)).body)["placements"]
+        assert others == [{key: value for key, value in placed.items() if key != "processes"}]
+        ray = json.loads((await server.ask("GET", "/tuft/ray")).body)
+        assert ray["nodes"] == []
+        assert ray["commands"]["head"].startswith("ray start --head")
+        assert (await server.ask("GET", "/tuft/ray", key=BOB_KEY)).code == 403
+
+    on_server(tmp_path, body)
+
+
 async def sampled(server: Server, path: str, token: int, key: str = "") -> None:
     """Draw from the weights that ``path`` names, in a session of one's own."""
     session = (await server.post("/create_session", {}, key))["session_id"]

@@ -131,6 +131,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/tuft/keys"): TENANT,
     ("GET", "/tuft/state"): TENANT,
     ("GET", "/tuft/metrics"): Rule(Whose.ADMIN, lambda ids: None),
+    ("GET", "/tuft/ray"): ADMIN,
     ("POST", "/tuft/keys"): Rule(Whose.ADMIN, lambda ids: {"tenant": "dave"}),
     ("PUT", "/tuft/keys/{key}"): Rule(Whose.ADMIN, lambda ids: {"ttl_seconds": 7200}),
     ("DELETE", "/tuft/keys/{key}"): OF_RUN,

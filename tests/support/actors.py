@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 
 from tests.support.fake_engine import FakeSampler, FakeTrainer, Faults
 from tuft_jupyter.core.engine import Sampler, Trainer
@@ -46,3 +47,32 @@ class FaultySamplingActor(SamplingActor):
 
     def sampler(self) -> Sampler:
         return FakeSampler(Faults(raise_on=BREAK, hang_on=HANG))
+
+
+class SeatedTrainingActor(FaultyTrainingActor):
+    """Says where it is."""
+
+    def where(self) -> dict[str, str]:
+        return whereabouts()
+
+
+class SeatedSamplingActor(FaultySamplingActor):
+    """Says where it is."""
+
+    def where(self) -> dict[str, str]:
+        return whereabouts()
+
+
+class HangingActor:
+    """A probe that never answers."""
+
+    def look(self) -> None:
+        threading.Event().wait()
+
+
+def whereabouts() -> dict[str, str]:
+    """The environment of this process, with its node's id and the GPUs that Ray gave it."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return {**os.environ, "node": context.get_node_id(), "gpus": ",".join(map(str, ray.get_gpu_ids()))}

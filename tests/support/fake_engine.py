@@ -381,6 +381,12 @@ class FakeEngines:
     def sampling(self, card: ModelCard) -> FakeSamplingEngine:
         return self.sampler
 
+    def placements(self) -> list[dict[str, Any]]:
+        return []
+
+    async def ray(self) -> dict[str, Any]:
+        return {"address": None, "why": None, "nodes": [], "placements": []}
+
     def workers(self) -> list[tuple[str, int]]:
         return []
 

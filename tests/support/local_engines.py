@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,6 +109,12 @@ class LocalEngines:
 
     def sampling(self, card: ModelCard) -> LocalSampling:
         return LocalSampling(card)
+
+    def placements(self) -> list[dict[str, Any]]:
+        return []
+
+    async def ray(self) -> dict[str, Any]:
+        return {"address": None, "why": None, "nodes": [], "placements": []}
 
     def workers(self) -> list[tuple[str, int]]:
         return []

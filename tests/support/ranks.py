@@ -67,7 +67,7 @@ def train(trainer: PeftTrainer, out: Path) -> None:
 def rank(number: int, ranks: int, model: Path, home: Path) -> None:
     """One process."""
     torch.set_num_threads(1)
-    group = Group(number, ranks, home / "meeting", "cpu")
+    group = Group(number, ranks, f"file://{home / 'meeting'}", "cpu")
     trainer = ParallelTrainer(model, group=group, micro_batch_tokens=32)
     mine = home / "all"
     train(trainer, mine) if number == 0 else train_beside(trainer, home, number)

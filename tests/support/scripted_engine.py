@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tuft_jupyter.core.engine import (
     EngineDied,
@@ -182,6 +183,12 @@ class ScriptedEngines:
 
     def sampling(self, card: ModelCard) -> SamplingEngine:
         return self.sampler
+
+    def placements(self) -> list[dict[str, Any]]:
+        return []
+
+    async def ray(self) -> dict[str, Any]:
+        return {"address": None, "why": None, "nodes": [], "placements": []}
 
     def workers(self) -> list[tuple[str, int]]:
         return []

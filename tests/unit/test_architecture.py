@@ -50,6 +50,7 @@ MAY_IMPORT = {
         "tuft_jupyter.kernel",
         "tuft_jupyter.config",
         "tuft_jupyter.home",
+        "tuft_jupyter.machine",
         "tuft_jupyter._version",
     },
 }
@@ -58,8 +59,9 @@ ALSO_IMPORT = {
     "tuft_jupyter.engine.sampling_worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.text_worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.cluster": {"tuft_jupyter.config", "tuft_jupyter.tracing"},
-    "tuft_jupyter.engine.actors": {"tuft_jupyter.tracing"},
-    "tuft_jupyter.engine.ray_place": {"tuft_jupyter.home"},
+    "tuft_jupyter.engine.demands": {"tuft_jupyter.config"},
+    "tuft_jupyter.engine.actors": {"tuft_jupyter.tracing", "tuft_jupyter.machine"},
+    "tuft_jupyter.engine.ray_place": {"tuft_jupyter.home", "tuft_jupyter.machine"},
     "tuft_jupyter.engine.ray_local": {"tuft_jupyter.home"},
 }
 

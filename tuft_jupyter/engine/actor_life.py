@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
 from tuft_jupyter.core.engine import EngineDied
-from tuft_jupyter.core.errors import ServerError, failure
+from tuft_jupyter.core.errors import ServerError, UserError, failure
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actor import Actor
-from tuft_jupyter.engine.actors import CPU_MEMORY, SECRETS, ActorOptions, EngineActor, Loaded, Place
+from tuft_jupyter.engine.actors import CPU_MEMORY, NETWORK, SECRETS, ActorOptions, EngineActor, Loaded, Place
+from tuft_jupyter.engine.placement import Placement, Shared
 from tuft_jupyter.engine.pretrained import TRUST
 from tuft_jupyter.engine.ray_local import log_tail
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
@@ -27,6 +31,23 @@ GPU_SHARE = 0.2
 """Of one GPU, asked for by every actor: enough for a trainer and a sampler of two base models on one GPU."""
 PLACEMENT_SECONDS = 60.0
 END_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What an engine's actor asks of Ray and is started with.
+
+    ``shared`` is there if GPUs are reserved for its base model, and ``number`` is then which of that model's processes
+    of its kind it is. ``gpus`` False: it uses none. ``cpus`` None: as many as it has threads, on a cluster. ``refusal``
+    says why there may be no such actor.
+    """
+
+    shared: Shared | None = None
+    number: int = 0
+    gpus: bool = True
+    cpus: float | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    refusal: str = ""
 
 
 class ActorEngine:
@@ -46,12 +67,15 @@ class ActorEngine:
         trusted: bool = False,
         place: Place | None = None,
         standby: bool = False,
+        demand: Demand = Demand(),
     ) -> None:
         self.card = card
         self.threads = threads
         self.trusted = trusted
         self.standby = standby
         self.on_progress: Callable[[str], None] = lambda _: None
+        self.demand = demand
+        self._placement: Placement | None = None
         self._runtime = runtime
         self._options = ActorOptions(card, threads, options or {}, place=place)
         self._actor: Actor | None = None
@@ -71,24 +95,33 @@ class ActorEngine:
     def standby_pid(self) -> int | None:
         return self._standby.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether its actor can be asked, as far as is known."""
+        return self._actor is not None and self._actor.loaded is not None and not self._actor.gone.done()
+
     async def start(self) -> None:
         """Bring up a (new) actor with the model loaded; TuftError says why it cannot be."""
+        if self.demand.refusal:
+            raise UserError(self.demand.refusal)
         await self.end()
         self.on_progress("starting a worker" if self._runtime.running else "starting Ray, then a worker")
         session = await self._runtime.acquire(self)
+        if self.demand.shared is not None:
+            self._placement = await self.demand.shared.join(self, session, self.on_progress)
         spare = self._standby.take(session)
-        actor = self._actor = spare or await self._create(session)
         try:
+            actor = self._actor = spare or await self._create(session)
             if spare is None:
                 await self._place(actor)
             await self._load(actor)
         except EngineDied as death:
-            await self.end()
+            await self._give_up()
             raise ServerError(
                 f"the {self.kind} worker died while loading {self.card.name}: {death}"
             ) from None
         except BaseException:
-            await self.end()
+            await self._give_up()
             raise
         if self.standby and session.place.local and not session.gpus:
             self._standby.renew(session)
@@ -96,8 +129,14 @@ class ActorEngine:
     async def stop(self) -> None:
         """End the actor and its spare; Ray goes with the last engine."""
         await self._standby.end()
-        await self.end()
+        await self._give_up()
         await self._runtime.release(self)
+
+    async def _give_up(self) -> None:
+        await self.end()
+        self._placement = None
+        if self.demand.shared is not None:
+            await self.demand.shared.leave(self)
 
     def resources(self) -> dict[str, Any]:
         """The actor's process as the lab shows it; empty while there is none. Reads ``/proc``: a millisecond."""
@@ -133,20 +172,24 @@ class ActorEngine:
     def _remote(self, session: Session) -> Any:
         import ray
 
-        if self._options.place is not None and not session.place.local:
-            raise ServerError("data_parallel needs all processes on one machine: leave ray_address out")
-        on_gpu = session.gpus > 0
+        on_gpu = session.gpus > 0 and self.demand.gpus
         environment = dict.fromkeys(SECRETS, "") | {"OMP_NUM_THREADS": str(self.threads)}
-        environment[TRUST] = "1" if self.trusted else "0"
+        environment |= {name: os.environ[name] for name in NETWORK if name in os.environ}
         if not on_gpu:
             environment |= CPU_MEMORY
+        environment |= self.demand.environment
+        environment[TRUST] = "1" if self.trusted else "0"
+        cpus = self.demand.cpus
         options: dict[str, Any] = {
-            "num_cpus": 0 if session.place.local else self.threads,
+            "num_cpus": cpus if cpus is not None else 0 if session.place.local else self.threads,
             "num_gpus": self.gpus() if on_gpu else 0,
+            "name": f"{self.name} {uuid.uuid4().hex[:8]}",  # as lists of actors show it; no two may be the same
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": environment},
         }
+        if self._placement is not None:
+            options |= self._placement.options(self.kind, self.demand.number)
         if self.concurrency is not None:
             options["max_concurrency"] = self.concurrency
         return ray.remote(self.actor_class).options(**options).remote(self.actor_options(on_gpu))
@@ -180,10 +223,14 @@ class ActorEngine:
 
     async def _load(self, actor: Actor) -> None:
         self.on_progress("reading the weights")
-        loaded: Loaded = await self._answer(actor, actor.handle.load.remote())
+        loaded: Loaded = await self._answer(actor, actor.handle.load.remote(await self.meeting(actor)))
         if loaded.category:
             raise failure(loaded.category, loaded.error)
         actor.loaded = loaded
+
+    async def meeting(self, actor: Actor) -> str:
+        """Where an actor that is one of several finds the others, as torch.distributed writes it; else nothing."""
+        return ""
 
     async def _answer(self, actor: Actor, reference: Any) -> Any:
         """The value of a call, or EngineDied as soon as the actor is gone."""

@@ -6,8 +6,10 @@ the actors never loads it. Nothing but dataclasses, bytes and numbers crosses th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +24,7 @@ from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.worker import TrainingWorker
+from tuft_jupyter.machine import interface_of
 
 if TYPE_CHECKING:
     from tuft_jupyter.engine.parallel import Group
@@ -49,6 +52,9 @@ SECRETS = (
 )
 """Variables of the notebook server that a worker has no use for."""
 
+NETWORK = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+"""Variables of the notebook server that say which network interface processes on several nodes talk over."""
+
 GPU_PART_TOKENS = 16_384
 """As many tokens as the trainer takes in one pass on a GPU; fewer leave it idle."""
 
@@ -69,11 +75,11 @@ class VllmOptions:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which of a data-parallel trainer's ``ranks`` processes an actor is, and the file at which they meet."""
+    """Which of a data-parallel trainer's ``ranks`` processes an actor is; they must meet within ``seconds``."""
 
     rank: int
     ranks: int
-    meeting: Path
+    seconds: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +111,33 @@ class Loaded:
     error: str = ""
 
 
+def free_port(start: int = 0, consecutive: int = 1) -> int:
+    """The first of ``consecutive`` neighbouring TCP ports that nobody listens at, looked for from ``start`` up.
+
+    0: wherever the system has one. OSError if there are none.
+    """
+    first = start
+    while first + consecutive <= 1 << 16:
+        with contextlib.ExitStack() as held:
+            try:
+                for offset in range(consecutive):
+                    listener = held.enter_context(socket.socket())
+                    listener.bind(("", first + offset if first else 0))
+                    first = first or listener.getsockname()[1]
+            except OSError:
+                first += 1
+                continue
+            return first
+    raise OSError(f"no {consecutive} free ports from {start} up")
+
+
 class EngineActor:
     """A process with one base model in it. ``pid`` works at once; ``load`` must have succeeded before the rest."""
 
     def __init__(self, options: ActorOptions) -> None:
         self.options = options
         self.device = "cpu"
+        self.meeting = ""
         logging.basicConfig(level=logging.INFO)
         self._tracing = tracing.begin(type(self).__name__)
 
@@ -121,9 +148,22 @@ class EngineActor:
         """Import what ``load`` needs, which is most of the time it takes; no model, no device."""
         from tuft_jupyter.engine import trainer  # noqa: F401
 
-    def load(self) -> Loaded:
-        """Load the model; a failure is returned, not raised, so that it keeps its category."""
+    def address(self) -> str:
+        """This node's IP and a port that is free on it, as ``tcp://IP:PORT``."""
+        return f"tcp://{self.node_ip()}:{free_port()}"
+
+    def node_ip(self) -> str:
+        import ray
+
+        return str(ray.util.get_node_ip_address())
+
+    def load(self, meeting: str = "") -> Loaded:
+        """Load the model; a failure is returned, not raised, so that it keeps its category.
+
+        ``meeting`` is where a process that is one of several finds the others, as torch.distributed writes it.
+        """
         began = time.perf_counter()
+        self.meeting = meeting
         try:
             self.setup_device()
             self.make()
@@ -213,7 +253,9 @@ class TrainingActor(EngineActor):
             return PeftTrainer(self.options.card.path, **self.model_options())
         from tuft_jupyter.engine.parallel import Group, ParallelTrainer
 
-        group = self.group = Group(place.rank, place.ranks, place.meeting, self.device)
+        if self.meeting.startswith("tcp:") and (interface := interface_of(self.node_ip())):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else it goes by the host's name
+        group = self.group = Group(place.rank, place.ranks, self.meeting, self.device, seconds=place.seconds)
         return ParallelTrainer(self.options.card.path, group=group, **self.model_options())
 
     def memory(self) -> dict[str, RunMemory]:

@@ -13,14 +13,18 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tuft_jupyter.config import Settings, sampler_choice
+from tuft_jupyter.config import PlacementConfig, Settings, sampler_choice
 from tuft_jupyter.core.engine import EngineDied, Outcome, Part, RunMemory, Task, TextTask
 from tuft_jupyter.core.types import ModelCard
+from tuft_jupyter.engine.actor import Actor
 from tuft_jupyter.engine.actor_life import GPU_SHARE, ActorEngine
 from tuft_jupyter.engine.actors import ActorOptions, Place, SamplingActor, TrainingActor, VllmOptions
-from tuft_jupyter.engine.group import TrainingGroup
+from tuft_jupyter.engine.demands import ModelDemands, demands_of
+from tuft_jupyter.engine.group import Meeting, TrainingGroup
+from tuft_jupyter.engine.placement import cluster_nodes
 from tuft_jupyter.engine.ray_local import cpus
 from tuft_jupyter.engine.ray_runtime import Runtime
+from tuft_jupyter.engine.replicas import SamplingReplicas
 from tuft_jupyter.tracing import current_traceparent
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,21 @@ class ClusterTrainingEngine(ActorEngine):
 
     kind = "training"
     actor_class = TrainingActor
+
+    def __init__(self, *args: Any, meet: Meeting | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._meet = meet
+
+    async def meeting(self, actor: Actor) -> str:
+        """A file where all ranks are on one machine, else an address on the first rank's node."""
+        place = self._options.place
+        if place is None or self._meet is None:
+            return ""
+        if actor.session.place.local:
+            return await self._meet.on_one_machine()
+        return await self._meet.among_nodes(
+            place.rank, lambda: self._answer(actor, actor.handle.address.remote())
+        )
 
     @property
     def name(self) -> str:
@@ -143,10 +162,12 @@ class Engines:
         self.settings = settings
         self._runtime = Runtime(settings.home, settings.ray_address, settings.ray_namespace)
         self._made: list[ActorEngine] = []
+        self._demands: dict[str, ModelDemands] = {}
 
     def training(self, card: ModelCard) -> ClusterTrainingEngine | TrainingGroup:
         settings = self.settings
-        ranks = settings.model(card.name).data_parallel
+        demands = self._demanded(card).training
+        ranks = len(demands)
         threads = max(1, (settings.trainer_threads or cpus() - 1) // ranks)
         options = {
             "max_rank": settings.rank_limit(card.name),
@@ -156,19 +177,28 @@ class Engines:
             "spill": settings.home,
         }
         trusted = settings.trusts_code(card.name)
-        meeting = settings.home / f"ranks-{uuid.uuid4().hex}"
-        places = [Place(rank, ranks, meeting) for rank in range(ranks)] if ranks > 1 else [None]
+        section = settings.placement or PlacementConfig()
+        meet = Meeting(settings.home / f"ranks-{uuid.uuid4().hex}", section.dist_init_addr)
+        places = [Place(rank, ranks, section.dist_timeout) for rank in range(ranks)] if ranks > 1 else [None]
         standby = settings.standby_worker and ranks == 1
         made = [
             ClusterTrainingEngine(
-                card, self._runtime, threads, options, trusted=trusted, place=place, standby=standby
+                card,
+                self._runtime,
+                threads,
+                options,
+                trusted=trusted,
+                place=place,
+                standby=standby,
+                demand=demand,
+                meet=meet,
             )
-            for place in places
+            for place, demand in zip(places, demands, strict=True)
         ]
         self._made += made
-        return made[0] if ranks == 1 else TrainingGroup(made, meeting)
+        return made[0] if ranks == 1 else TrainingGroup(made, meet)
 
-    def sampling(self, card: ModelCard) -> ClusterSamplingEngine:
+    def sampling(self, card: ModelCard) -> ClusterSamplingEngine | SamplingReplicas:
         trusted = self.settings.trusts_code(card.name)
         model = self.settings.model(card.name)
         options = {
@@ -176,11 +206,12 @@ class Engines:
             "kv_tokens": self.settings.kv_tokens,
             "logprobs_mode": model.logprobs_mode,
         }
+        demanded = self._demanded(card)
         vllm = VllmOptions(
             max_rank=model.max_lora_rank,
             max_loras=model.max_loras,
             gpu_memory=model.gpu_memory_utilization,
-            tensor_parallel=model.tensor_parallel_size,
+            tensor_parallel=max(model.tensor_parallel_size, demanded.ask.gpus_per_engine),
             enable_lora=model.enable_lora,
         )
         backends = self.settings.backends
@@ -193,19 +224,48 @@ class Engines:
                 enable_lora=backends.enable_lora,
             )
         asked = self.settings.sampler_asked(card.name)
-        made = ClusterSamplingEngine(
-            card,
-            self._runtime,
-            1,
-            options,
-            trusted=trusted,
-            asked=asked,
-            vllm=vllm,
-            adapters=model.enable_lora,
-            text_workers=self.settings.text_workers,
-        )
-        self._made.append(made)
-        return made
+        made = [
+            ClusterSamplingEngine(
+                card,
+                self._runtime,
+                1,
+                options,
+                trusted=trusted,
+                asked=asked,
+                vllm=vllm,
+                adapters=model.enable_lora,
+                text_workers=self.settings.text_workers,
+                demand=demand,
+            )
+            for demand in demanded.sampling
+        ]
+        self._made += made
+        return made[0] if len(made) == 1 else SamplingReplicas(made)
+
+    def _demanded(self, card: ModelCard) -> ModelDemands:
+        """The same for a model's training and its sampling: their places are reserved together."""
+        if card.name not in self._demands:
+            self._demands[card.name] = demands_of(self.settings, card.name, self._runtime.thread)
+        return self._demands[card.name]
+
+    async def ray(self) -> dict[str, Any]:
+        """The Ray that is up, its nodes and GPUs, and what is placed where, as JSON. Starts nothing."""
+        session = self._runtime.session
+        nodes = [] if session is None else await self._runtime.thread.run(cluster_nodes)
+        return {
+            "address": None if session is None else session.place.address,
+            "why": None if session is None else session.place.why,
+            "nodes": [
+                {"id": node.id, "ip": node.ip, "gpus": node.gpus_in_all, "free_gpus": node.gpus}
+                for node in nodes
+            ],
+            "placements": self.placements(),
+        }
+
+    def placements(self) -> list[dict[str, Any]]:
+        """What is reserved for each base model, as JSON."""
+        shared = [demands.shared for demands in self._demands.values()]
+        return [one.placement.shown() for one in shared if one is not None and one.placement is not None]
 
     async def memory(self) -> dict[str, RunMemory]:
         """What each run in training takes in memory; of a data-parallel trainer, in its first process."""

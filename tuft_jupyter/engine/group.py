@@ -8,11 +8,39 @@ torch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tuft_jupyter.core.engine import Outcome, Task, TrainingEngine
+
+
+class Meeting:
+    """Where the ranks of one start find each other: a file of this machine, or an address that the first one tells.
+
+    ``given`` is an address that is not asked for.
+    """
+
+    def __init__(self, file: Path, given: str | None = None) -> None:
+        self.file = file
+        self._given = None if given is None else f"tcp://{given}"
+        self._told: asyncio.Future[str] | None = None
+
+    def renew(self) -> None:
+        """Before each start."""
+        self.file.unlink(missing_ok=True)
+        self._told = asyncio.get_running_loop().create_future()
+
+    async def on_one_machine(self) -> str:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        return f"file://{self.file}"
+
+    async def among_nodes(self, rank: int, ask: Callable[[], Awaitable[str]]) -> str:
+        """The address, which the first rank gets from ``ask`` and the others wait for."""
+        assert self._told is not None
+        if rank == 0:
+            self._told.set_result(self._given or await ask())
+        return await asyncio.shield(self._told)
 
 
 class Rank(TrainingEngine, Protocol):
@@ -24,12 +52,9 @@ class Rank(TrainingEngine, Protocol):
 
 
 class TrainingGroup:
-    """Implements ``core.engine.TrainingEngine`` over one engine per rank.
+    """Implements ``core.engine.TrainingEngine`` over one engine per rank."""
 
-    ``meeting`` is the file at which the ranks find each other.
-    """
-
-    def __init__(self, ranks: Sequence[Rank], meeting: Path) -> None:
+    def __init__(self, ranks: Sequence[Rank], meeting: Meeting) -> None:
         self.ranks = ranks
         self._meeting = meeting
 
@@ -49,7 +74,7 @@ class TrainingGroup:
     async def start(self) -> None:
         """Bring all ranks up; if one cannot be, none is."""
         await self._end()
-        self._meeting.parent.mkdir(parents=True, exist_ok=True)
+        self._meeting.renew()
         try:
             await _all([rank.start() for rank in self.ranks])
         except BaseException:
@@ -67,7 +92,7 @@ class TrainingGroup:
 
     async def stop(self) -> None:
         await asyncio.gather(*(rank.stop() for rank in self.ranks))
-        self._meeting.unlink(missing_ok=True)
+        self._meeting.file.unlink(missing_ok=True)
 
     def resources(self) -> dict[str, Any]:
         """The first rank's process as the lab shows it."""
@@ -75,7 +100,7 @@ class TrainingGroup:
 
     async def _end(self) -> None:
         await asyncio.gather(*(rank.end() for rank in self.ranks))
-        self._meeting.unlink(missing_ok=True)
+        self._meeting.file.unlink(missing_ok=True)
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -17,8 +17,10 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -41,19 +43,35 @@ _INTERFACE = "lo"
 
 
 class Group:
-    """The ranks of one trainer, all on this machine; ``meeting`` is a file that does not exist yet, the same for all.
+    """The ranks of one trainer. ``meeting`` is the same for all: ``file://`` and a path at which there is no file yet,
+    for ranks on one machine, or ``tcp://IP:PORT`` of the first rank's node.
 
-    gloo carries what CPUs have to say and NCCL what GPUs do. Waits until all are there.
+    gloo carries what CPUs have to say and NCCL what GPUs do. Waits until all are there; ServerError if they are not
+    within ``seconds``.
     """
 
-    def __init__(self, rank: int, ranks: int, meeting: Path, device: str) -> None:
+    def __init__(self, rank: int, ranks: int, meeting: str, device: str, *, seconds: float = 60.0) -> None:
         self.rank, self.ranks = rank, ranks
         self._device = torch.device(device)
         self._lost = ""
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ[variable] = _INTERFACE
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+        address = urlsplit(meeting)
+        if address.scheme == "file":
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ[variable] = _INTERFACE
+            dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks)
+            return
+        try:
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                str(address.hostname), address.port or 0, ranks, rank == 0, timeout=timedelta(seconds=seconds)
+            )
+            dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+        except (dist.DistError, RuntimeError) as error:
+            raise ServerError(
+                f"the {ranks} processes of the trainer did not meet at {address.netloc} within {seconds:g} s "
+                f"({' '.join(str(error).split())[:200]}): look whether the nodes can reach each other there, and at "
+                "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME where they have several networks"
+            ) from None
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by the sum of all ranks' tensors."""

@@ -61,6 +61,10 @@ class Ask:
     def sampling_gpus(self) -> int:
         return 0 if self.mode == TRAIN_ONLY else self.replicas * self.nodes_per_replica * self.gpus_per_engine
 
+    def reserved(self, gpus: int) -> float:
+        """Of a bundle for so many GPUs; Ray divides only single ones."""
+        return gpus * self.share if gpus == 1 else gpus
+
     @property
     def expected_gpus(self) -> int:
         """How many GPUs must be in the cluster: both parts together, or the larger where they share."""
@@ -182,10 +186,11 @@ def _fit(groups: Sequence[_Group], nodes: Sequence[Node], ask: Ask) -> bool:
     taken = {node.id: 0 for node in nodes}
     processes = 2 if ask.mode == COLOCATE else 1
     if ask.strategy == "STRICT_PACK":
-        size = sum(group.size for group in groups) * ask.share
-        nodes = [node for node in nodes if node.gpus >= size][:1]
+        size = sum(_reserved(ask, group) for group in groups)
+        cpu = sum(group.processes for group in groups) * processes * ask.cpus
+        nodes = [node for node in nodes if node.gpus >= size and node.cpus >= cpu][:1]
     for group in groups:
-        size, cpu = group.size * ask.share, group.processes * processes * ask.cpus
+        size, cpu = _reserved(ask, group), group.processes * processes * ask.cpus
         able = [node for node in nodes if gpus[node.id] >= size and cpus[node.id] >= cpu]
         if ask.strategy == "STRICT_SPREAD":
             able = [node for node in able if not taken[node.id]]
@@ -200,6 +205,10 @@ def _fit(groups: Sequence[_Group], nodes: Sequence[Node], ask: Ask) -> bool:
         cpus[best.id] -= cpu
         taken[best.id] += 1
     return True
+
+
+def _reserved(ask: Ask, group: _Group) -> float:
+    return group.processes * ask.reserved(group.gpus)
 
 
 def _seated(ask: Ask, groups: Sequence[_Group]) -> Plan:
@@ -227,8 +236,8 @@ def _seated(ask: Ask, groups: Sequence[_Group]) -> Plan:
                 if count[SAMPLING] < ask.sampling_gpus:
                     sit(SAMPLING, group.node, SHARED_GPU)
             else:
-                bundles.append(Bundle(group.node.id, group.gpus * ask.share, ask.cpus))
-                sit(group.role, group.node, group.gpus * ask.share)
+                bundles.append(Bundle(group.node.id, ask.reserved(group.gpus), ask.cpus))
+                sit(group.role, group.node, ask.reserved(group.gpus))
     return Plan(tuple(bundles), tuple(seats))
 
 

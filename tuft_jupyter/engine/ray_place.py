@@ -20,9 +20,11 @@ import psutil
 
 from tuft_jupyter.core.errors import ServerError
 from tuft_jupyter.home import write_private
+from tuft_jupyter.machine import outward_ip
 
 LOCAL = "local"
 AUTO = "auto"
+REQUIRE = "require"
 PROBE_SECONDS = 2.0
 TEMP_LENGTH = 40
 """Longest temporary directory under which Ray's socket paths stay below the 107 bytes that Unix allows."""
@@ -30,7 +32,21 @@ KEPT_SESSIONS = 3
 SYSTEM_TEMP = Path("/tmp")
 CURRENT_CLUSTER = SYSTEM_TEMP / "ray" / "ray_current_cluster"
 """Where ``ray start`` writes the address of the cluster it made."""
+GPU_DEVICES = Path("/proc/driver/nvidia/gpus")
 DEFAULT_PORT = 6379
+START = """\
+ray start --head \\
+  --port {port} \\
+  --node-ip-address {ip} \\
+  --num-gpus {gpus} \\
+  --temp-dir {temp} \\
+  --disable-usage-stats"""
+JOIN = """\
+ray start \\
+  --address {ip}:{port} \\
+  --num-gpus {gpus} \\
+  --temp-dir {temp} \\
+  --disable-usage-stats"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +61,11 @@ class Place:
         return self.address == LOCAL
 
 
-def choose(configured: str | None, env: Mapping[str, str], current: Path = CURRENT_CLUSTER) -> Place:
+def choose(configured: str | None, env: Mapping[str, str], current: Path | None = None) -> Place:
     """The configured address, else ``RAY_ADDRESS``, else a local Ray of our own.
 
-    ``auto`` joins a cluster that this user started on this machine and falls back to a local one. ServerError if the
-    cluster that was found is another user's.
+    ``auto`` joins a cluster that this user started on this machine and falls back to a local one, ``require`` does not
+    fall back. ServerError if the cluster that was found is another user's. ``current`` is the file that names it.
     """
     if configured:
         place = Place(configured, "ray_address is set")
@@ -57,7 +73,25 @@ def choose(configured: str | None, env: Mapping[str, str], current: Path = CURRE
         place = Place(env["RAY_ADDRESS"], "RAY_ADDRESS is set")
     else:
         return Place(LOCAL, "no address is set")
-    return _found(current, place.why) if place.address == AUTO else place
+    if place.address not in (AUTO, REQUIRE):
+        return place
+    current = current or next(filter(Path.is_file, _current_clusters()), CURRENT_CLUSTER)
+    found = _found(current, place.why)
+    if found.local and place.address == REQUIRE:
+        commands = start_commands()
+        raise ServerError(
+            f"{found.why}. ray_address is {REQUIRE}, so none is started here. Start one, on this machine:\n"
+            f"{commands['head']}\nand on each further node:\n{commands['worker']}"
+        )
+    return found
+
+
+def start_commands() -> dict[str, str]:
+    """What starts a cluster with this machine as its ``head``, and what a further node, a ``worker``, joins it with."""
+    gpus = len(list(GPU_DEVICES.iterdir())) if GPU_DEVICES.is_dir() else 0
+    temp = f"{SYSTEM_TEMP}/ray_{os.getuid()}"
+    values = {"ip": outward_ip(), "port": DEFAULT_PORT, "temp": temp}
+    return {"head": START.format(gpus=gpus, **values), "worker": JOIN.format(gpus="<N>", **values)}
 
 
 def probe(address: str) -> None:
@@ -130,6 +164,11 @@ def _is_dead(session: Path) -> bool:
     """A session directory's name ends with the pid of the process that called ``ray.init``."""
     pid = session.name.rpartition("_")[2]
     return pid.isdecimal() and not psutil.pid_exists(int(pid))
+
+
+def _current_clusters() -> list[Path]:
+    """The files that may name it: ``ray start --temp-dir`` writes there."""
+    return [SYSTEM_TEMP / f"ray_{os.getuid()}" / CURRENT_CLUSTER.name, CURRENT_CLUSTER]
 
 
 def _found(current: Path, why: str) -> Place:

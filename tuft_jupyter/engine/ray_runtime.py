@@ -89,7 +89,12 @@ class Runtime:
 
     @property
     def running(self) -> bool:
-        return self._session is not None and not self._session.lost
+        return self.session is not None
+
+    @property
+    def session(self) -> Session | None:
+        """The Ray that is up; None while there is none."""
+        return None if self._session is None or self._session.lost else self._session
 
     async def acquire(self, user: object) -> Session:
         """Ray, started if need be, for as long as ``user`` does not release it; ServerError says why it cannot be."""
@@ -112,6 +117,8 @@ class Runtime:
 
     def _ensure(self) -> Session:
         if self._session is not None and not self._session.lost:
+            if not self._session.place.local:
+                self._session.gpus = _gpus()  # nodes come and go
             return self._session
         self._shutdown()
         place = ray_place.choose(self.address, os.environ)

@@ -114,6 +114,10 @@ class Client:
         """What the server's machine does, measured within the last two seconds."""
         return self.call("GET", "tuft/gauges")
 
+    def ray(self) -> dict[str, Any]:
+        """The server's Ray: address, nodes with GPUs, what is placed where, and the commands that start a cluster."""
+        return self.call("GET", "tuft/ray")
+
     def checkpoint(self, method: str, path: str, verb: str = "") -> dict[str, Any]:
         """A verb of a checkpoint's route, by its ``tinker://run/kind/name`` path."""
         run, kind, name = path.removeprefix("tinker://").split("/", 2)

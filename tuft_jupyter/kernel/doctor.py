@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from tuft_jupyter import home as homes
+from tuft_jupyter import machine
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import (
     DEMO_MODEL,
@@ -57,7 +58,7 @@ def findings(env: Mapping[str, str] = os.environ) -> list[tuple[str, str]]:
         ("backend", backend()),
     ]
     rows += [(f"kernel {name}", text) for name, text in kernels()]
-    rows += [("shared memory", shared_memory()), *_settings(env)]
+    rows += [("network", network()), ("shared memory", shared_memory()), *_settings(env)]
     return rows
 
 
@@ -67,6 +68,12 @@ def backend() -> str:
     if missing:
         return f'! lacks {", ".join(missing)}: pip install "tuft-jupyter[backend]"'
     return _versions(BACKEND_PACKAGES)
+
+
+def network() -> str:
+    """This node's address and its interface: what ``NCCL_SOCKET_IFNAME`` is set to where there are several."""
+    ip = machine.outward_ip()
+    return f"{ip} on {machine.interface_of(ip) or 'an interface that cannot be found'}"
 
 
 def shared_memory(usage: Callable[[Path], tuple[int, int, int]] | None = None) -> str:

@@ -188,6 +188,7 @@ def status_table(address: str, source: str, status: Mapping[str, Any] | None, ow
         ("state", "ready" if status.get("ready") else f"waiting for {_words(waiting) or 'its start'}"),
         ("tenant", str(status.get("tenant") or "")),
         ("models", "\n".join(_model_line(model) for model in status.get("models") or [])),
+        ("placed", "\n".join(map(_placed_line, status.get("placements") or []))),
         ("backend", _backend_line(backend)),
         ("persistence", _words(status.get("persistence"))),
         ("note", "\n".join(status.get("notes") or [])),
@@ -198,6 +199,11 @@ def status_table(address: str, source: str, status: Mapping[str, Any] | None, ow
 def _model_line(model: Mapping[str, Any]) -> str:
     detail = f" ({model['detail']})" if model.get("detail") else ""
     return f"{model.get('name')}: {model.get('state')}{detail}"
+
+
+def _placed_line(placed: Mapping[str, Any]) -> str:
+    mesh = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in placed["mesh"].items() if count)
+    return f"{placed['model']}: {placed['gpus']} GPUs, {placed['mode']} ({mesh})"
 
 
 def _backend_line(backend: Mapping[str, Any]) -> str:

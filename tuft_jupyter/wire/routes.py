@@ -291,6 +291,7 @@ ROUTES: tuple[Route, ...] = (
         "Let another session go on with a live run; says the number of its next request.",
         m.SessionOnly,
     ),
+    Route("GET", "/tuft/ray", "ray", "Nodes and GPUs of Ray, and what is placed where (admins only)."),
     Route("GET", "/tuft/gauges", "gauges", "What the machine does: processors, memory, workers."),
     Route(
         "POST",

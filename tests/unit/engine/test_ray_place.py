@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import stat
 from collections.abc import Iterator
@@ -120,3 +121,43 @@ def test_dead_sessions_are_pruned_but_for_the_newest(tmp_path: Path) -> None:
         alive.name,
         *(path.name for path in dead[-3:]),
     ]
+
+
+def test_a_cluster_that_was_started_as_documented_is_found(
+    tmp_path: Path, listener: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3-33: with ``--temp-dir`` Ray writes the address there, and not into its own default place."""
+    monkeypatch.setattr(ray_place, "SYSTEM_TEMP", tmp_path)
+    monkeypatch.setattr(ray_place, "CURRENT_CLUSTER", tmp_path / "ray" / "ray_current_cluster")
+    assert ray_place.choose("auto", {}).local
+    own = tmp_path / f"ray_{os.getuid()}"
+    own.mkdir()
+    (own / "ray_current_cluster").write_text(listener)
+    assert ray_place.choose("auto", {}).address == listener
+
+
+def test_a_required_cluster_that_is_not_there_is_an_error_with_the_commands_that_start_one(
+    tmp_path: Path, listener: str
+) -> None:
+    """S2-01, S3-29, S3-30: the lines are those of the documentation, filled in."""
+    current = tmp_path / "ray_current_cluster"
+    with pytest.raises(ServerError) as refusal:
+        ray_place.choose("require", {}, current)
+    for command in ray_place.start_commands().values():
+        assert command in refusal.value.message
+    current.write_text(listener)
+    assert ray_place.choose("require", {}, current).address == listener
+
+
+def test_the_commands_are_those_of_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """S3-29, S3-30: and a shell reads them as one command each."""
+    monkeypatch.setattr(ray_place, "outward_ip", lambda: "<HEAD_IP>")
+    monkeypatch.setattr(ray_place, "GPU_DEVICES", tmp_path)
+    (tmp_path / "0000:01:00.0").touch()
+    head, worker = ray_place.start_commands().values()
+    page = (Path(__file__).parents[3] / "docs" / "cluster.md").read_text()
+    temp = f"/tmp/ray_{os.getuid()}"
+    assert head.replace("--num-gpus 1", "--num-gpus <N>").replace(temp, "/tmp/ray_$(id -u)") in page
+    assert worker.replace(temp, "/tmp/ray_$(id -u)") in page
+    assert shlex.split(head)[:3] == ["ray", "start", "--head"]
+    assert "\n" not in shlex.split(worker)

@@ -64,6 +64,14 @@ class BackendEngines:
         found: dict[str, RunMemory] = await self._own.memory()
         return found
 
+    def placements(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._own.placements()
+        return found
+
+    async def ray(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self._own.ray()
+        return found
+
     async def watch(self, there_again: Callable[[], None]) -> None:
         """Follow whether the servers elsewhere are there, for ever; ``there_again`` is called when one came back."""
         for server in self.servers:

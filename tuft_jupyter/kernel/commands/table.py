@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuft_jupyter.kernel.commands import asking, running, serving, weights
+from tuft_jupyter.kernel.commands import asking, cluster, running, serving, weights
 from tuft_jupyter.kernel.commands.command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -14,6 +14,7 @@ COMMANDS: tuple[Command, ...] = (
     running.WHY,
     weights.CHECKPOINTS,
     asking.SAMPLE,
+    cluster.RAY,
     serving.OPEN,
     serving.CONFIG,
     serving.DOCTOR,

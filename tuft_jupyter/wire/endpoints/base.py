@@ -128,6 +128,9 @@ class Host(Protocol):
     async def measured(self) -> dict[str, Any]:
         """What the machine does: the newest measurement, not older than a second or two."""
 
+    async def ray(self) -> dict[str, Any]:
+        """The Ray that is up with its nodes, what is placed where, and the commands that start a cluster."""
+
     def live(
         self, principal: Principal, tenant: str | None, since: int | None
     ) -> AsyncGenerator[dict[str, Any], None]:

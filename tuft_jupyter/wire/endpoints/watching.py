@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from tuft_jupyter.core.errors import Forbidden
 from tuft_jupyter.core.outlook import next_seq, outlook, points
 from tuft_jupyter.core.views import state_view
 from tuft_jupyter.wire import messages as m
@@ -86,6 +87,11 @@ class WatchingEndpoints(Endpoints):
             {"model_id": run.id, "base_model": run.base_model, "step": run.step, "pending": run.pending}
             | {"next_seq": next_seq(self.service, run)}
         )
+
+    async def ray(self, call: Call) -> Reply:
+        if not call.principal.admin:
+            raise Forbidden("only the owner of this server and its admins may look at its cluster")
+        return reply(await self.host.ray())
 
     async def gauges(self, call: Call) -> Reply:
         return reply(await self.host.measured())
