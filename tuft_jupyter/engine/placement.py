@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -268,15 +269,17 @@ def _too_late(ask: Ask, nodes: Iterable[Node], visible: int, seconds: float) -> 
 
 async def _reserve(plan: Plan, name: str, thread: RayThread, seconds: float) -> Any:
     """Ray's handle, or None if the room was gone."""
-    group = await thread.run(lambda: _group(plan, name))
+    asked = asyncio.ensure_future(thread.run(lambda: _group(plan, name)))
     deadline = time.monotonic() + seconds
     try:
+        group = await asyncio.shield(asked)
         while not await thread.run(lambda: group.wait(0.2)):
             if time.monotonic() >= deadline:
                 await thread.run(lambda: _remove(group))
                 return None
     except asyncio.CancelledError:
-        await asyncio.shield(thread.run(lambda: _remove(group)))
+        made = await asked
+        await asyncio.shield(thread.run(lambda: _remove(made)))
         raise
     return group
 
@@ -288,7 +291,7 @@ def _group(plan: Plan, name: str) -> Any:
         [{"GPU": bundle.gpus, **({"CPU": bundle.cpus} if bundle.cpus else {})} for bundle in plan.bundles],
         strategy="PACK",  # which node is decided already
         bundle_label_selector=[{"ray.io/node-id": bundle.node} for bundle in plan.bundles],
-        name=f"tuft {name}",
+        name=f"tuft {name} {uuid.uuid4().hex[:8]}",  # two servers may serve the same model
     )
 
 

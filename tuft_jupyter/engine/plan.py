@@ -120,11 +120,12 @@ class Plan:
 
 @dataclass(slots=True)
 class _Group:
-    """Processes of one role that belong on one node."""
+    """Processes of one role that belong on one node; ``apart`` from its like, if there is a node for each."""
 
     role: str
     processes: int
     gpus: int
+    apart: bool = False
     node: Node | None = None
 
     @property
@@ -135,9 +136,9 @@ class _Group:
 def make_plan(ask: Ask, nodes: Sequence[Node]) -> Plan | None:
     """The places of all processes; None if the nodes have no room for all of them now.
 
-    PACK takes as few nodes as it can, SPREAD as many; with STRICT_PACK one node takes all, with STRICT_SPREAD each
-    node's share of a component has a node to itself. A training group that no node can hold is divided, but for the
-    strict ones.
+    PACK takes as few nodes as it can, but for what was asked to be on several; SPREAD takes as many as it can. With
+    STRICT_PACK one node takes all, with STRICT_SPREAD each node's share of a component has a node to itself. A training
+    group that no node can hold is divided, but for the strict ones.
     """
     nodes = sorted(nodes, key=lambda node: node_key(node.ip, node.id))
     groups = _groups(ask)
@@ -169,18 +170,21 @@ def _groups(ask: Ask) -> list[_Group]:
     if training:
         per_node = -(-ask.ranks // ask.training_nodes)
         groups = [
-            _Group(TRAINING, min(per_node, ask.ranks - at), ask.gpus_per_rank)
+            _Group(TRAINING, min(per_node, ask.ranks - at), ask.gpus_per_rank, ask.training_nodes > 1)
             for at in range(0, ask.ranks, per_node)
         ]
     if sampling:
         groups += [
-            _Group(SAMPLING, 1, ask.gpus_per_engine) for _ in range(ask.replicas * ask.nodes_per_replica)
+            _Group(SAMPLING, 1, ask.gpus_per_engine, ask.nodes_per_replica > 1)
+            for _ in range(ask.replicas * ask.nodes_per_replica)
         ]
     return sorted(groups, key=lambda group: -group.size)
 
 
 def _fit(groups: Sequence[_Group], nodes: Sequence[Node], ask: Ask) -> bool:
     """Give every group a node; False, if one finds none."""
+    for group in groups:
+        group.node = None
     gpus = {node.id: node.gpus for node in nodes}
     cpus = {node.id: node.cpus for node in nodes}
     taken = {node.id: 0 for node in nodes}
@@ -199,7 +203,10 @@ def _fit(groups: Sequence[_Group], nodes: Sequence[Node], ask: Ask) -> bool:
         if ask.strategy.endswith("SPREAD"):
             best = min(able, key=lambda node: taken[node.id])
         else:  # a node in use before a fresh one, and then the one that is left with the least
-            best = min(able, key=lambda node: (not taken[node.id], gpus[node.id]))
+            like = {
+                other.node.id for other in groups if other.node and group.apart and other.role == group.role
+            }
+            best = min(able, key=lambda node: (node.id in like, not taken[node.id], gpus[node.id]))
         group.node = best
         gpus[best.id] -= size
         cpus[best.id] -= cpu

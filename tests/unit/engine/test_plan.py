@@ -120,6 +120,9 @@ def test_ranks_are_nodes_times_gpus_per_node() -> None:
     assert where(found, TRAINING) == ["n0", "n0", "n1", "n1"]
     assert found is not None
     assert [seat.number for seat in found.seats] == [0, 1, 2, 3]
+    two = Ask(mode=TRAIN_ONLY, ranks=2, training_nodes=2)
+    assert where(make_plan(two, nodes(4, 4)), TRAINING) == ["n0", "n1"]
+    assert where(make_plan(two, nodes(4)), TRAINING) == ["n0", "n0"]
     assert where(make_plan(Ask(mode=TRAIN_ONLY, ranks=4), nodes(2, 2)), TRAINING) == ["n0", "n0", "n1", "n1"]
 
 
