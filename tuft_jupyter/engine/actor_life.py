@@ -107,10 +107,10 @@ class ActorEngine:
         await self.end()
         self.on_progress("starting a worker" if self._runtime.running else "starting Ray, then a worker")
         session = await self._runtime.acquire(self)
-        if self.demand.shared is not None:
-            self._placement = await self.demand.shared.join(self, session, self.on_progress)
-        spare = self._standby.take(session)
         try:
+            if self.demand.shared is not None:
+                self._placement = await self.demand.shared.join(self, session, self.on_progress)
+            spare = self._standby.take(session)
             actor = self._actor = spare or await self._create(session)
             if spare is None:
                 await self._place(actor)

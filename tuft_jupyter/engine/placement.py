@@ -132,7 +132,11 @@ async def create_placement(
             if group is not None:
                 break
         if time.monotonic() >= deadline:
-            raise ServerError(_too_late(chosen, nodes, visible, wait_seconds))
+            raise ServerError(
+                _too_few(chosen, visible)
+                if session.place.local and visible < chosen.expected_gpus
+                else _too_late(chosen, nodes, visible, wait_seconds)
+            )
         on_progress(_waiting(chosen, nodes, visible))
         await asyncio.sleep(min(POLL_SECONDS, max(deadline - time.monotonic(), 0.0)))
     try:
@@ -176,6 +180,7 @@ class Shared:
         """The placement, made if there is none on the nodes of this session; ServerError says why there can be none."""
         if not self._required and session.gpus < 2:
             return None
+        self._users.add(user)  # first: nobody who leaves takes it away meanwhile
         async with self._lock:
             made = self.placement
             if made is not None and (made.session is not session or not await made.stands()):
@@ -188,7 +193,7 @@ class Shared:
                         session,
                         self._thread,
                         name=self.name,
-                        wait_seconds=self._wait_seconds,
+                        wait_seconds=0.0 if session.place.local else self._wait_seconds,
                         on_progress=on_progress,
                     )
                 except ServerError as problem:
@@ -196,16 +201,15 @@ class Shared:
                         raise
                     log.info("%s is not placed: %s", self.name, problem.message)
                     return None
-            self._users.add(user)
             return self.placement
 
     async def leave(self, user: object) -> None:
-        """One engine less; its actor must have ended."""
-        async with self._lock:
-            self._users.discard(user)
-            made, self.placement = self.placement, self.placement if self._users else None
-            if made is not None and self.placement is None:
-                await made.remove()
+        """One engine less; its actor must have ended. Waits for no other one that is joining."""
+        self._users.discard(user)
+        made = self.placement
+        if made is not None and not self._users:
+            self.placement = None
+            await made.remove()
 
 
 def settled(ask: Ask, visible: int) -> Ask:
@@ -252,6 +256,14 @@ def _waiting(ask: Ask, nodes: Iterable[Node], visible: int) -> str:
         return f"waiting for GPUs: {visible}/{ask.expected_gpus} GPUs"
     free = sum(node.gpus for node in nodes)
     return f"waiting for room: {free:g} of {visible} GPUs are free, {ask.expected_gpus} are needed ({ask.strategy})"
+
+
+def _too_few(ask: Ask, visible: int) -> str:
+    """On a Ray of our own, which no node joins."""
+    return (
+        f"{ask.expected_gpus} GPUs are asked for, and this machine has {visible}: ask for less (training_gpus and "
+        "sampling_gpus of the model, or placement), or name a cluster with ray_address"
+    )
 
 
 def _too_late(ask: Ask, nodes: Iterable[Node], visible: int, seconds: float) -> str:
