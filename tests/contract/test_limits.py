@@ -118,3 +118,59 @@ def test_a_group_of_the_hub_has_limits_of_its_own_and_the_hub_s_word_changes_the
     keys = HubKeys(Groups(), groups, max_age=0.0)
     students = {"group": "students", "per_token_model_limit": 1}
     on_server(tmp_path, body, keys=keys, groups=groups, tenants=[students])
+
+
+def test_a_model_s_training_limit_leaves_its_sampling_alone(tmp_path: Path) -> None:
+    """S2-57: queue_config of the model application at its limit, and samples of the same tenant pass at once."""
+
+    async def body(server: Server) -> None:
+        run = await server.new_run()
+        session = run.split(":")[0]
+        made = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tuft/demo"}
+        sampler = (await server.post("/create_sampling_session", made))["sampling_session_id"]
+        held = [asyncio.ensure_future(server.post("/optim_step", step(run, seq))) for seq in range(1, 4)]
+        until = time.monotonic() + 10
+        while not server.host.service.quotas.paused(server.host.owner.tenant):
+            assert time.monotonic() < until
+            await asyncio.sleep(0)
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
+        sample = {"sampling_session_id": sampler, "seq_id": 1, "prompt": prompt, "num_samples": 1}
+        promise = await server.post("/asample", {**sample, "sampling_params": {"max_tokens": 1}})
+        drawn = await server.ask("POST", "/retrieve_future", {"request_id": promise["request_id"]})
+        assert (drawn.code, drawn.body) == (200, b"base")
+        assert not all(asked.done() for asked in held)
+        for promise in await asyncio.gather(*held):
+            assert "error" not in await server.post("/retrieve_future", {"request_id": promise["request_id"]})
+
+    model = {"model_name": "tuft/demo", "training_queue": {"rps_limit": 1}}
+    on_server(tmp_path, body, supported_models=[model])
+
+
+def test_requests_beyond_those_at_work_are_told_to_come_back_and_polls_do_not_count(tmp_path: Path) -> None:
+    """S2-32: 429 with Retry-After, never a 5xx; what waits for an answer takes nobody's place."""
+
+    async def body(server: Server) -> None:
+        key = (await server.post("/tuft/keys", {"tenant": "carol"}))["key"]
+        run = await server.new_run(key)
+        server.host.engines.trainer.gate.clear()
+        first = (await server.post("/optim_step", step(run, 1), key))["request_id"]
+        polls = [
+            asyncio.ensure_future(server.ask("POST", "/retrieve_future", {"request_id": first}, key))
+            for _ in range(4)
+        ]
+        asked = [
+            asyncio.ensure_future(server.ask("POST", "/optim_step", step(run, seq), key))
+            for seq in range(2, 14)
+        ]
+        answers = await asyncio.gather(*asked)
+        refused = [answer for answer in answers if answer.code != 200]
+        assert len(answers) - len(refused) >= 2
+        assert len(refused) >= 4
+        for answer in refused:
+            assert (answer.code, answer.headers["Retry-After"]) == (429, "1")
+            assert "as many as this server takes at once (max_ongoing_requests)" in refusal(answer)
+        assert (await server.ask("GET", "/sessions", key=key)).code == 200
+        server.host.engines.trainer.gate.set()
+        assert {answer.code for answer in await asyncio.gather(*polls)} == {200}
+
+    on_server(tmp_path, body, max_ongoing_requests=2, rps_limit=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import types
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import tuft_jupyter
+from tests.support.server_configs import EXAMPLE
 from tuft_jupyter import cli
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import ConfigError, PersistenceConfig, Settings
@@ -26,6 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "TINKER_BASE_URL",
         "TUFT_PORT",
         "TUFT_HOST",
+        "JUPYTERHUB_USER",
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TUFT_HOME", str(tmp_path / "home"))
@@ -84,6 +88,60 @@ def test_flags_reach_the_server(served: list[Settings], models: str) -> None:
     assert (served[0].host, served[0].port, served[0].log_level) == ("10.0.0.1", 7, "debug")
     cli.main(["launch"])
     assert (served[1].host, served[1].port, served[1].log_level) == ("127.0.0.1", 10610, "info")
+
+
+def test_the_ray_namespace_and_a_level_in_capitals_are_flags_too(
+    served: list[Settings], models: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S2-21, S2-22: the default is tuft_cluster; on a Hub each user has one; DEBUG is debug."""
+    cli.main(["-c", models, "--namespace", "mine", "--log-level", "DEBUG"])
+    assert (served[0].ray_namespace, served[0].log_level) == ("mine", "debug")
+    cli.main(["-c", models])
+    monkeypatch.setenv("JUPYTERHUB_USER", "ada")
+    cli.main(["-c", models])
+    assert [settings.ray_namespace for settings in served[1:]] == ["tuft_cluster", "tuft_cluster:ada"]
+
+
+def test_a_server_is_launched_from_python_and_never_in_a_notebook(
+    served: list[Settings], models: str
+) -> None:
+    """S2-17: the file, and what goes before it; in a running event loop it would block for good."""
+    tuft_jupyter.launch_server(config_path=models, namespace="mine", log_level="DEBUG")
+    assert (served[0].port, served[0].ray_namespace, served[0].log_level) == (1, "mine", "debug")
+
+    async def cell() -> None:
+        tuft_jupyter.launch_server(config_path=models)
+
+    with pytest.raises(RuntimeError, match="launch_server blocks"):
+        asyncio.run(cell())
+    assert len(served) == 1
+
+
+def test_a_configuration_is_checked_without_a_server(
+    served: list[Settings], models: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S2-24, S2-25: exit 0 and what would be served; a misspelt key is exit 1 and its name; no file is exit 2."""
+    assert cli.main(["check-config", str(EXAMPLE)]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "127.0.0.1:8000",
+        "tuft/demo: Qwen3ForCausalLM",
+        "1 process on the CPU, sequences of up to 1024",
+    ):
+        assert part in out
+    assert "application   sampler-demo (sampler, SamplerManagement) at /api/v1/sampler/tuft/demo" in out
+    assert "note          proxy_location has no effect here" in out
+    assert cli.main(["check-config", models]) == 0
+    assert "base model    a: NOT ON THIS MACHINE." in capsys.readouterr().out
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(EXAMPLE.read_text().replace("use_megatron", "use_megatorn"))
+    assert cli.main(["check-config", str(wrong)]) == 1
+    told = "unknown key 'applications[1].args.use_megatorn'; did you mean 'use_megatron'?"
+    assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check-config"])
+    assert ended.value.code == 2
+    assert served == []
 
 
 def test_launch_takes_the_default_file(

@@ -144,3 +144,45 @@ def test_tokenizer_files_hold_no_weights(tmp_path: Path) -> None:
         (tmp_path / "tiny" / name).write_text('{"weight_map": {}}')
     names = [path.name for path in models.tokenizer_files(models.resolve(str(tmp_path / "tiny")))]
     assert names == ["chat_template.jinja", "config.json", "merges.txt", "tokenizer.json"]
+
+
+def test_a_scheme_says_on_which_hub_an_id_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S2-37: hf:// and a bare id, where a bare one may be a directory; ms:// asks the package modelscope."""
+    cached = in_cache(tmp_path / "hub", "acme/tiny")
+    env = {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    assert models.resolve("hf://acme/tiny", env) == models.resolve("acme/tiny", env)
+    assert models.resolve("hf://acme/tiny", env).name == "acme/tiny"
+    monkeypatch.chdir(tmp_path)
+    here = make(tmp_path / "acme" / "tiny")
+    assert models.resolve("acme/tiny", env).path == str(here)
+    assert models.resolve("hf://acme/tiny", env).path == str(cached)
+    for wrong in ("hf://../x", "hf:///etc", "ms://a/b/c", "ms://", "s3://acme/tiny"):
+        with pytest.raises(UserError, match="there is no such directory"):
+            models.resolve(wrong, env)
+    with pytest.raises(UserError, match=r"the package modelscope.* is not installed: pip install modelscope"):
+        models.resolve("ms://acme/tiny", env)
+
+
+def test_a_model_of_modelscope_is_where_its_package_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S2-37: the package is asked for what it has, and never to download."""
+    package = tmp_path / "packages" / "modelscope"
+    package.mkdir(parents=True)
+    kept = make(tmp_path / "cache" / "acme" / "tiny")
+    (package / "__init__.py").write_text(
+        "import os\n"
+        "def snapshot_download(model_id, local_files_only=False):\n"
+        "    assert local_files_only\n"
+        f"    path = os.path.join({str(tmp_path / 'cache')!r}, model_id)\n"
+        "    if not os.path.isdir(path):\n"
+        "        raise ValueError('not in the cache')\n"
+        "    print('some progress')\n"
+        "    return path\n"
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    card = models.resolve("ms://acme/tiny")
+    assert (card.name, card.path) == ("acme/tiny", str(kept))
+    with pytest.raises(UserError, match=r"not in ModelScope's cache.*modelscope download --model acme/other"):
+        models.resolve("ms://acme/other")

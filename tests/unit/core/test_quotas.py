@@ -9,7 +9,7 @@ import pytest
 
 from tuft_jupyter.core.errors import Overloaded, UserError
 from tuft_jupyter.core.lanes import Lanes
-from tuft_jupyter.core.quotas import HOLD, Quota, Quotas
+from tuft_jupyter.core.quotas import HOLD, Queue, Quota, Quotas, Work
 from tuft_jupyter.core.types import Op, OpKind
 
 
@@ -168,3 +168,47 @@ def test_a_busy_engine_is_shared_by_weight() -> None:
             grant.entry.done += grant.tokens
             served[grant.lane.tenant] += grant.tokens
     assert served["alice"] / served["bob"] == pytest.approx(3.0, rel=0.05)
+
+
+TRAINING, SAMPLING = (Work.TRAINING, "m"), (Work.SAMPLING, "m")
+
+
+def test_what_is_trained_does_not_slow_what_is_sampled() -> None:
+    """S2-42, S2-57: each engine of each base model has a limiter of its own, within the tenant's own."""
+    clock = Clock()
+    queues = {TRAINING: Queue(requests_per_second=2), SAMPLING: Queue(tokens_per_second=100)}
+    quotas = limited(Quota(requests_per_second=10), clock, queues=queues)
+
+    async def body() -> None:
+        for _ in range(3):
+            await quotas.pace("alice", 1, 50, TRAINING)
+        assert clock.now - 100.0 == pytest.approx(0.5)
+        before = clock.now
+        await quotas.pace("alice", 1, 100, SAMPLING)
+        await quotas.pace("bob", 1, 50, TRAINING)
+        await quotas.pace("alice", 1, 50, (Work.TRAINING, "another"))
+        assert clock.now == before
+        await quotas.pace("alice", 1, 100, SAMPLING)
+        assert clock.now - before == pytest.approx(1.0)
+        clock.now += 60
+        before = clock.now
+        for n in range(11):  # of another engine, but the tenant's
+            await quotas.pace("alice", 1, engine=(Work.TRAINING, f"{n}"))
+        assert clock.now - before == pytest.approx(0.1)
+
+    run(body)
+    assert quotas.allowed("alice", TRAINING) == "2 requests a second"
+    assert quotas.allowed("alice", SAMPLING) == "10 requests a second and 100 tokens a second"
+
+
+def test_the_lower_of_two_limits_on_input_holds() -> None:
+    """S2-44."""
+    quotas = Quotas(
+        Quota(input_tokens=20), queues={TRAINING: Queue(input_tokens=10), SAMPLING: Queue(input_tokens=30)}
+    )
+    quotas.check_input("alice", 10, TRAINING)
+    quotas.check_input("alice", 20, SAMPLING)
+    with pytest.raises(UserError, match=r"Input tokens \(11\) exceed maximum allowed \(10\)"):
+        quotas.check_input("alice", 11, TRAINING)
+    with pytest.raises(UserError, match=r"Input tokens \(21\) exceed maximum allowed \(20\)"):
+        quotas.check_input("alice", 21, SAMPLING)

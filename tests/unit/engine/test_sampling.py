@@ -120,3 +120,27 @@ def test_a_generator_is_a_function_of_seed_and_sample() -> None:
     assert len(set(draws.values())) == len(draws)
     assert all(generator(*key).random() == value for key, value in draws.items())
     assert generator(None, 0).random() != generator(None, 0).random()
+
+
+@given(LOGITS, st.integers(0, 45), st.sampled_from([0.0, 0.5, 2.0]))
+def test_processed_log_probabilities_are_those_of_what_was_drawn_from(
+    logits: np.ndarray, top_k: int, temperature: float
+) -> None:
+    """S2-55: after temperature and filters; a greedy row has the model's own; what cannot be drawn is said so."""
+    asked = [params(top_k=top_k, temperature=temperature)] * len(GRID)
+    pick = Picker(asked, len(logits), CPU, len(logits), processed=True)
+    tokens, logprobs, top = pick(torch.from_numpy(logits).expand(len(GRID), -1), GRID)
+    told = dict(top[0])
+    if temperature == 0:
+        expected = np.log(softmax(logits))
+    else:
+        possible = sorted(set(logits.tolist()), reverse=True)
+        kept = [token for token, logprob in told.items() if logprob > -1e4]
+        assert len(kept) <= (top_k or len(logits))
+        assert min(logits[kept]) >= possible[min(len(kept), len(possible)) - 1]
+        masses = np.full(len(logits), -np.inf)
+        masses[kept] = logits[kept] / temperature
+        expected = np.log(softmax(masses) + 1e-300)
+    np.testing.assert_allclose(logprobs.numpy(), expected[tokens.numpy()], atol=1e-4)
+    np.testing.assert_allclose([told[token] for token in tokens.tolist()], logprobs.numpy(), atol=1e-4)
+    assert min(told.values()) >= -99999.0

@@ -104,3 +104,16 @@ async def test_a_broken_sampler_tells_everybody_and_then_dies() -> None:
     assert await asyncio.to_thread(died.wait, 5)
     late = await worker.sample("late", None, sample_body(1))
     assert late.category == "server"
+
+
+@on_a_loop
+async def test_where_adapters_are_off_a_request_for_one_is_told_so_and_the_base_model_is_sampled() -> None:
+    """S2-54: enable_lora: false."""
+    worker = SamplingWorker(FakeSampler(), context=64, adapters=False)
+    try:
+        refused = await worker.sample("r1", "/adapters/one", sample_body(1))
+        assert refused.category == "user"
+        assert "enable_lora is false" in refused.error
+        assert not (await worker.sample("r2", None, sample_body(1))).category
+    finally:
+        worker.close()

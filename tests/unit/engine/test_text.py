@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -188,3 +189,33 @@ async def test_a_refusal_names_the_field(directory: Path) -> None:
         ]:
             with pytest.raises(UserError, match=words):
                 await answers(texts, **asked)
+
+
+@on_a_loop
+async def test_as_many_texts_are_tokenized_at_once_as_there_are_threads_and_the_loop_goes_on(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S2-59, S2-60: two workers of a processor application, each with a tokenizer of its own, off the event loop."""
+    met, there, free = threading.Barrier(2, timeout=60), threading.Event(), threading.Event()
+    models, prompt = [], TextModel.prompt
+
+    def slow(model: TextModel, text: str) -> Any:
+        models.append(model)
+        met.wait()
+        there.set()
+        assert free.wait(60)
+        return prompt(model, text)
+
+    monkeypatch.setattr(TextModel, "prompt", slow)
+    sampling = SamplingWorker(TorchSampler(directory), context=128)
+    try:
+        worker = TextWorker(sampling, directory, context=128, threads=2)
+        body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 1}).encode()
+        begun = [asyncio.ensure_future(worker.begin(TextTask(f"r{n}", None, body, False))) for n in range(2)]
+        assert await asyncio.to_thread(there.wait, 60)
+        assert not any(task.done() for task in begun)
+        free.set()
+        assert [part.category for part in await asyncio.gather(*begun)] == ["", ""]
+    finally:
+        sampling.close()
+    assert len({id(model) for model in models}) == 2

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.support.loops import on_a_loop
-from tuft_jupyter.config import ModelSettings, Settings
-from tuft_jupyter.core.errors import NotFound, UserError
+from tests.support.server_configs import MODEL, SAMPLER, SERVER, changed
+from tuft_jupyter.config import ModelSettings, Settings, load_settings
+from tuft_jupyter.core.errors import NotFound, ServerError, UserError
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actor_life import GPU_SHARE
-from tuft_jupyter.engine.actors import ActorOptions, VllmOptions
+from tuft_jupyter.engine.actors import ActorOptions, SamplingActor, VllmOptions
 from tuft_jupyter.engine.cluster import ClusterSamplingEngine, Engines
 from tuft_jupyter.engine.vllm_adapters import WEIGHTS, Named, NamedAdapters
 from tuft_jupyter.engine.vllm_sampler import VllmSampler
@@ -142,3 +148,56 @@ def test_a_sampler_over_several_gpus_asks_for_them() -> None:
     options: ActorOptions = made("vllm", 2).actor_options(on_gpu=True)
     assert options.vllm == VllmOptions(max_rank=16, max_loras=1, gpu_memory=0.2, tensor_parallel=2)
     assert made("auto", 1).actor_options(on_gpu=True).vllm is None  # it is not installed here
+
+
+class Refused(Exception):
+    """What the vLLM of the next test answers."""
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments that a vLLM is started with, which then does not start."""
+    arguments: dict[str, Any] = {}
+
+    class AsyncLLM:
+        @staticmethod
+        def from_engine_args(given: dict[str, Any]) -> None:
+            arguments.update(given)
+            raise Refused
+
+    for name, content in (
+        ("vllm", {"AsyncEngineArgs": dict}),
+        ("vllm.v1", {}),
+        ("vllm.v1.engine", {}),
+        ("vllm.v1.engine.async_llm", {"AsyncLLM": AsyncLLM}),
+    ):
+        module = types.ModuleType(name)
+        module.__dict__.update(content, __spec__=ModuleSpec(name, None))
+        monkeypatch.setitem(sys.modules, name, module)
+    return arguments
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_what_the_file_says_of_vllm_is_what_vllm_is_told(
+    lora: bool, told: dict[str, Any], qwen3: Path, tmp_path: Path
+) -> None:
+    """S2-52, S2-53, S2-54, S2-55: engine_args from the file in Twinkle's form to the engine's own."""
+
+    def change(apps: list[dict[str, Any]]) -> None:
+        apps[SERVER]["args"] = {}
+        for number in (MODEL, SAMPLER):
+            apps[number]["args"]["model_id"] = str(qwen3)
+        apps[SAMPLER]["args"]["engine_args"] |= {"max_model_len": 96, "enable_lora": lora}
+
+    path = tmp_path / "server_config.yaml"
+    path.write_text(yaml.safe_dump(changed(change)))
+    settings = load_settings(path, {"TUFT_HOME": str(tmp_path)})
+    (model,) = settings.supported_models
+    card = ModelCard(model.model_name, str(qwen3), model.max_model_len or 0, 64, "Qwen3ForCausalLM")
+    options: ActorOptions = Engines(settings).sampling(card).actor_options(on_gpu=True)
+    with pytest.raises(ServerError, match="vLLM cannot serve"):
+        SamplingActor(options).sampler()
+    assert told["max_model_len"] == 96
+    assert told["gpu_memory_utilization"] == 0.5
+    assert told["enable_lora"] == options.adapters == lora
+    assert told["logprobs_mode"] == "processed_logprobs"
