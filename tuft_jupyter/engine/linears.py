@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tuft_jupyter.engine.frozen import Frozen
 from tuft_jupyter.engine.grouped import GroupedStack, Groups, Member
-from tuft_jupyter.engine.lora import MultiLoraLinear, Slot, take
+from tuft_jupyter.engine.lora import MultiLoraLinear, Slot, accumulate, take
 from tuft_jupyter.engine.packing import Segment, boundaries
 from tuft_jupyter.engine.side_by_side import Rows, SideBySide
 
@@ -58,8 +58,8 @@ class _Stack:
         if self.grad_a is not None:
             for member in self.members:
                 assert member.grad_b is not None
-                _accumulate(member.grad_b, dy_NO[:, member.columns].t(), h_NR[:, member.hidden], self.scale)
-            _accumulate(self.grad_a, dh_NR.t(), x_NI, self.scale)
+                accumulate(member.grad_b, dy_NO[:, member.columns].t(), h_NR[:, member.hidden], self.scale)
+            accumulate(self.grad_a, dh_NR.t(), x_NI, self.scale)
         if dx_NI is not None:
             dx_NI.addmm_(dh_NR, self.a, alpha=self.scale)
 
@@ -259,11 +259,3 @@ def _stack(group: list[tuple[Slot, slice]]) -> _Stack:
             for (slot, columns), (a, b) in zip(group, pairwise(edges), strict=True)
         ),
     )
-
-
-def _accumulate(grad: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """``grad += scale * left right``; ``grad`` is fp32, the factors may be half."""
-    if grad.dtype == left.dtype:
-        grad.addmm_(left, right, alpha=scale)
-    else:
-        grad.add_(torch.mm(left, right), alpha=scale)

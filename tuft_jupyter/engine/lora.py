@@ -6,9 +6,8 @@ does one base matmul for all tokens and two thin ones per segment, and in the ba
 of A and B straight into the adapter's own fp32 accumulator: an adapter that has no tokens in the row costs
 nothing.
 
-Each adapter lives in one flat fp32 vector (weights) and, if trainable, a second one (gradients); its A and B
-are views of that, so an optimizer step, a norm or a copy is one operation per adapter. Knows
-nothing of losses, optimizers, files or requests.
+Each adapter lives in one flat fp32 vector (weights) and, if trainable, a second one (gradients); its A and B are views
+of that, so a step, a norm or a copy is one operation. Knows nothing of losses, optimizers, files or requests.
 
 Shapes: N tokens of the row, I input and O output features, R rank, P elements of one adapter.
 Reference: Hu et al. 2021, LoRA (arXiv 2106.09685).
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from tuft_jupyter.engine.base import BaseModel
 
 _ALIGN = 16  # elements: A and B start on cache lines
+_LONG = 128  # rows
 _PAIR = ("lora_A", "lora_B")
 _IDLE_GEOMETRIES = 8
 _NO_GEOMETRY = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
@@ -65,13 +65,20 @@ class Slot:
         dh_NR = torch.mm(dy_NO, self.b)
         if self.grad_a is None or self.grad_b is None:
             return dh_NR
-        if self.grad_a.dtype == dy_NO.dtype:
-            self.grad_b.addmm_(dy_NO.t(), h_NR, alpha=self.scale)
-            self.grad_a.addmm_(dh_NR.t(), x_NI, alpha=self.scale)
-        else:
-            self.grad_b.add_(torch.mm(dy_NO.t(), h_NR), alpha=self.scale)
-            self.grad_a.add_(torch.mm(dh_NR.t(), x_NI), alpha=self.scale)
+        accumulate(self.grad_b, dy_NO.t(), h_NR, self.scale)
+        accumulate(self.grad_a, dh_NR.t(), x_NI, self.scale)
         return dh_NR
+
+
+def accumulate(grad: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """``grad += scale * left right``; ``grad`` is fp32, the factors may be half."""
+    if len(left) > right.shape[1] and len(right) >= _LONG:
+        # A tall, narrow product of many rows: BLAS takes up to twice as long as for its transpose.
+        grad.add_(torch.mm(right.t(), left.t()).t(), alpha=scale)
+    elif grad.dtype == left.dtype:
+        grad.addmm_(left, right, alpha=scale)
+    else:
+        grad.add_(torch.mm(left, right), alpha=scale)
 
 
 Part = tuple[int, int, Slot]
@@ -331,8 +338,7 @@ def _file_name(path: str, which: str) -> str:
 
 @torch.no_grad()
 def initialize(adapter: Adapter, seed: int) -> None:
-    """PEFT's default start: A uniform in ±1/sqrt(I) (Kaiming, a = sqrt 5), B zero; the same for the same
-    seed.
+    """PEFT's default start: A uniform in ±1/sqrt(I) (Kaiming, a = sqrt 5), B zero; the same for the same seed.
 
     Drawn on the CPU, so that a seed means the same adapter on every device.
     """
