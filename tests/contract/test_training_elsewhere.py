@@ -57,6 +57,35 @@ def test_a_checkpoint_made_there_is_loaded_again_with_its_optimizer(tmp_path: Pa
     scenario(check)
 
 
+def test_what_is_deleted_here_is_deleted_there_with_the_next_save(tmp_path: Path) -> None:
+    """S4-26: no copies pile up on the training server, also not of checkpoints from before our restart."""
+
+    async def check() -> None:
+        async with Daemon(tmp_path / "there") as there:
+            here = Daemon(tmp_path / "here", trainer_of(there))
+            await here.begin()
+            client = await asyncio.to_thread(Client, here)
+
+            async def save(name: str) -> int:
+                await asyncio.to_thread(lambda: client.training.save_state(name).result(timeout=60))
+                return sum("/weights/tuft-" in path for path in there.host.service.state.checkpoints)
+
+            before = await save("one")
+            assert await save("two") == before + 1
+            await here.end()
+            await here.begin()
+            assert await save("three") >= before + 2
+            checkpoints = here.host.service.checkpoints
+            saved = sorted(here.host.service.state.checkpoints)
+            for path in saved:
+                await checkpoints.delete(here.host.owner, path)
+            await checkpoints.collect()
+            now = await save("four")
+            assert now == before + 1  # the snapshot that brought the run back, and the newest
+
+    scenario(check)
+
+
 def test_our_own_sampler_draws_from_what_was_trained_there(tmp_path: Path) -> None:
     """S4-01: external x torch. The weights come as files; the training server draws nothing."""
 

@@ -49,6 +49,8 @@ SECRETS = (
     "JUPYTERHUB_API_TOKEN",
     "JPY_API_TOKEN",
     "HF_TOKEN",
+    "MEGATRON_SERVER_KEY",
+    "VLLM_API_KEY",
 )
 """Variables of the notebook server that a worker has no use for."""
 

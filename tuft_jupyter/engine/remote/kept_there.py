@@ -59,3 +59,30 @@ def finish(made: Path, directory: Path) -> int:
     shutil.rmtree(directory, ignore_errors=True)
     made.rename(directory)
     return sum(file.stat().st_size for file in directory.iterdir())
+
+
+class Copies:
+    """Which of our directories stand for what there, so that a copy whose directory was deleted can be deleted too.
+
+    Blocks on files: for a thread. Directories from before this process are found when their parent is first seen.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._known: dict[Path, dict[Path, str]] = {}
+
+    def saved(self, directory: Path) -> list[str]:
+        """A directory was just made. Returns the paths of copies whose directories beside it are gone.
+
+        Only then, because whoever can write there sees it: a disk that is not mounted is no deletion.
+        """
+        before = self._known.get(directory.parent, {})
+        gone = [path for known, path in before.items() if not known.is_dir()]
+        found = {known: path for known, path in before.items() if known.is_dir()}
+        for each in [directory] if before else directory.parent.iterdir():
+            if (each / NOTE).is_file():
+                note = read(each)
+                if note.url == self._url:
+                    found[each] = note.path
+        self._known[directory.parent] = found
+        return gone

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 KIND = Kind(
     "training server",
     ("/api/v1/healthz",),
-    "If not, start it; it must speak the Tinker protocol, as another tuft-jupyter does: tuft start --port 5000 . If it "
-    "runs elsewhere, set MEGATRON_SERVER_URL",
+    "If not, start it; it must speak the Tinker protocol, as another tuft-jupyter does: tuft launch --port 5000 . If "
+    "it runs elsewhere, set MEGATRON_SERVER_URL",
 )
 API = "/api/v1"
 PATIENCE = 45.0

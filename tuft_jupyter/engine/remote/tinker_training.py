@@ -27,7 +27,7 @@ from tuft_jupyter.core.errors import ServerError, TuftError
 from tuft_jupyter.core.types import JSON, PROTOBUF, ModelCard, OpKind
 from tuft_jupyter.engine.remote import kept_there
 from tuft_jupyter.engine.remote.http import Reply, Server
-from tuft_jupyter.engine.remote.kept_there import KeptThere
+from tuft_jupyter.engine.remote.kept_there import Copies, KeptThere
 from tuft_jupyter.engine.remote.tinker_client import TinkerClient
 from tuft_jupyter.wire import codec
 from tuft_jupyter.wire import tuft_wire_pb2 as pb
@@ -65,6 +65,7 @@ class TinkerTraining:
         self._client: TinkerClient | None = None
         self._known = False
         self._runs: dict[str, _Run] = {}
+        self._copies = Copies(server.url)
 
     async def start(self) -> None:
         """Open a session there; UserError says why that cannot be."""
@@ -221,8 +222,11 @@ class TinkerTraining:
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
+        left = [] if snapshot else await self._server.work(self._copies.saved, directory)
         while len(run.snapshots) > SNAPSHOTS_KEPT:
-            await client.forget(run.snapshots.pop(0))
+            left.append(run.snapshots.pop(0))
+        for path in left:
+            await client.forget(path)
         return size
 
     async def _fetch(self, client: TinkerClient, run: _Run, made: Path) -> None:
