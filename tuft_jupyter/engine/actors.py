@@ -38,8 +38,6 @@ CPU_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
-    # oneDNN keeps a kernel, half a megabyte, for each of this many shapes
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
 
 SECRETS = (
