@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from tuft_jupyter.engine import frozen, llama, memory, packing
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.llama import LlamaDecoder
 from tuft_jupyter.engine.pretrained import reading, refusal
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,17 @@ def load_base(
     hf.requires_grad_(False)
     hf.eval()
     hf.to(device)
+    run = _decoder(hf)
+    log.info(
+        "%s: %s in %s on %s; attention by torch (scaled_dot_product_attention, or matmuls); flash-attn is not needed",
+        name or path, type(run).__name__, hf.dtype, hf.device,
+    )  # fmt: skip
     text = hf.config.get_text_config()
     return BaseModel(
         name=name or path,
         path=path,
         hf=hf,
-        run=_decoder(hf),
+        run=run,
         vocab_size=min(hf.get_input_embeddings().num_embeddings, hf.get_output_embeddings().out_features),
         max_length=int(text.max_position_embeddings),
         fingerprint=_fingerprint(hf),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.nn.attention import varlen
 
 from tuft_jupyter.engine import attention
 from tuft_jupyter.engine.attention import CausalAttention
+from tuft_jupyter.engine.base import load_base
 
 CU = (0, 5, 12, 13)
 
@@ -102,3 +105,20 @@ def test_the_way_back_is_the_one_that_autograd_finds(lengths: tuple[int, ...], d
     for mine, theirs in zip(back(do), expected, strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_without_flash_attn_attention_is_torchs_and_the_log_says_so(
+    qwen3: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S1-07"""
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it fails
+    used = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: used.append(1) or attend(*a, **k))
+    with caplog.at_level("INFO", "tuft_jupyter"):
+        load_base(qwen3)
+    q, k, v = (torch.ones(1, heads, 600, 8) for heads in (4, 2, 2))
+    CausalAttention((0, 600), torch.device("cpu"))(0, q, k, v, None, None)
+    assert used
+    assert "scaled_dot_product_attention" in caplog.text
+    assert "flash-attn is not needed" in caplog.text
