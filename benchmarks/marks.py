@@ -27,13 +27,12 @@ class Mark:
 
 
 _MATMUL = (
-    "no AMX here: cores multiply bf16 at 200 GFLOP/s, twice fp32, and two thirds of our time is the frozen matrices, "
-    "which PEFT multiplies as well; tried: other micro-batch and head chunk sizes"
+    "no AMX here: cores multiply bf16 at 210 GFLOP/s, twice fp32, and most of our time is the frozen matrices, which "
+    "PEFT multiplies as well: 500 tokens/CPU-s is what they allow, whoever runs them"
 )
 _CACHE = (
-    "64 sequences' keys and values (33 MB) do not fit in a core's cache, so attention runs at the speed of memory; "
-    "matmuls are 45 % of a step; tried: flash kernel, other layouts, huge pages; "
-    "kept: matmuls over whole slots, adapters together (1.14 x)"
+    "64 sequences' keys and values do not fit in a core's cache, so attention, a fifth in fp32, runs at the speed of "
+    "memory; the base model's matmuls are 44 %, at 80 to 100 of a core's 118 GFLOP/s"
 )
 
 MARKS = {
@@ -45,9 +44,8 @@ MARKS = {
     "tenants long tiny-fp32": Mark(
         "16 tenants x 4 datums of 16..256 tokens, 4 x 256 model in fp32, over sequential PEFT",
         2.0,
-        note="1.85 x was reached; two thirds of our time are matmuls at 90 to 100 of a core's 118 GFLOP/s, which PEFT "
-        "runs as well; tried: micro-batches of 256 to 2048 tokens, smaller chunks, oneDNN's matmuls (2 ms per "
-        "new shape); log-probabilities of prompts, which the protocol answers, are 6 %",
+        note="half of our time is the frozen matrices, at 108 of a core's 118 GFLOP/s, which PEFT runs as well; "
+        "log-probabilities of prompts, which the protocol answers, are 6 %",
     ),
     "tenants short small-bf16": Mark(
         "16 tenants x 1 datum of 16..48 tokens, 108 M parameters in bf16, over sequential PEFT",
@@ -62,7 +60,8 @@ MARKS = {
     "throughput": Mark(
         "1 tenant, 8 x 256 tokens, whole server over a plain PEFT loop",
         1.2,
-        note="equal lengths leave no padding to save, and the matmuls, two thirds of the time, are the same work",
+        note="equal lengths leave no padding to save; half of the time is the frozen matrices, at 108 of a core's 118 "
+        "GFLOP/s; the notebook server and Ray are 6 %",
     ),
     "scaling": Mark("64 tenants over 1, tokens per CPU-second of the whole server", 0.9),
     "memory": Mark("activation memory of a step, 16 tenants, over sequential PEFT", 0.5, most=True),
