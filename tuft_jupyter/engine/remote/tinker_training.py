@@ -103,7 +103,7 @@ class TinkerTraining:
     async def _work(
         self, client: TinkerClient, run: _Run, queue: Sequence[tuple[int, Task]], outcomes: dict[int, Outcome]
     ) -> None:
-        sent: list[tuple[int, Task, Awaitable[Outcome]]] = []
+        sent: list[tuple[int, Task, dict[str, Any], float]] = []
         async with run.lock:
             for position, task in queue:
                 began = time.perf_counter()
@@ -111,13 +111,11 @@ class TinkerTraining:
                     outcomes[position] = await _outcome(task, self._other(client, run, task, began))
                     continue
                 try:
-                    promise = await self._send(client, run, task)
+                    sent.append((position, task, await self._send(client, run, task), began))
                 except TuftError as error:
                     outcomes[position] = _failed(task, error)
-                else:
-                    sent.append((position, task, self._settled(client, task, promise, began)))
-        for position, task, settling in sent:
-            outcomes[position] = await _outcome(task, settling)
+        for position, task, promise, began in sent:
+            outcomes[position] = await _outcome(task, self._settled(client, task, promise, began))
 
     # ---- passes and steps
 
