@@ -1,4 +1,4 @@
-"""This machine's addresses in its networks. Sends nothing."""
+"""This machine: its addresses in its networks, and which of its GPUs are meant. Sends nothing, asks no GPU."""
 
 from __future__ import annotations
 
@@ -25,3 +25,19 @@ def interface_of(ip: str) -> str:
     return next(
         (name for name, held in psutil.net_if_addrs().items() if any(a.address == ip for a in held)), ""
     )
+
+
+def local_gpu(number: int, uuid: str, visible: str | None) -> int | None:
+    """Which of the GPUs it is to a process with ``CUDA_VISIBLE_DEVICES=visible``; None: the process does not see it.
+
+    The list holds the machine's numbers, or UUIDs (``GPU-…``, ``MIG-…``), shortened as one likes. CUDA ends it at the
+    first entry that names nothing, such as -1.
+    """
+    if visible is None:
+        return number
+    for place, name in enumerate(entry.strip() for entry in visible.split(",")):
+        if not name.isdecimal() and not name.startswith(("GPU-", "MIG-")):
+            return None
+        if name == str(number) or (not name.isdecimal() and uuid.startswith(name)):
+            return place
+    return None

@@ -1,11 +1,14 @@
-"""What each GPU of this machine does, and what each process holds of it, as NVIDIA's own library tells.
+"""What each GPU that this server was given does, and what each process holds of it, as NVIDIA's own library tells.
 
 A machine without a GPU, without its driver or without the library has none. Calls block for milliseconds: use a thread.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+from tuft_jupyter.machine import local_gpu
 
 
 def gpus() -> tuple[list[dict[str, Any]], dict[int, int]]:
@@ -23,6 +26,8 @@ def gpus() -> tuple[list[dict[str, Any]], dict[int, int]]:
     try:
         for index in range(nvml.nvmlDeviceGetCount()):
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            if not _is_meant(index, nvml.nvmlDeviceGetUUID(handle)):
+                continue
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             name = nvml.nvmlDeviceGetName(handle)
             devices.append(
@@ -40,6 +45,15 @@ def gpus() -> tuple[list[dict[str, Any]], dict[int, int]]:
     finally:
         nvml.nvmlShutdown()
     return devices, held
+
+
+def _is_meant(index: int, uuid: str | bytes) -> bool:
+    """Whether this process was given the GPU. A slice does not tell of which one it is: then all are shown."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and "MIG-" in visible:
+        return True
+    name = uuid.decode() if isinstance(uuid, bytes) else uuid
+    return local_gpu(index, name, visible) is not None
 
 
 def _utilization(nvml: Any, handle: Any) -> float:

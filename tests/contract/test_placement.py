@@ -382,18 +382,30 @@ def test_ranks_that_do_not_meet_in_time_leave_nothing(world: World, tmp_path: Pa
     world.runner.run(scenario())
 
 
-def test_a_node_that_joins_ends_the_wait(world: World) -> None:
-    """S2-03, S3-34: the last test here, for it leaves one more node."""
+def test_nodes_that_join_end_the_wait_and_all_is_laid_out_as_drawn(world: World) -> None:
+    """S2-03, S3-34, S3-53: four GPUs that train, and a replica over the two nodes with eight, which join late.
+
+    The last test here, for it leaves two more nodes.
+    """
     told: list[str] = []
+    ask = Ask(ranks=4, nodes_per_replica=2, gpus_per_engine=8)
 
     async def scenario() -> None:
-        waiting = asyncio.create_task(world.place(Ask(ranks=8, replicas=2), on_progress=told.append))
+        waiting = asyncio.create_task(world.place(ask, on_progress=told.append))
         await world.until(lambda: bool(told))
-        await asyncio.to_thread(world.cluster.add, 2)
+        for _ in range(2):
+            await asyncio.to_thread(world.cluster.add, 8)
         made = await asyncio.wait_for(waiting, 120)
-        assert told[0] == "waiting for GPUs: 8/10 GPUs"
-        assert len({(one["node"], *one["gpus"]) for one in made.shown()["processes"]}) == 10
+        assert told[0] == "waiting for GPUs: 8/20 GPUs"
+        sizes = {node.id: node.gpus_in_all for node in cluster_nodes()}
+        train, sample = made.plan.of(TRAINING), made.plan.of(SAMPLING)
+        assert {sizes[seat.node] for seat in train} == {4}
+        assert len({seat.node for seat in train}) == 1
+        assert [sizes[seat.node] for seat in sample] == [8, 8]
+        assert [(seat.replica, seat.node_rank, seat.head) for seat in sample] == [(0, 0, True), (0, 1, False)]
+        assert sample[0].node < sample[1].node  # on one machine their addresses are the same
+        assert len({(seat.node, gpu) for seat in made.plan.seats for gpu in seat.ids}) == 20
         await made.remove()
-        await world.until_free(10)
+        await world.until_free(24)
 
     world.runner.run(scenario())

@@ -8,11 +8,11 @@ torch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tuft_jupyter.core.engine import Outcome, Task, TrainingEngine
+from tuft_jupyter.core.engine import EngineDied, Outcome, Task, TrainingEngine
 
 
 class Meeting:
@@ -76,7 +76,7 @@ class TrainingGroup:
         await self._end()
         self._meeting.renew()
         try:
-            await _all([rank.start() for rank in self.ranks])
+            await _all(self._named(rank.start() for rank in self.ranks))
         except BaseException:
             await self._end()
             raise
@@ -84,7 +84,7 @@ class TrainingGroup:
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Run one batch on all ranks. EngineDied, and nothing left of the others, if one went away."""
         try:
-            outcomes: list[list[Outcome]] = await _all([rank.step(tasks) for rank in self.ranks])
+            outcomes: list[list[Outcome]] = await _all(self._named(rank.step(tasks) for rank in self.ranks))
         except Exception:
             await self._end()
             raise
@@ -97,6 +97,17 @@ class TrainingGroup:
     def resources(self) -> dict[str, Any]:
         """The first rank's process as the lab shows it."""
         return self.ranks[0].resources()
+
+    def _named(self, work: Iterable[Coroutine[Any, Any, Any]]) -> list[Coroutine[Any, Any, Any]]:
+        """The work of each rank, whose death says which one it was."""
+
+        async def named(number: int, one: Coroutine[Any, Any, Any]) -> Any:
+            try:
+                return await one
+            except EngineDied as death:
+                raise EngineDied(f"rank {number} of {len(self.ranks)}: {death}") from death
+
+        return [named(number, one) for number, one in enumerate(work)]
 
     async def _end(self) -> None:
         await asyncio.gather(*(rank.end() for rank in self.ranks))

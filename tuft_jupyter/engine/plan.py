@@ -283,25 +283,3 @@ def node_key(ip: str, node: str) -> tuple[tuple[int, int, str], str]:
     except ValueError:
         return (9, 0, ip), node
     return (address.version, int(address), ""), node
-
-
-def local_ids(ids: Sequence[str], visible: str | None) -> list[int]:
-    """GPU ids as a process sees them that was started with ``CUDA_VISIBLE_DEVICES=visible`` (None: with all of them).
-
-    Ids are numbers of the machine, or UUIDs (``GPU-…``, ``MIG-…``), which may be shortened as CUDA allows. ValueError
-    names one that is not visible.
-    """
-    if visible is None:
-        return [int(gpu) for gpu in ids]
-    listed = [name.strip() for name in visible.split(",") if name.strip()]
-    places = []
-    for gpu in ids:
-        same = [
-            n
-            for n, name in enumerate(listed)
-            if name == gpu or (not name.isdecimal() and gpu.startswith(name))
-        ]
-        if len(same) != 1:
-            raise ValueError(f"GPU {gpu} is not one of CUDA_VISIBLE_DEVICES={visible}")
-        places += same
-    return places

@@ -43,16 +43,15 @@ def test_a_models_own_numbers_go_before_those_of_the_section() -> None:
 
 
 def test_three_nodes_of_the_seed_are_asked_for_as_twenty_gpus() -> None:
-    """S3-45, S3-53: planned as drawn; sampling over two nodes says that it is not built."""
+    """S3-45, S3-47, S3-53: planned as drawn; sampling over two nodes says that it is not built."""
     section = PlacementConfig(training_num_gpus_per_node=4, inference_num_gpus=16, nnodes=2)
     made = demands_of(settings(section), "m", RayThread())
-    assert (made.ask.expected_gpus, made.ask.ranks, made.ask.gpus_per_engine) == (
-        20,
-        4,
-        8,
-    ) or made.ask.mode == "auto"
+    assert (made.ask.ranks, made.ask.replicas, made.ask.gpus_per_engine) == (4, 1, 8)
     assert settled(made.ask, 20).expected_gpus == 20
     assert len(made.training) == 4
+    pairs = PlacementConfig(inference_num_gpus=4, nnodes=2)
+    heads = demands_of(settings(pairs, sampling_replicas=2), "m", RayThread()).sampling
+    assert [demand.number for demand in heads] == [0, 2]  # only heads are sent requests
     (sampling,) = made.sampling
     assert "placement.nnodes" in sampling.refusal
 

@@ -18,7 +18,6 @@ from tuft_jupyter.engine.plan import (
     Ask,
     Node,
     Plan,
-    local_ids,
     make_plan,
     node_key,
     numbered,
@@ -161,24 +160,3 @@ def test_strategies_pack_spread_and_insist() -> None:
     assert make_plan(Ask(strategy="STRICT_SPREAD"), nodes(2, 2)) is not None
     assert make_plan(Ask(strategy="STRICT_PACK", ranks=3), nodes(3, 3)) is None
     assert {s.node for s in make_plan(Ask(strategy="STRICT_PACK", ranks=3), nodes(3, 4)).seats} == {"n1"}  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("ids", "visible", "local"),
-    [
-        (["5"], "4,5,6,7", [1]),
-        (["7", "4"], "4,5,6,7", [3, 0]),
-        (["2"], None, [2]),
-        (["GPU-8f2a11"], "GPU-77, GPU-8f2a", [1]),
-        (["MIG-abc/1/0"], "MIG-abc/1/0,MIG-abc/2/0", [0]),
-    ],
-)
-def test_gpu_ids_map_to_what_a_process_sees(ids: list[str], visible: str | None, local: list[int]) -> None:
-    """S3-26: physical 5 of 4,5,6,7 is the second one; UUIDs and MIG slices are found by name."""
-    assert local_ids(ids, visible) == local
-
-
-def test_a_gpu_that_is_not_visible_is_named() -> None:
-    """S3-26."""
-    with pytest.raises(ValueError, match="GPU 3 is not one of CUDA_VISIBLE_DEVICES=4,5"):
-        local_ids(["3"], "4,5")
