@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tuft_jupyter.core.errors import ServerError
 from tuft_jupyter.engine.plan import COLOCATE, SEPARATE, Ask, Node, Plan, make_plan, numbered
@@ -22,12 +23,18 @@ from tuft_jupyter.engine.ray_runtime import RayThread, Session
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 AUTO = "auto"
 POLL_SECONDS = 1.0
 RESERVE_SECONDS = 30.0
 """For Ray to give a group the room that was seen to be free."""
 PROBE_SECONDS = 60.0
 """For all probes together; each starts a process."""
+
+
+LOCAL_SECONDS = 10.0
+"""On a Ray of our own, which no node joins: only as long as GPUs take to be free again after their last use."""
 
 
 class InfoActor:
@@ -69,7 +76,7 @@ class Placement:
         """Whether all its nodes are still in the cluster."""
         if self.session.lost or self.session.closing:
             return False
-        alive = {node.id for node in await self.thread.run(cluster_nodes)}
+        alive = {node.id for node in await _ask(self.thread, cluster_nodes)}
         return {bundle.node for bundle in self.plan.bundles} <= alive
 
     async def remove(self) -> None:
@@ -121,9 +128,11 @@ async def create_placement(
     """
     deadline = time.monotonic() + wait_seconds
     while True:
-        nodes = await thread.run(cluster_nodes)
+        nodes = await _ask(thread, cluster_nodes)
         visible = int(sum(node.gpus_in_all for node in nodes))
         chosen = settled(ask, visible)
+        if session.place.local and visible < chosen.expected_gpus:
+            raise ServerError(_too_few(chosen, visible))
         plan = make_plan(chosen, nodes)
         if plan is not None:
             group = await _reserve(
@@ -132,11 +141,7 @@ async def create_placement(
             if group is not None:
                 break
         if time.monotonic() >= deadline:
-            raise ServerError(
-                _too_few(chosen, visible)
-                if session.place.local and visible < chosen.expected_gpus
-                else _too_late(chosen, nodes, visible, wait_seconds)
-            )
+            raise ServerError(_too_late(chosen, nodes, visible, wait_seconds))
         on_progress(_waiting(chosen, nodes, visible))
         await asyncio.sleep(min(POLL_SECONDS, max(deadline - time.monotonic(), 0.0)))
     try:
@@ -193,7 +198,9 @@ class Shared:
                         session,
                         self._thread,
                         name=self.name,
-                        wait_seconds=0.0 if session.place.local else self._wait_seconds,
+                        wait_seconds=min(
+                            self._wait_seconds, LOCAL_SECONDS if session.place.local else math.inf
+                        ),
                         on_progress=on_progress,
                     )
                 except ServerError as problem:
@@ -279,13 +286,21 @@ def _too_late(ask: Ask, nodes: Iterable[Node], visible: int, seconds: float) -> 
     )
 
 
+async def _ask(thread: RayThread, job: Callable[[], T]) -> T:
+    """What Ray answers; ServerError where it cannot."""
+    try:
+        return await thread.run(job)
+    except Exception as error:
+        raise ServerError(f"the Ray cluster does not answer: {type(error).__name__}: {error}") from error
+
+
 async def _reserve(plan: Plan, name: str, thread: RayThread, seconds: float) -> Any:
     """Ray's handle, or None if the room was gone."""
-    asked = asyncio.ensure_future(thread.run(lambda: _group(plan, name)))
+    asked = asyncio.ensure_future(_ask(thread, lambda: _group(plan, name)))
     deadline = time.monotonic() + seconds
     try:
         group = await asyncio.shield(asked)
-        while not await thread.run(lambda: group.wait(0.2)):
+        while not await _ask(thread, lambda: group.wait(0.2)):
             if time.monotonic() >= deadline:
                 await thread.run(lambda: _remove(group))
                 return None
