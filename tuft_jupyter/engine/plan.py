@@ -265,6 +265,7 @@ def numbered(seats: Iterable[Seat], found: Sequence[tuple[str, str, tuple[str, .
         order = sorted(old, key=lambda seat: slot_key(*found[seat.bundle]))
         for seat, place in zip(old, order, strict=True):  # the number stays, the place is the one in order
             ip, node, ids = found[place.bundle]
+            ids = tuple(sorted(ids, key=_gpu_key))  # of several, each process is told another order
             done.append(replace(seat, bundle=place.bundle, node=node, ip=ip, takes=place.takes, ids=ids))
     return tuple(done)
 
@@ -273,7 +274,12 @@ def slot_key(
     ip: str, node: str, ids: Sequence[str]
 ) -> tuple[tuple[tuple[int, int, str], str], list[tuple[int, str]]]:
     """The order of GPUs: by IP as a number, node id (two nodes may be one machine), GPU id as a number."""
-    return node_key(ip, node), [(int(gpu), "") if gpu.isdecimal() else (1 << 32, gpu) for gpu in ids]
+    return node_key(ip, node), sorted(map(_gpu_key, ids))
+
+
+def _gpu_key(gpu: str) -> tuple[int, str]:
+    """Numbers before UUIDs."""
+    return (int(gpu), "") if gpu.isdecimal() else (1 << 32, gpu)
 
 
 def node_key(ip: str, node: str) -> tuple[tuple[int, int, str], str]:

@@ -71,6 +71,10 @@ def test_ranks_are_numbered_by_the_gpus_that_were_found() -> None:
         (TRAINING, 2, 0, ("3",)),
         (SAMPLING, 0, 3, ("1",)),
     ]
+    several = make_plan(Ask(mode=TRAIN_ONLY, gpus_per_rank=3), nodes(4))
+    assert several is not None
+    (seat,) = numbered(several.seats, [("10.0.0.0", "n0", ("10", "3", "2"))])
+    assert seat.ids == ("2", "3", "10")
 
 
 @pytest.mark.parametrize(
