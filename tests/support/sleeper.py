@@ -13,10 +13,10 @@ from tuft_jupyter.core.types import Record
 LEASE_SECONDS = 0.3
 
 
-def write(url: str, markers: Path, tell: Connection) -> None:
+def write(url: str, namespace: str, markers: Path, tell: Connection) -> None:
     """Tell ``open`` when it writes; every refusal; and its end, when the journal is another's."""
     journal_redis.LEASE_SECONDS = LEASE_SECONDS
-    asyncio.run(_write(journal_redis.RedisJournal(url, "tuft", markers), tell))
+    asyncio.run(_write(journal_redis.RedisJournal(url, namespace, markers), tell))
     tell.close()
 
 

@@ -289,43 +289,56 @@ def rest(heard: Connection) -> str:
 
 def test_a_holder_that_was_asleep_cannot_write_any_more(redis: RedisServer, tmp_path: Path) -> None:
     """F8: 20 of 20 holders that are stopped in the middle of writing, outlived and woken are refused by their epoch."""
+    spare = get_context("forkserver")  # imports once, not twenty times
+    spare.set_forkserver_preload(["tests.support.sleeper"])
 
-    async def take_over() -> list[Record]:
-        told: list[Record] = []
-        while True:
-            heir = journal(redis, tmp_path)
-            try:
-                await heir.open(told.append)
-            except Unavailable:
-                await asyncio.sleep(0.02)
-                continue
+    async def outlived(namespace: str) -> list[Record]:
+        """All that is on record after a sleeper was outlived and woken."""
+        heard, told = spare.Pipe(duplex=False)
+        sleeper = spare.Process(target=write, args=(redis.url, namespace, tmp_path / "markers", told))
+        sleeper.start()
+        told.close()
+        try:
+            assert await asyncio.to_thread(heard.recv) == "open"
+            os.kill(sleeper.pid or 0, signal.SIGSTOP)
+            heir = await heir_of(namespace)
             await heir.append(line(0))
             os.kill(sleeper.pid or 0, signal.SIGCONT)
             said = await asyncio.to_thread(rest, heard)
-            assert "refused" in said
-            assert "took over" in said
-            after: list[Record] = []
-            count = heir._n
-            await heir.close()
-            last = journal(redis, tmp_path)
-            await last.open(after.append)
-            await last.close()
-            assert len(after) == count
-            return after
+        finally:
+            sleeper.kill()
+            sleeper.join()
+        assert "refused" in said
+        assert "took over" in said
+        count = heir._n
+        await heir.close()
+        after: list[Record] = []
+        last = journal(redis, tmp_path, namespace)
+        await last.open(after.append)
+        await last.close()
+        assert len(after) == count
+        return after
 
-    quick = get_context("forkserver")  # imports once, not twenty times
-    quick.set_forkserver_preload(["tests.support.sleeper"])
-    for trial in range(20):
-        heard, told = quick.Pipe(duplex=False)
-        sleeper = quick.Process(target=write, args=(redis.url, tmp_path / "markers", told))
-        sleeper.start()
-        told.close()
-        assert heard.recv() == "open"
-        os.kill(sleeper.pid or 0, signal.SIGSTOP)
-        records = asyncio.run(take_over())
-        sleeper.join()
-        heirs = [record for record in records if "from" not in record.data]
-        assert len(heirs) == trial + 1
+    async def heir_of(namespace: str) -> RedisJournal:
+        while True:
+            heir = journal(redis, tmp_path, namespace)
+            try:
+                await heir.open(lambda record: None)
+            except Unavailable:
+                await asyncio.sleep(0.02)
+            else:
+                return heir
+
+    async def five(namespace: str) -> None:
+        for trial in range(5):
+            records = await outlived(namespace)
+            heirs = [record for record in records if "from" not in record.data]
+            assert len(heirs) == trial + 1
+
+    async def scenario() -> None:
+        await asyncio.gather(*(five(f"tuft{i}") for i in range(4)))
+
+    asyncio.run(scenario())
 
 
 def test_a_redis_that_forgot_acknowledged_records_is_not_written_on(tmp_path: Path) -> None:
