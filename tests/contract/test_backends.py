@@ -16,6 +16,7 @@ from tests.support.stub_vllm import StubVllm
 from tuft_jupyter.config_backends import BackendsConfig
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine.remote import http
+from tuft_jupyter.kernel.report import status_table
 from tuft_jupyter.wire import tuft_wire_pb2 as pb
 
 SAMPLE = {"num_samples": 1, "prompt": {"chunks": [{"tokens": [1, 2, 3], "type": "encoded_text"}]}}
@@ -137,6 +138,8 @@ def test_a_server_started_before_its_backend_shows_it_unreachable_then_healthy(t
         status = await shown(server, "unreachable")
         assert status["servers"][0]["url"] == stub.url
         assert any("can't be reached" in note for note in status["notes"])
+        told = repr(status_table("http://here", "a test", status, owned=False))
+        assert f"vLLM server at {stub.url}: unreachable" in told
         assert "can't be reached" in (await sampled(server))["error"]
         for _ in range(2):
             stub.begin()

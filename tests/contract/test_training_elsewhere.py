@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -186,6 +187,37 @@ def test_a_jupyter_server_begins_with_both_elsewhere_by_its_environment(tmp_path
             wanted = {"training server": "unreachable", "vLLM server": "reachable"}
             until(lambda: states() == wanted, 30, "the servers elsewhere are not shown")
             assert ask(address, "tuft/status", key)["backend"]["installed"]
+
+
+def test_an_answer_that_is_lost_on_its_way_applies_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S4-03, S4-29: the server worked, we did not hear of it: the same bytes under the same number go out again."""
+    heard, lost = http.Server.ask, set[str]()
+
+    async def lossy(server: http.Server, method: str, path: str, *rest: Any, **more: Any) -> http.Reply:
+        reply = await heard(server, method, path, *rest, **more)
+        if method == "POST" and path not in lost:
+            lost.add(path)
+            raise http.Unreachable("cut off by the test")
+        return reply
+
+    async def check() -> None:
+        async with Daemon(tmp_path / "there") as there:
+            expected = await asyncio.to_thread(direct, there, STEPS)
+            before = there.count("/forward_backward")
+            async with Daemon(tmp_path / "here", trainer_of(there)) as here:
+                monkeypatch.setattr(http.Server, "ask", lossy)
+                client = await asyncio.to_thread(Client, here)
+                seen = await asyncio.to_thread(client.steps, STEPS)
+                tokens = await asyncio.to_thread(client.sampled)
+                assert Seen(seen.bits, seen.losses, tokens) == expected
+                assert there.count("/forward_backward") == before + STEPS + 1
+                assert {run.step for run in there.host.service.state.runs.values()} == {STEPS}
+                assert len(lost) >= 6
+                monkeypatch.setattr(http.Server, "ask", heard)
+
+    scenario(check)
 
 
 @pytest.mark.parametrize("forgets", [False, True], ids=["it remembers", "it has lost everything"])

@@ -191,6 +191,7 @@ def status_table(address: str, source: str, status: Mapping[str, Any] | None, ow
         ("placed", "\n".join(map(_placed_line, status.get("placements") or []))),
         ("backend", _backend_line(backend)),
         ("persistence", _words(status.get("persistence"))),
+        ("elsewhere", "\n".join(map(_elsewhere_line, status.get("servers") or []))),
         ("note", "\n".join(status.get("notes") or [])),
     ]
     return Table("TuFT: connected", rows)
@@ -199,6 +200,10 @@ def status_table(address: str, source: str, status: Mapping[str, Any] | None, ow
 def _model_line(model: Mapping[str, Any]) -> str:
     detail = f" ({model['detail']})" if model.get("detail") else ""
     return f"{model.get('name')}: {model.get('state')}{detail}"
+
+
+def _elsewhere_line(server: dict[str, str]) -> str:
+    return f"{server.get('name')} at {server.get('url')}: {server.get('state')}"
 
 
 def _placed_line(placed: Mapping[str, Any]) -> str:
