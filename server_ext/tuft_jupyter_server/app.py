@@ -58,6 +58,8 @@ class TuftExtension(ExtensionApp):
         try:
             file = config_file(os.environ, self.config_path)
             settings = load_settings(file, os.environ, overrides)
+            for note in settings.notes:
+                self.log.warning("tuft-jupyter: %s", note)
             if (settings.host, settings.port) != (DEFAULT_HOST, DEFAULT_PORT):
                 where = f"{settings.host}:{settings.port}"
                 self.log.warning("host and port (%s) have no effect: the notebook server listens", where)

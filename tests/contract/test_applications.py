@@ -17,8 +17,10 @@ import psutil
 import pytest
 import yaml
 
+from examples.run_on_server import Server
+from tests.contract.conftest import clean_environment
 from tests.contract.test_kernel_servers import SPELLINGS, alive
-from tests.support.live import ask, environment, python, until
+from tests.support.live import ask, environment, key_of, python, until
 from tests.support.server_configs import EXAMPLE, MODEL, SAMPLER, SERVER, changed
 
 pytestmark = pytest.mark.timeout(300)
@@ -159,6 +161,19 @@ def test_the_applications_are_where_the_file_puts_them(server: subprocess.Popen[
         assert json.loads(answer.read()) == listed[SAMPLER]
 
 
+def test_another_model_is_not_served_and_the_answer_says_which_are(
+    server: subprocess.Popen[bytes], port: int
+) -> None:
+    """S2-30."""
+    address = f"http://127.0.0.1:{port}"
+    session = ask(address, "create_session", "tml-here", {})["session_id"]
+    wanted = {"session_id": session, "model_seq_id": 0, "base_model": "acme/x", "lora_config": {"rank": 8}}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(address, "create_model", "tml-here", wanted)
+    assert refused.value.code == 400
+    assert b"Base model 'acme/x' is not supported. Supported models: tuft/demo" in refused.value.read()
+
+
 def test_what_has_no_effect_is_in_the_log(server: subprocess.Popen[bytes], home: Path) -> None:
     """S2-25, S2-33, X7."""
     log = (home / "log").read_text()
@@ -208,3 +223,22 @@ def test_a_configuration_must_be_named_in_the_module_form(env: dict[str, str]) -
         )
         assert done.returncode == 2, words
         assert "config" in done.stderr
+
+
+def test_a_notebook_server_takes_the_same_file_and_listens_where_jupyter_does(
+    home: Path, port: int, tmp_path: Path
+) -> None:
+    """S2-12, S2-17, S2-25, S2-26, S2-28: hosted, the prefixes are below /tuft, and what has no effect is said."""
+    config = tmp_path / "server_config.yaml"
+    config.write_text(yaml.safe_dump(edited(port)))
+    root = tmp_path / "notebooks"
+    root.mkdir()
+    with Server(root, tmp_path, env={**clean_environment(tmp_path), "TUFT_CONFIG": str(config)}) as jupyter:
+        address = jupyter.url.rstrip("/") + "/tuft"
+        key = key_of(tmp_path)
+        assert ask(address, "model/tuft/demo", key)["name"] == "models-demo"
+        assert ask(address + "/team", "tuft/status", key)["ready"]
+        log = jupyter.log.read_text()
+    assert f"host and port (127.0.0.1:{port}) have no effect: the notebook server listens" in log
+    assert "proxy_location has no effect here" in log
+    assert not alive(f"http://127.0.0.1:{port}")

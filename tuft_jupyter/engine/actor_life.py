@@ -38,8 +38,8 @@ class Demand:
     """What an engine's actor asks of Ray and is started with.
 
     ``shared`` is there if GPUs are reserved for its base model, and ``number`` is then which of that model's processes
-    of its kind it is. ``gpus`` False: it uses none. ``cpus`` None: as many as it has threads, on a cluster. ``refusal``
-    says why there may be no such actor.
+    of its kind it is. ``gpus`` False: it uses none. ``cpus`` are asked for on a cluster; None: as many as it has
+    threads. ``refusal`` says why there may be no such actor.
     """
 
     shared: Shared | None = None
@@ -179,9 +179,9 @@ class ActorEngine:
             environment |= CPU_MEMORY
         environment |= self.demand.environment
         environment[TRUST] = "1" if self.trusted else "0"
-        cpus = self.demand.cpus
+        cpus = self.threads if self.demand.cpus is None else self.demand.cpus
         options: dict[str, Any] = {
-            "num_cpus": cpus if cpus is not None else 0 if session.place.local else self.threads,
+            "num_cpus": 0 if session.place.local else cpus,  # a Ray of our own counts none
             "num_gpus": self.gpus() if on_gpu else 0,
             "name": f"{self.name} {uuid.uuid4().hex[:8]}",  # as lists of actors show it; no two may be the same
             "max_restarts": 0,

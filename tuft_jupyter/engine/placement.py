@@ -127,6 +127,8 @@ async def create_placement(
     ``mode`` may be ``auto``: shared where the cluster has one GPU and one of each is asked for, else separate.
     """
     deadline = time.monotonic() + wait_seconds
+    if session.place.local:  # a Ray of our own counts no CPUs
+        ask = replace(ask, cpus=0.0)
     while True:
         nodes = await _ask(thread, cluster_nodes)
         visible = int(sum(node.gpus_in_all for node in nodes))
