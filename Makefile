@@ -29,7 +29,7 @@ test: $(STAMPS)/installed system  ## run every test: Python, TypeScript, real se
 	$(BIN)/python -m pytest -q --durations=15
 	if [ -e $(VLLM)/ready ]; then $(MAKE) --no-print-directory vllm-test; fi
 
-unit: $(STAMPS)/installed  ## run the fast tests only (a minute or two)
+unit: $(STAMPS)/installed  ## run the fast tests only (about a minute)
 	$(BIN)/python -m pytest -q -n 2 tests/unit
 
 check: $(STAMPS)/installed  ## lint, types, import rules, documentation coverage
