@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tinker.proto.response_conv import deserialize_sample_response
 
 from tests.support import actors
-from tests.support.ray_cluster import RayCluster
-from tests.support.steps import losses, steps
+from tests.support.cluster import sample_body
+from tests.support.ray_cluster import ROOT, RayCluster
+from tests.support.steps import RUN, losses, steps
 from tests.support.tiny_models import make_model
 from tuft_jupyter import models
 from tuft_jupyter.config import ModelSettings, PlacementConfig, Settings
+from tuft_jupyter.core.engine import Task
 from tuft_jupyter.core.errors import ServerError, UserError
-from tuft_jupyter.core.types import ModelCard
+from tuft_jupyter.core.types import ModelCard, OpKind
 from tuft_jupyter.engine import placement, ray_place
 from tuft_jupyter.engine.cluster import Engines
 from tuft_jupyter.engine.group import TrainingGroup
@@ -369,6 +375,58 @@ def test_a_trainer_on_two_nodes_is_one_trainer(world: World, tmp_path: Path) -> 
         await world.until_free()
 
     world.runner.run(scenario())
+
+
+def test_weights_trained_on_one_node_are_sampled_from_on_another(world: World, tmp_path: Path) -> None:
+    """S3-08: the adapter is handed over as files at a path that both nodes have."""
+    card = models.resolve(str(make_model(tmp_path / "tiny")))
+    made = world.engines_of(ModelSettings(card.name, card.path), PlacementConfig(strategy="SPREAD"))
+    training, sampling = made.training(card), made.sampling(card)
+    weights = str(tmp_path / "weights")
+    save = Task(
+        "save", RUN, OpKind.SAVE_WEIGHTS_FOR_SAMPLER, {"directory": weights, "optimizer": False, "path": "p"}
+    )
+
+    async def scenario() -> None:
+        await asyncio.gather(training.start(), sampling.start())
+        (shown,) = made.placements()
+        assert len({process["node"] for process in shown["processes"]}) == 2
+        assert [one.error for one in await training.step([*steps(), save]) if one.category] == []
+        drawn = []
+        for adapter in (None, weights):
+            outcome = await sampling.sample(f"of {adapter}", adapter, sample_body(5, 6))
+            assert not outcome.category, outcome.error
+            drawn.append(deserialize_sample_response(outcome.result).sequences[0].logprobs)
+        assert drawn[0] != drawn[1]
+        await asyncio.gather(training.stop(), sampling.stop())
+        await world.until_free()
+
+    world.runner.run(scenario())
+
+
+def test_local_is_a_fresh_ray_beside_a_cluster(world: World, tmp_path: Path) -> None:
+    """S3-28: of its own, below the user's own temporary directory."""
+    script = (
+        "import asyncio, sys; from pathlib import Path\n"
+        "from tuft_jupyter.engine.placement import cluster_nodes\n"
+        "from tuft_jupyter.engine.ray_runtime import Runtime\n"
+        "async def main():\n"
+        "    runtime = Runtime(Path(sys.argv[1]), None)\n"
+        "    session = await runtime.acquire(0)\n"
+        "    print('nodes', len(await runtime.thread.run(cluster_nodes)), session.logs, flush=True)\n"
+        "    await runtime.release(0)\n"
+        "asyncio.run(main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert f"nodes 1 {ray_place.temp_dir()}/session_" in done.stdout, done.stderr[-2000:]
+    assert world.runner.run(world.runtime.thread.run(lambda: len(cluster_nodes()))) == 3
 
 
 def test_ranks_that_do_not_meet_in_time_leave_nothing(world: World, tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def test_training_through_an_actor_equals_training_in_this_process(
 def test_sampling_cancelling_and_dying_through_an_actor(
     sampling: ClusterSamplingEngine, runner: asyncio.Runner, tmp_path: Path
 ) -> None:
+    """S3-05: on a CPU, too; a death is noticed at once, and the next process draws the same."""
+
     async def scenario() -> None:
         await sampling.start()
         outcomes = await asyncio.gather(
