@@ -225,10 +225,10 @@ def test_a_configuration_must_be_named_in_the_module_form(env: dict[str, str]) -
         assert "config" in done.stderr
 
 
-def test_a_notebook_server_takes_the_same_file_and_listens_where_jupyter_does(
-    home: Path, port: int, tmp_path: Path
-) -> None:
+def test_a_notebook_server_takes_the_same_file_and_listens_where_jupyter_does(tmp_path: Path) -> None:
     """S2-12, S2-17, S2-25, S2-26, S2-28: hosted, the prefixes are below /tuft, and what has no effect is said."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
     config = tmp_path / "server_config.yaml"
     config.write_text(yaml.safe_dump(edited(port)))
     root = tmp_path / "notebooks"
@@ -239,6 +239,6 @@ def test_a_notebook_server_takes_the_same_file_and_listens_where_jupyter_does(
         assert ask(address, "model/tuft/demo", key)["name"] == "models-demo"
         assert ask(address + "/team", "tuft/status", key)["ready"]
         log = jupyter.log.read_text()
+        assert not alive(f"http://127.0.0.1:{port}")
     assert f"host and port (127.0.0.1:{port}) have no effect: the notebook server listens" in log
     assert "proxy_location has no effect here" in log
-    assert not alive(f"http://127.0.0.1:{port}")
