@@ -9,7 +9,7 @@ import asyncio
 import os
 
 from tuft_jupyter.config import Settings, load_settings
-from tuft_jupyter.config_reader import usable
+from tuft_jupyter.config.reader import usable
 
 
 def launch_server(

@@ -19,7 +19,7 @@ from traitlets import Int, Unicode
 
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import DEFAULT_HOST, DEFAULT_PORT, config_file, load_settings
-from tuft_jupyter.config_reader import ConfigError
+from tuft_jupyter.config.reader import ConfigError
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.home import KEY_PREFIX
 from tuft_jupyter_server import lab, lab_calls, logtail, misconfigured, relay, tinker

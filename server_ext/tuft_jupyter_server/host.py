@@ -21,8 +21,8 @@ from typing import Any
 from tuft_jupyter import models, tracing
 from tuft_jupyter._version import __version__
 from tuft_jupyter.config import BackendsConfig, Settings
-from tuft_jupyter.config_reader import usable
-from tuft_jupyter.config_sections import Served
+from tuft_jupyter.config.reader import usable
+from tuft_jupyter.config.sections import Served
 from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.engine import RunMemory, SamplingEngine, TrainingEngine

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.http_server import Server, on_server, refusal
 from tests.support.stub_vllm import StubVllm
-from tuft_jupyter.config_backends import BackendsConfig
+from tuft_jupyter.config.backends import BackendsConfig
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine.remote import http
 from tuft_jupyter.kernel.report import status_table

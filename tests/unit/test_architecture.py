@@ -41,7 +41,6 @@ MAY_IMPORT = {
         "tuft_jupyter.core",
         "tuft_jupyter.wire",
         "tuft_jupyter.config",
-        "tuft_jupyter.config_backends",
         "tuft_jupyter.engine",
         "tuft_jupyter._version",
     },

@@ -21,7 +21,7 @@ from tests.support.server_configs import (
     with_transformers,
 )
 from tuft_jupyter.config import ConfigError, ModelSettings, Settings, load_settings
-from tuft_jupyter.config_sections import QueueSettings
+from tuft_jupyter.config.sections import QueueSettings
 
 NAME = "Qwen/Qwen3.5-4B"
 Load = Callable[..., Settings]

@@ -14,7 +14,7 @@ from traitlets.config import Config
 
 from tests.support.hubs import EXAMPLES
 from tuft_jupyter.config import Settings
-from tuft_jupyter.config_reader import Reader
+from tuft_jupyter.config.reader import Reader
 
 PAGE = EXAMPLES.parents[1] / "docs" / "jupyterhub.md"
 

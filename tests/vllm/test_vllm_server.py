@@ -25,7 +25,7 @@ from tests.support.loops import on_a_loop
 from tests.support.sampling import ask, prompt, run, tokens_of
 from tests.support.tiny_models import make_model
 from tuft_jupyter import models
-from tuft_jupyter.config_backends import BackendsConfig
+from tuft_jupyter.config.backends import BackendsConfig
 from tuft_jupyter.core.engine import Outcome, TextTask
 from tuft_jupyter.engine.remote.http import Server
 from tuft_jupyter.engine.remote.vllm_server import KIND, VllmServer

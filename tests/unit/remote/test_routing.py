@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tuft_jupyter.config_backends import BackendsConfig, from_environment
+from tuft_jupyter.config.backends import BackendsConfig, from_environment
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine.remote.routing import Backend, route
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support.stub_vllm import StubVllm
-from tuft_jupyter.config_backends import BackendsConfig
+from tuft_jupyter.config.backends import BackendsConfig
 from tuft_jupyter.core.engine import EngineDied, Outcome, Part, TextTask
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import SAMPLED, ModelCard

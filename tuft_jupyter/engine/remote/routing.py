@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from tuft_jupyter.config_backends import BackendsConfig
+from tuft_jupyter.config.backends import BackendsConfig
 from tuft_jupyter.core.errors import UserError
 
 SAMPLE = frozenset({"sample", "asample"})

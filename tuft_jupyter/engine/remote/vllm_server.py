@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuft_jupyter.config_backends import BackendsConfig
+from tuft_jupyter.config.backends import BackendsConfig
 from tuft_jupyter.core.engine import EngineDied, Outcome, Part, TextTask
 from tuft_jupyter.core.errors import ServerError, TuftError, UserError
 from tuft_jupyter.core.quotas import check_input

@@ -2,7 +2,7 @@
 
 One configuration stays: whatever the notation, the server sees :class:`~tuft_jupyter.config.Settings`. What is accepted
 and has no effect here becomes a note, which is logged at the start and printed by ``tuft check-config``; what would
-mean something else than its author thinks is a :class:`~tuft_jupyter.config_reader.ConfigError`. Standard library only.
+mean something else than its author thinks is a :class:`~tuft_jupyter.config.reader.ConfigError`. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuft_jupyter.config_applications import (
+from tuft_jupyter.config.applications import (
     PROXY_LOCATIONS,
     Application,
     HttpOptions,
@@ -22,8 +22,8 @@ from tuft_jupyter.config_applications import (
     ServerApplication,
     read_applications,
 )
-from tuft_jupyter.config_reader import SAID, ConfigError, Reader
-from tuft_jupyter.config_sections import ModelSettings, Served
+from tuft_jupyter.config.reader import SAID, ConfigError, Reader
+from tuft_jupyter.config.sections import ModelSettings, Served
 from tuft_jupyter.models import without_scheme
 
 KEYS = ("applications", "http_options", "proxy_location")

@@ -18,17 +18,18 @@ from typing import Any
 
 import yaml
 
-from tuft_jupyter import config_backends, config_placement
-from tuft_jupyter import config_translated as translated
 from tuft_jupyter import home as homes
-from tuft_jupyter.config_backends import BackendsConfig as BackendsConfig
-from tuft_jupyter.config_placement import PlacementConfig as PlacementConfig
-from tuft_jupyter.config_reader import ConfigError as ConfigError
-from tuft_jupyter.config_reader import Reader, at_least, web_address
-from tuft_jupyter.config_sections import QUOTAS, SAMPLERS, Served, check_sampler
-from tuft_jupyter.config_sections import ModelSettings as ModelSettings
-from tuft_jupyter.config_sections import PersistenceConfig as PersistenceConfig
-from tuft_jupyter.config_sections import TenantSettings as TenantSettings
+from tuft_jupyter.config import translated
+from tuft_jupyter.config.backends import BackendsConfig as BackendsConfig
+from tuft_jupyter.config.backends import from_environment
+from tuft_jupyter.config.placement import PlacementConfig as PlacementConfig
+from tuft_jupyter.config.placement import with_torchspec
+from tuft_jupyter.config.reader import ConfigError as ConfigError
+from tuft_jupyter.config.reader import Reader, at_least, web_address
+from tuft_jupyter.config.sections import QUOTAS, SAMPLERS, Served, check_sampler
+from tuft_jupyter.config.sections import ModelSettings as ModelSettings
+from tuft_jupyter.config.sections import PersistenceConfig as PersistenceConfig
+from tuft_jupyter.config.sections import TenantSettings as TenantSettings
 from tuft_jupyter.models import context_offered
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 10610
@@ -206,7 +207,7 @@ def load_settings(
     user, kept = env.get("JUPYTERHUB_USER"), document.get("persistence")
     if user and isinstance(kept, dict) and "namespace" not in kept:  # on a Hub, one Redis serves many users
         document = {**document, "persistence": {**kept, "namespace": f"tuft:{user}"}}
-    document = dict(config_placement.with_torchspec(document))
+    document = dict(with_torchspec(document))
     values = _read(Reader(source, base), document, env)
     if file is not None and not values.get("supported_models"):
         raise ConfigError(
@@ -293,7 +294,7 @@ def _read(reader: Reader, document: Mapping[str, Any], env: Mapping[str, str]) -
     if isinstance(chosen, Mapping):  # what it is otherwise, the reader says
         for key in elsewhere.keys() & chosen.keys():
             raise reader.error(f"backends.{key}", "is said by the applications too: leave it out")
-        chosen = config_backends.from_environment({**elsewhere, **chosen}, env)
+        chosen = from_environment({**elsewhere, **chosen}, env)
         translated.check_elsewhere(reader, elsewhere, chosen)
     return {**values, **reader.read(Settings, {"backends": chosen})}
 

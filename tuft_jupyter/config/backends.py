@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuft_jupyter.config_reader import ConfigError, Reader, at_least, web_address
+from tuft_jupyter.config.reader import ConfigError, Reader, at_least, web_address
 
 TRAINING = ("peft", "external", "none")
 SAMPLING = ("auto", "torch", "vllm", "external", "none")

@@ -1,7 +1,7 @@
 """The section ``placement`` of a configuration file: how the GPUs of a Ray cluster are shared out.
 
 Names and defaults of the sizes are those of TorchSpec, whose own two sections are read as well. Checks itself when it
-is made: a contradiction is a :class:`~tuft_jupyter.config_reader.ConfigError` with its numbers.
+is made: a contradiction is a :class:`~tuft_jupyter.config.reader.ConfigError` with its numbers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tuft_jupyter.config_reader import ConfigError, at_least
-from tuft_jupyter.config_sections import ModelSettings
+from tuft_jupyter.config.reader import ConfigError, at_least
+from tuft_jupyter.config.sections import ModelSettings
 
 MODES = ("auto", "separate", "colocate", "debug_train_only", "debug_inference_only")
 FLAGS = MODES[2:]

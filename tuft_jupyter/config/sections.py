@@ -1,6 +1,6 @@
 """The sections of a configuration file: where the journal is kept, one base model, one tenant's own limits.
 
-Each checks itself when it is made: a value out of range is a :class:`~tuft_jupyter.config_reader.ConfigError`.
+Each checks itself when it is made: a value out of range is a :class:`~tuft_jupyter.config.reader.ConfigError`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from tuft_jupyter.config_reader import ConfigError, at_least
+from tuft_jupyter.config.reader import ConfigError, at_least
 
 QUOTAS = {
     "per_token_model_limit": "runs",

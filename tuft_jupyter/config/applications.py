@@ -1,7 +1,7 @@
 """The whole server in one file, in the form of Twinkle's server configuration: ``applications:``, each with its keys.
 
 This is the notation only: every key with its type, its default and what it must fit; what the keys come to is
-:mod:`~tuft_jupyter.config_translated`'s business. Each section checks itself when it is made, and an error names the
+:mod:`~tuft_jupyter.config.translated`'s business. Each section checks itself when it is made, and an error names the
 place: ``applications[1].args.device_mesh: dp_size 2 x tp_size 2 = 4 processes do not fit ranks 2``.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tuft_jupyter.config_reader import ConfigError, Reader, at_least
-from tuft_jupyter.config_sections import LOGPROBS_MODES, QueueSettings, check_sampler, one_of
+from tuft_jupyter.config.reader import ConfigError, Reader, at_least
+from tuft_jupyter.config.sections import LOGPROBS_MODES, QueueSettings, check_sampler, one_of
 
 PROXY_LOCATIONS = ("EveryNode", "HeadOnly", "Disabled")
 DEVICES = ("cuda", "cpu")
