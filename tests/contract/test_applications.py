@@ -64,7 +64,9 @@ except Exception as error:
 training.forward_backward([datum(64)], "cross_entropy").result()
 
 sampling = training.save_weights_and_get_sampling_client()
-prompt = types.ModelInput.from_ints([7, 7, 7])
+prompt, greedy = types.ModelInput.from_ints([7, 7, 7]), types.SamplingParams(max_tokens=4, temperature=0.0)
+for name, who in (("BASE", client.create_sampling_client(base_model="tuft/demo")), ("ADAPTED", sampling)):
+    print(name, who.sample(prompt, 1, greedy).result().sequences[0].tokens)
 drawn = sampling.sample(prompt, 1, types.SamplingParams(max_tokens=4, temperature=2.0, top_k=1)).result()
 print("LOGPROBS", drawn.sequences[0].logprobs)
 try:
@@ -126,12 +128,13 @@ def server(home: Path, env: dict[str, str], port: int) -> Iterator[subprocess.Po
 def test_the_stock_sdk_trains_and_samples_on_it(
     server: subprocess.Popen[bytes], env: dict[str, str], home: Path
 ) -> None:
-    """S2-17, S2-18, S2-23, S2-24, S2-26, S2-38, S2-52, S2-55, S2-62: served as the file says."""
+    """S2-17, S2-18, S2-23, S2-24, S2-26, S2-38, S2-50, S2-52, S2-55, S2-62: served as the file says."""
     done = python(TRAIN, env)
     assert "DONE" in done.stdout, done.stdout + done.stderr
     said = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
     assert "datum 1: model_input has 65 tokens, the model takes at most 64" in said["LONG"]
     assert "prompt has 48 tokens; the context of 32 tokens" in said["PROMPT"]
+    assert said["BASE"] != said["ADAPTED"] == "[7, 7, 7, 7]"
     assert json.loads(said["LOGPROBS"]) == [0.0] * 4  # of what one candidate is drawn from
     assert (home / "kept").is_dir()
 

@@ -118,7 +118,7 @@ def test_nodes_that_join_are_seen_without_a_restart(world: World) -> None:
 
 
 def test_the_same_gpus_are_reserved_each_time_and_no_probe_stays(world: World) -> None:
-    """S3-04, S3-11, S3-12, S3-17, S3-19, S3-20: training and sampling share none, ranks are in the GPUs' order."""
+    """S3-04, S3-11, S3-12, S3-17, S3-19, S3-20, X8: training and sampling share none, ranks are in the GPUs' order."""
     from ray._private.state import actors as all_actors
 
     async def scenario() -> None:
@@ -350,7 +350,7 @@ def test_requests_are_shared_among_sampling_replicas(world: World) -> None:
 
 
 def test_a_trainer_on_two_nodes_is_one_trainer(world: World, tmp_path: Path) -> None:
-    """S2-39, S3-41, S3-42, S3-51: its ranks meet where the first one says; numbers are those of one process."""
+    """S1-67, S2-39, S3-41, S3-42, S3-51: its ranks meet where the first one says; numbers are those of one process."""
     import torch
 
     from tuft_jupyter.engine.trainer import PeftTrainer

@@ -89,7 +89,7 @@ async def address(server: Server, host: str) -> str:
 
 
 def test_where_downloads_are_is_the_operator_s_word_if_there_is_one(tmp_path: Path) -> None:
-    """S3-38, T5: a strange Host header is refused or changes only what its own sender is told; and never anything
+    """T5: a strange Host header is refused or changes only what its own sender is told; and never anything
     where `public_url` is set, which a server behind a proxy that ends TLS needs.
     """
 

@@ -44,7 +44,7 @@ async def is_told(engine: ClusterSamplingEngine) -> bool:
 @pytest.mark.timeout(300)
 @on_a_loop
 async def test_a_dead_engine_ends_its_actor_and_a_new_one_takes_over(tmp_path: Path) -> None:
-    """F9, S2-51: sampler_type vllm; the actor does not outlive its engine, and nothing outlives the actor."""
+    """F9, S2-51, S3-06: sampler_type vllm; the actor does not outlive its engine, and nothing outlives the actor."""
     card = models.resolve(str(make_model(tmp_path / "model", hidden=256)))
     engine = Engines(Settings(tmp_path, tmp_path / "checkpoints", sampler_type="vllm")).sampling(card)
     started: set[psutil.Process] = set()
