@@ -133,8 +133,10 @@ class ScriptedSampler:
         self.cancelled: list[str] = []
         self.closed = 0
         self.held_up = ""
+        self.starts = 0
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        self.starts += 1
 
     async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         if self.dies:

@@ -55,7 +55,10 @@ class Driver:
         self.snapshots = snapshots
         self.status = "idle"
         self.detail = ""
+        self.used = ledger.clock()
+        """when the worker was last asked for something"""
         self._closing = False
+        self._resting = False
         self._wanted = asyncio.Event()
         self._leaving: set[str] = set()
         self._working: deque[Sequence[Grant]] = deque()
@@ -68,7 +71,14 @@ class Driver:
     def release(self, run: str) -> None:
         """Let a run's adapter leave the worker when its lane is empty; it comes back when it is used again."""
         self._leaving.add(run)
-        self.wake()
+        if self.status == "ready":  # no worker is started to let something go
+            self.wake()
+
+    def rest(self) -> None:
+        """Let the worker itself go, unless it holds a run or has work; the next op starts another."""
+        if self.status == "ready":
+            self._resting = True
+            self.wake()
 
     async def forget_idle(self) -> None:
         """Keep nothing of runs that no worker holds and that wait for nothing; what is closed leaves the disk, too."""
@@ -97,6 +107,8 @@ class Driver:
                 continue
             try:
                 await self._release_leaving()
+                if await self._rested():
+                    continue
                 await self._anticipate()
                 batch = self.lanes.next_batch()
                 if batch:
@@ -143,8 +155,19 @@ class Driver:
             await self._fail_all(error.category, f"{self.card.name} cannot be loaded: {error.message}")
         else:
             self.status, self.detail = "ready", ""
+            self.used = self.ledger.clock()
             if self.engine.part_tokens:
                 self.lanes.set_budget(self.engine.part_tokens)
+
+    async def _rested(self) -> bool:
+        """End the worker, if that was asked for and nothing has come since."""
+        resting, self._resting = self._resting, False
+        if not resting or any(lane.resident or lane.queue for lane in self.lanes.by_run.values()):
+            return False
+        self.status, self.detail = "idle", ""
+        await self.engine.stop()
+        log.info("the training worker of %s ended: nobody used it", self.card.name)
+        return True
 
     def _say(self, detail: str) -> None:
         self.detail = detail
@@ -174,6 +197,7 @@ class Driver:
             await self._failed(Grant(lane, lane.queue[0], 0), category, error)
 
     async def _step(self, batch: list[Grant]) -> None:
+        self.used = self.ledger.clock()
         for grant in batch:
             if grant.entry.attempts >= MAX_ATTEMPTS:
                 error = "the training worker died twice while running this request, so it is not tried again"

@@ -50,12 +50,27 @@ CANCELLED = "this sample request was cancelled"
 class Worker:
     """One base model's sampling engine with its state of life."""
 
-    def __init__(self, card: ModelCard, engine: SamplingEngine) -> None:
+    def __init__(self, card: ModelCard, engine: SamplingEngine, clock: Callable[[], float]) -> None:
         self.card = card
         self.engine = engine
         self.status = "idle"
         self.detail = ""
+        self.used = clock()
+        """when it was last asked for something"""
+        self._clock = clock
+        self._users = 0
         self._starting: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Lock()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """For as long as a request is under way."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self.used = self._clock()
 
     async def ready(self) -> None:
         """Return once the engine is up; many callers share one start."""
@@ -72,6 +87,15 @@ class Worker:
     def lost(self) -> None:
         self.status, self.detail = "idle", "restarting the sampling worker"
 
+    async def rest(self) -> None:
+        """Let the engine go, unless it has work; the next request starts it again."""
+        if self.status != "ready" or self._users:
+            return
+        async with self._stopping:
+            self.status, self.detail = "idle", ""
+            await self.engine.stop()
+        log.info("the sampling worker of %s ended: nobody used it", self.card.name)
+
     async def stop(self) -> None:
         """End the engine; a start that is under way is given up without a word."""
         if self._starting is not None:
@@ -82,11 +106,13 @@ class Worker:
     async def _start(self) -> None:
         self.status = "loading"
         try:
-            await bring_up(self.engine, f"{self.card.name} for sampling", self._say)
+            async with self._stopping:
+                await bring_up(self.engine, f"{self.card.name} for sampling", self._say)
         except TuftError as error:
             self.status, self.detail = "failed", error.message
             raise
         self.status, self.detail = "ready", ""
+        self.used = self._clock()
 
     def _say(self, detail: str) -> None:
         self.detail = detail
@@ -143,7 +169,9 @@ class Sampling:
     def worker(self, card: ModelCard) -> Worker:
         worker = self.workers.get(card.name)
         if worker is None:
-            worker = self.workers[card.name] = Worker(card, self._make_engine(card))
+            worker = self.workers[card.name] = Worker(
+                card, self._make_engine(card), lambda: self.ledger.clock()
+            )
         return worker
 
     async def open(
@@ -291,10 +319,11 @@ class Sampling:
             worker = self.worker(self.catalog.resolve(sampler.base_model))
             for _ in range(2):
                 try:
-                    await worker.ready()
-                    outcome = await worker.engine.sample(
-                        request_id, sampler.directory, body, tenant=sampler.tenant
-                    )
+                    with worker.in_use():
+                        await worker.ready()
+                        outcome = await worker.engine.sample(
+                            request_id, sampler.directory, body, tenant=sampler.tenant
+                        )
                 except EngineDied as death:
                     log.warning("the sampling worker of %s died: %s", sampler.base_model, death)
                     worker.lost()

@@ -205,6 +205,18 @@ class Service:
                 if run is not None and lane.resident and not lane.queue and self.lifetimes.idle(run, now):
                     driver.release(run.id)
             await driver.forget_idle()
+        await self._rest_idle(now)
+
+    async def _rest_idle(self, now: float) -> None:
+        """End workers that nobody used for as long as an idle adapter stays: what they hold of a GPU is free then."""
+        for driver in self.drivers.values():
+            if now - driver.used > self.limits.idle_timeout:
+                driver.rest()
+        for name, worker in self.sampling.workers.items():
+            opened = (s.session for s in self.ledger.state.samplers.values() if s.base_model == name)
+            used = max([worker.used, *map(self.sessions.last_seen, opened)])
+            if now - used > self.limits.idle_timeout:
+                await worker.rest()
 
     # ---- models -----------------------------------------------------------------------------------------------
 

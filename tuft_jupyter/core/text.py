@@ -101,11 +101,12 @@ class Text:
         for last in (False, True):
             begun = False
             try:
-                await worker.ready()
-                async with aclosing(worker.engine.complete(task)) as parts:
-                    async for part in parts:
-                        begun = True
-                        yield part
+                with worker.in_use():
+                    await worker.ready()
+                    async with aclosing(worker.engine.complete(task)) as parts:
+                        async for part in parts:
+                            begun = True
+                            yield part
                 return
             except EngineDied as death:
                 log.warning("the sampling worker of %s died: %s", card.name, death)

@@ -237,6 +237,7 @@ class ActorEngine:
         from ray.exceptions import RayActorError
 
         value: asyncio.Future[Any] = asyncio.wrap_future(reference.future())
+        value.add_done_callback(lambda done: done.cancelled() or done.exception())  # may never be awaited
         either: list[asyncio.Future[Any]] = [value, actor.gone]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if value.done():

@@ -108,6 +108,53 @@ def test_an_idle_run_leaves_the_worker_and_its_place_and_comes_back_whole(tmp_pa
     scenario(body)
 
 
+def test_workers_that_nobody_uses_end_and_come_back_with_the_next_request(tmp_path: Path) -> None:
+    """S1-70: their GPU is free meanwhile. A heartbeat, a request that waits and a sample under way keep them."""
+
+    async def body() -> None:
+        async with world(tmp_path, limits=Limits(idle_timeout=30.0)) as here:
+            now = [here.service.ledger.clock()]
+            here.service.ledger.clock = lambda: now[0]
+            run = await here.connect(ALICE)
+            session = run.split(":")[0]
+            await here.train(run, 2)
+            card = here.service.catalog.resolve("tiny")
+            sampler = await here.service.sampling.open(ALICE, session, 0, card, None)
+            await here.answer(here.service.sampling.submit(ALICE, sampler.id, 0, b"{}"))
+            driver, worker = here.service.drivers["tiny"], here.service.sampling.workers["tiny"]
+
+            async def later(seconds: float) -> None:
+                now[0] += seconds
+                await here.service.sweep(now[0])
+                await asyncio.sleep(0)
+
+            await later(25)
+            here.service.sessions.heartbeat(ALICE, session)
+            await later(25)
+            assert (driver.status, worker.status) == ("ready", "ready")
+            here.engines.sampler.gate.clear()
+            drawn = here.service.sampling.submit(ALICE, sampler.id, 1, b"{}")
+            await later(31)
+            await until(lambda: driver.status == "idle")
+            assert worker.status == "ready", "it draws"
+            assert not here.engines.trainer.alive
+            here.engines.sampler.gate.set()
+            await here.answer(drawn)
+            await later(31)
+            assert worker.status == "idle"
+            await here.service.finish_session(ALICE, session, "", None)
+            await asyncio.sleep(0)
+            assert driver.status == "idle", "to let something go, no worker is started"
+            again = await here.connect(ALICE)
+            await here.train(again, 1)
+            assert (driver.status, here.engines.trainer.starts) == ("ready", 2)
+            other = await here.service.sampling.open(ALICE, again.split(":")[0], 0, card, None)
+            await here.answer(here.service.sampling.submit(ALICE, other.id, 0, b"{}"))
+            assert (worker.status, here.engines.sampler.starts) == ("ready", 2)
+
+    scenario(body)
+
+
 def test_a_run_past_its_lifetime_is_saved_and_closed_and_says_where_it_is(tmp_path: Path) -> None:
     """S2-46: also while it is in use; its owner is warned before, and the server's own runs go on."""
     limits = Limits(max_lifetime=100.0, owner="owner")
