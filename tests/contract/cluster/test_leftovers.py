@@ -113,7 +113,7 @@ def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing_either(tmp_path
         "import asyncio, os, sys, time; from pathlib import Path\n"
         "from tuft_jupyter.engine import ray_local; from tuft_jupyter.engine.ray_runtime import Runtime\n"
         "init = ray_local._init\n"
-        "ray_local._init = lambda ray, temp: (init(ray, temp), time.sleep(600))\n"
+        "ray_local._init = lambda *given: (init(*given), time.sleep(600))\n"
         "asyncio.run(Runtime(Path(sys.argv[1]), None).acquire(0))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
