@@ -218,6 +218,8 @@ def json_case(rng: random.Random, world: World) -> Case:
     query = ""
     if kind == "query":
         query = "?" + "&".join(f"{rng.choice(PARAMETERS)}={_quoted(rng.choice(NASTY))}" for _ in range(2))
+    if route.endpoint == "feed":  # it goes on for ever by itself
+        query += f"{'&' if query else '?'}wait=0"
     headers = {"Content-Type": JSON, **(rng.choice(HEADERS) if kind == "headers" else {})}
     value = world.body(route.endpoint)
     body = _json_body(rng, value, kind) if route.method in ("POST", "PUT") else None

@@ -21,8 +21,8 @@ from tuft_jupyter.wire.tickets import Tickets
 
 ANYTHING = "*/*"
 EVENTS = "text/event-stream"
-STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""What keeps a proxy from holding events back."""
+STREAMED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""What keeps a proxy from holding events back, or keeping them."""
 OPENAI_ERRORS = {
     401: ("authentication_error", "missing_api_key"),
     403: ("permission_error", "invalid_api_key"),
