@@ -28,11 +28,13 @@ class Mark:
 
 _MATMUL = (
     "no AMX here: cores multiply bf16 at 210 GFLOP/s, twice fp32, and most of our time is the frozen matrices, which "
-    "PEFT multiplies as well: 500 tokens/CPU-s is what they allow, whoever runs them"
+    "PEFT multiplies as well: 500 tokens/CPU-s is what they allow, whoever runs them. Tried: weights in the kernels' "
+    "order (kept), other micro-batches, adapters in grouped and block-diagonal matmuls, SwiGLU in blocks, kernel caches"
 )
 _CACHE = (
     "64 sequences' keys and values do not fit in a core's cache, so attention, a fifth in fp32, runs at the speed of "
-    "memory; the base model's matmuls are 44 %, at 80 to 100 of a core's 118 GFLOP/s"
+    "memory; the base model's matmuls are 44 %, at 80 to 100 of a core's 118 GFLOP/s. Tried: flash kernels, layouts, "
+    "slots, huge pages (no gain); weights in the kernels' order, adapters side by side, buckets by length (kept)"
 )
 
 MARKS = {
@@ -45,7 +47,7 @@ MARKS = {
         "16 tenants x 4 datums of 16..256 tokens, 4 x 256 model in fp32, over sequential PEFT",
         2.0,
         note="half of our time is the frozen matrices, at 108 of a core's 118 GFLOP/s, which PEFT runs as well; "
-        "log-probabilities of prompts, which the protocol answers, are 6 %",
+        "log-probabilities of prompts, which the protocol answers, are 6 %. Tried: as in bf16; attention in blocks",
     ),
     "tenants short small-bf16": Mark(
         "16 tenants x 1 datum of 16..48 tokens, 108 M parameters in bf16, over sequential PEFT",
@@ -61,7 +63,8 @@ MARKS = {
         "1 tenant, 8 x 256 tokens, whole server over a plain PEFT loop",
         1.2,
         note="equal lengths leave no padding to save; half of the time is the frozen matrices, at 108 of a core's 118 "
-        "GFLOP/s; the notebook server and Ray are 6 %",
+        "GFLOP/s; the notebook server and Ray are 6 %. Tried: as with sixteen tenants, "
+        "and allocators; no single part is left",
     ),
     "scaling": Mark("64 tenants over 1, tokens per CPU-second of the whole server", 0.9),
     "memory": Mark("activation memory of a step, 16 tenants, over sequential PEFT", 0.5, most=True),
