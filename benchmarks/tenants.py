@@ -57,7 +57,7 @@ class Tenants:
 
 
 def measure() -> list[Row]:
-    from tuft_jupyter.engine.actors import CPU_MEMORY  # needs more than the engine alone does
+    from tuft_jupyter.engine.ray_actors import CPU_MEMORY  # needs more than the engine alone does
 
     os.environ.update(
         CPU_MEMORY

@@ -117,9 +117,9 @@ class ClusterEngines:
             missing = missing_backend()
             if missing:
                 raise UserError(NO_BACKEND.format(missing=", ".join(missing)))
-            from tuft_jupyter.engine import cluster
+            from tuft_jupyter.engine import ray_engines
 
-            self._engines = cluster.Engines(self.settings)
+            self._engines = ray_engines.RayEngines(self.settings)
         return self._engines
 
 

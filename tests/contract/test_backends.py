@@ -186,11 +186,11 @@ def test_our_own_vllm_gets_what_the_environment_says(tmp_path: Path) -> None:
     """S4-01, S4-09, S4-16, S4-17, S4-18, X9: the fraction, the adapters, whether there are any."""
     from tuft_jupyter import models
     from tuft_jupyter.config import load_settings
-    from tuft_jupyter.engine.cluster import Engines
+    from tuft_jupyter.engine.ray_engines import RayEngines
 
     def options(**env: str) -> Any:
         settings = load_settings(None, {"TUFT_HOME": str(tmp_path), **env})
-        return Engines(settings).sampling(models.resolve("tuft/demo"))
+        return RayEngines(settings).sampling(models.resolve("tuft/demo"))
 
     plain = options()
     assert (plain._asked, plain._vllm.gpu_memory, plain._vllm.enable_lora) == ("auto", 0.4, True)

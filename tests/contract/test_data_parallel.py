@@ -17,8 +17,8 @@ from tuft_jupyter import models
 from tuft_jupyter.config import ModelSettings, Settings
 from tuft_jupyter.core.engine import EngineDied
 from tuft_jupyter.core.types import ModelCard
-from tuft_jupyter.engine.cluster import Engines
 from tuft_jupyter.engine.group import TrainingGroup
+from tuft_jupyter.engine.ray_engines import RayEngines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -35,14 +35,14 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture
-def engines(card: ModelCard, ray_home: Path) -> Engines:
+def engines(card: ModelCard, ray_home: Path) -> RayEngines:
     served = ModelSettings(model_name=card.name, model_path=card.path, max_lora_rank=8, data_parallel=2)
     kept = ray_home / "checkpoints"
-    return Engines(Settings(home=ray_home, checkpoint_dir=kept, supported_models=(served,)))
+    return RayEngines(Settings(home=ray_home, checkpoint_dir=kept, supported_models=(served,)))
 
 
 @pytest.fixture
-def group(engines: Engines, card: ModelCard, runner: asyncio.Runner) -> Iterator[TrainingGroup]:
+def group(engines: RayEngines, card: ModelCard, runner: asyncio.Runner) -> Iterator[TrainingGroup]:
     group = engines.training(card)
     assert isinstance(group, TrainingGroup)
     yield group
@@ -50,7 +50,7 @@ def group(engines: Engines, card: ModelCard, runner: asyncio.Runner) -> Iterator
 
 
 def test_two_actors_train_as_one_and_the_death_of_either_is_the_death_of_both(
-    group: TrainingGroup, engines: Engines, card: ModelCard, runner: asyncio.Runner
+    group: TrainingGroup, engines: RayEngines, card: ModelCard, runner: asyncio.Runner
 ) -> None:
     """S2-41: numbers of one process; a killed rank is a dead trainer, which starts again and answers the same."""
     import torch

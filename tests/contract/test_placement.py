@@ -27,10 +27,10 @@ from tuft_jupyter.core.engine import Task
 from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.types import ModelCard, OpKind
 from tuft_jupyter.engine import placement, ray_place
-from tuft_jupyter.engine.cluster import Engines
 from tuft_jupyter.engine.group import TrainingGroup
 from tuft_jupyter.engine.placement import Placement, cluster_nodes, create_placement
 from tuft_jupyter.engine.plan import SAMPLING, SEPARATE, TRAINING, Ask
+from tuft_jupyter.engine.ray_engines import RayEngines
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
 from tuft_jupyter.engine.replicas import SamplingReplicas
 
@@ -52,11 +52,11 @@ class World:
     async def place(self, ask: Ask, **options: Any) -> Placement:
         return await create_placement(ask, self.session, self.runtime.thread, **options)
 
-    def engines(self, section: PlacementConfig | None = None, **model: Any) -> tuple[Engines, ModelCard]:
+    def engines(self, section: PlacementConfig | None = None, **model: Any) -> tuple[RayEngines, ModelCard]:
         card = replace(models.resolve("tuft/demo"), name="demo")
         return self.engines_of(ModelSettings("demo", card.path, **model), section), card
 
-    def engines_of(self, served: ModelSettings, section: PlacementConfig | None) -> Engines:
+    def engines_of(self, served: ModelSettings, section: PlacementConfig | None) -> RayEngines:
         settings = Settings(
             home=self.home,
             checkpoint_dir=self.home / "checkpoints",
@@ -64,7 +64,7 @@ class World:
             supported_models=(served,),
             placement=section,
         )
-        made = Engines(settings)
+        made = RayEngines(settings)
         made._runtime = self.runtime  # a process has one Ray
         return made
 

@@ -155,7 +155,7 @@ IMPORTS = """
 import asyncio, sys
 from pathlib import Path
 from tests.support.http_server import on_server
-from tuft_jupyter.engine import actors
+from tuft_jupyter.engine import ray_actors
 async def body(server):
     await server.new_run()
     assert server.host.traces is None

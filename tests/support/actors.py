@@ -9,7 +9,7 @@ import threading
 from tests.support.fake_engine import FakeSampler, FakeTrainer, Faults
 from tuft_jupyter.core.engine import Sampler, Trainer
 from tuft_jupyter.engine import sampling_worker
-from tuft_jupyter.engine.actors import SamplingActor, TrainingActor
+from tuft_jupyter.engine.ray_actors import SamplingActor, TrainingActor
 
 HANG = 7
 KILL = 8

@@ -17,7 +17,7 @@ from tinker import types as sdk
 from tests.support.sdk_bodies import sdk_body
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task
 from tuft_jupyter.core.types import PROTOBUF, OpKind
-from tuft_jupyter.engine.cluster import ClusterSamplingEngine, ClusterTrainingEngine
+from tuft_jupyter.engine.ray_engines import RaySamplingEngine, RayTrainingEngine
 
 CANARY = "tml-canary"
 """The value of every secret in the environment that Ray is started from."""
@@ -58,7 +58,7 @@ def good(outcome: Outcome) -> Outcome:
     return outcome
 
 
-async def until_dead(engine: ClusterTrainingEngine | ClusterSamplingEngine, call: Any) -> float:
+async def until_dead(engine: RayTrainingEngine | RaySamplingEngine, call: Any) -> float:
     """Kill the engine's process during a call; seconds until the call says so."""
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGSTOP)  # so that it cannot answer before it dies

@@ -57,9 +57,9 @@ ALSO_IMPORT = {
     "tuft_jupyter.engine.worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.sampling_worker": {"tuft_jupyter.wire"},
     "tuft_jupyter.engine.text_worker": {"tuft_jupyter.wire"},
-    "tuft_jupyter.engine.cluster": {"tuft_jupyter.config", "tuft_jupyter.tracing"},
+    "tuft_jupyter.engine.ray_engines": {"tuft_jupyter.config", "tuft_jupyter.tracing"},
     "tuft_jupyter.engine.demands": {"tuft_jupyter.config"},
-    "tuft_jupyter.engine.actors": {"tuft_jupyter.tracing", "tuft_jupyter.machine"},
+    "tuft_jupyter.engine.ray_actors": {"tuft_jupyter.tracing", "tuft_jupyter.machine"},
     "tuft_jupyter.engine.ray_place": {"tuft_jupyter.home", "tuft_jupyter.machine"},
     "tuft_jupyter.engine.ray_local": {"tuft_jupyter.home"},
 }

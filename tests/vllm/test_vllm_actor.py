@@ -16,7 +16,7 @@ from tests.support.tiny_models import make_model
 from tuft_jupyter import models
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.engine import EngineDied, Outcome
-from tuft_jupyter.engine.cluster import ClusterSamplingEngine, Engines
+from tuft_jupyter.engine.ray_engines import RayEngines, RaySamplingEngine
 
 BODY = json.dumps(
     {
@@ -27,11 +27,11 @@ BODY = json.dumps(
 ).encode()
 
 
-async def sample(engine: ClusterSamplingEngine, key: str) -> Outcome:
+async def sample(engine: RaySamplingEngine, key: str) -> Outcome:
     return await asyncio.wait_for(engine.sample(key, None, BODY, tenant="alice"), 60)
 
 
-async def is_told(engine: ClusterSamplingEngine) -> bool:
+async def is_told(engine: RaySamplingEngine) -> bool:
     """False once the actor is gone."""
     try:
         outcome = await sample(engine, "second")
@@ -46,7 +46,7 @@ async def is_told(engine: ClusterSamplingEngine) -> bool:
 async def test_a_dead_engine_ends_its_actor_and_a_new_one_takes_over(tmp_path: Path) -> None:
     """F9, S2-51, S3-06: sampler_type vllm; the actor does not outlive its engine, and nothing outlives the actor."""
     card = models.resolve(str(make_model(tmp_path / "model", hidden=256)))
-    engine = Engines(Settings(tmp_path, tmp_path / "checkpoints", sampler_type="vllm")).sampling(card)
+    engine = RayEngines(Settings(tmp_path, tmp_path / "checkpoints", sampler_type="vllm")).sampling(card)
     started: set[psutil.Process] = set()
     try:
         await engine.start()

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from tuft_jupyter.engine.actors import Loaded
+from tuft_jupyter.engine.ray_actors import Loaded
 from tuft_jupyter.engine.ray_runtime import Session
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuft_jupyter.config import PlacementConfig, Settings
-from tuft_jupyter.engine.actor_life import Demand
 from tuft_jupyter.engine.placement import Shared
 from tuft_jupyter.engine.plan import INFERENCE_ONLY, TRAIN_ONLY, Ask
 from tuft_jupyter.engine.ray_runtime import RayThread
+from tuft_jupyter.engine.supervision import Demand
 
 UNASKED_SHARE = 0.6
 """Of each GPU, where nobody asked for whole ones: more than half, so that no two meet on one."""
@@ -83,6 +83,7 @@ def demands_of(settings: Settings, name: str, thread: RayThread) -> ModelDemands
             gpus=bool(gpus),
             cpus=model.actor_cpus,
             environment=model.actor_env,
+            trusted=settings.trusts_code(name),
             refusal=refusal,
         )
 

@@ -1,8 +1,8 @@
 """How the files of a base model are read: from this machine only, and running no code that lies beside them.
 
 A model directory may bring Python of its own, which transformers would execute. Whether it may is decided here for
-configuration, weights and tokenizer alike: by ``TUFT_TRUST_REMOTE_CODE`` in this process, which ``cluster`` sets for
-each worker as the settings say for its model.
+configuration, weights and tokenizer alike: by ``TUFT_TRUST_REMOTE_CODE`` in this process, which ``supervision`` sets
+for each worker as the settings say for its model.
 """
 
 from __future__ import annotations

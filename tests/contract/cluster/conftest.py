@@ -14,8 +14,8 @@ from tests.support.tiny_models import make_model
 from tuft_jupyter import models
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.types import ModelCard
-from tuft_jupyter.engine.actors import SECRETS
-from tuft_jupyter.engine.cluster import ClusterSamplingEngine, ClusterTrainingEngine, Engines
+from tuft_jupyter.engine.ray_actors import SECRETS
+from tuft_jupyter.engine.ray_engines import RayEngines, RaySamplingEngine, RayTrainingEngine
 
 
 @pytest.fixture(scope="package")
@@ -38,10 +38,10 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(scope="package")
-def engines(settings: Settings, runner: asyncio.Runner) -> Iterator[Engines]:
+def engines(settings: Settings, runner: asyncio.Runner) -> Iterator[RayEngines]:
     """Engines whose Ray stays up between the tests, and is gone without a trace after them."""
     others = {*psutil.Process().children(recursive=True)}  # servers of other tests
-    made = Engines(settings)
+    made = RayEngines(settings)
     keeper = object()
     with pytest.MonkeyPatch.context() as patch:
         for name in SECRETS:
@@ -54,14 +54,14 @@ def engines(settings: Settings, runner: asyncio.Runner) -> Iterator[Engines]:
 
 
 @pytest.fixture
-def training(engines: Engines, card: ModelCard, runner: asyncio.Runner) -> Iterator[ClusterTrainingEngine]:
+def training(engines: RayEngines, card: ModelCard, runner: asyncio.Runner) -> Iterator[RayTrainingEngine]:
     engine = engines.training(card)
     yield engine
     runner.run(engine.stop())
 
 
 @pytest.fixture
-def sampling(engines: Engines, card: ModelCard, runner: asyncio.Runner) -> Iterator[ClusterSamplingEngine]:
+def sampling(engines: RayEngines, card: ModelCard, runner: asyncio.Runner) -> Iterator[RaySamplingEngine]:
     engine = engines.sampling(card)
     yield engine
     runner.run(engine.stop())

@@ -20,14 +20,14 @@ from tests.support.cluster import (
 from tuft_jupyter.core.engine import EngineDied
 from tuft_jupyter.core.errors import ServerError
 from tuft_jupyter.engine import standby
-from tuft_jupyter.engine.cluster import ClusterSamplingEngine, ClusterTrainingEngine
+from tuft_jupyter.engine.ray_engines import RaySamplingEngine, RayTrainingEngine
 from tuft_jupyter.engine.ray_local import log_tail
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 def test_a_worker_that_dies_while_loading_leaves_its_last_words(
-    training: ClusterTrainingEngine, runner: asyncio.Runner
+    training: RayTrainingEngine, runner: asyncio.Runner
 ) -> None:
     training.actor_class = actors.DyingTrainingActor
     with pytest.raises(ServerError, match=r"died while loading tiny.*Allocation of 1 PB failed"):
@@ -35,7 +35,7 @@ def test_a_worker_that_dies_while_loading_leaves_its_last_words(
 
 
 def test_a_worker_that_is_killed_is_replaced_by_the_one_that_stands_by(
-    training: ClusterTrainingEngine, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+    training: RayTrainingEngine, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F1: and the next one stands by; an engine that is stopped leaves neither."""
     training.actor_class = actors.FaultyTrainingActor
@@ -67,7 +67,7 @@ def test_a_worker_that_is_killed_is_replaced_by_the_one_that_stands_by(
     runner.run(body())
 
 
-def test_a_hung_step_ends_with_the_engine(training: ClusterTrainingEngine, runner: asyncio.Runner) -> None:
+def test_a_hung_step_ends_with_the_engine(training: RayTrainingEngine, runner: asyncio.Runner) -> None:
     """F10: stopping a worker that hangs takes its process away and tells whoever waits."""
     training.actor_class = actors.FaultyTrainingActor
 
@@ -90,7 +90,7 @@ def test_a_hung_step_ends_with_the_engine(training: ClusterTrainingEngine, runne
     runner.run(scenario())
 
 
-def test_a_broken_sampler_ends_its_process(sampling: ClusterSamplingEngine, runner: asyncio.Runner) -> None:
+def test_a_broken_sampler_ends_its_process(sampling: RaySamplingEngine, runner: asyncio.Runner) -> None:
     """F9: the failed request hears of it, and the process does not live on as a corpse."""
     sampling.actor_class = actors.FaultySamplingActor
 
@@ -107,7 +107,7 @@ def test_a_broken_sampler_ends_its_process(sampling: ClusterSamplingEngine, runn
 
 
 def test_a_sampler_that_hangs_ends_its_process_and_says_where(
-    sampling: ClusterSamplingEngine, runner: asyncio.Runner
+    sampling: RaySamplingEngine, runner: asyncio.Runner
 ) -> None:
     """F10: whoever waits hears of a death, which a new worker mends."""
     sampling.actor_class = actors.FaultySamplingActor
@@ -129,7 +129,7 @@ def test_a_sampler_that_hangs_ends_its_process_and_says_where(
 
 @pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
 def test_the_death_of_ray_itself_is_noticed_and_survived(
-    victim: str, training: ClusterTrainingEngine, runner: asyncio.Runner
+    victim: str, training: RayTrainingEngine, runner: asyncio.Runner
 ) -> None:
     """Ray would end this whole process a minute after its GCS; it goes on, with a new Ray."""
     training.actor_class = actors.FaultyTrainingActor

@@ -20,13 +20,13 @@ from tests.support.cluster import (
 from tuft_jupyter.core.engine import EngineDied
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import ModelCard
-from tuft_jupyter.engine.cluster import ClusterSamplingEngine, ClusterTrainingEngine, Engines
+from tuft_jupyter.engine.ray_engines import RayEngines, RaySamplingEngine, RayTrainingEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 def test_training_through_an_actor_equals_training_in_this_process(
-    training: ClusterTrainingEngine, card: ModelCard, runner: asyncio.Runner
+    training: RayTrainingEngine, card: ModelCard, runner: asyncio.Runner
 ) -> None:
     """S3-01, S3-07: the actor only carries; also after a kill -9, which is noticed at once."""
     import torch
@@ -60,7 +60,7 @@ def test_training_through_an_actor_equals_training_in_this_process(
 
 
 def test_sampling_cancelling_and_dying_through_an_actor(
-    sampling: ClusterSamplingEngine, runner: asyncio.Runner, tmp_path: Path
+    sampling: RaySamplingEngine, runner: asyncio.Runner, tmp_path: Path
 ) -> None:
     """S3-05: on a CPU, too; a death is noticed at once, and the next process draws the same."""
 
@@ -90,7 +90,7 @@ def test_sampling_cancelling_and_dying_through_an_actor(
 
 
 def test_a_model_that_cannot_be_loaded_says_why(
-    engines: Engines, card: ModelCard, runner: asyncio.Runner, tmp_path: Path
+    engines: RayEngines, card: ModelCard, runner: asyncio.Runner, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     engine = engines.training(replace(card, name="broken", path=str(tmp_path)))

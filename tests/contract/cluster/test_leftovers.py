@@ -28,11 +28,11 @@ from tuft_jupyter.config import Settings
 from tuft_jupyter.core.engine import Task
 from tuft_jupyter.core.types import OpKind
 from tuft_jupyter.engine import standby
-from tuft_jupyter.engine.cluster import Engines
+from tuft_jupyter.engine.ray_engines import RayEngines
 
 async def main():
     home = Path(sys.argv[2])
-    engine = Engines(Settings(home=home, checkpoint_dir=home)).training(models.resolve(sys.argv[1]))
+    engine = RayEngines(Settings(home=home, checkpoint_dir=home)).training(models.resolve(sys.argv[1]))
     engine.actor_class = FaultyTrainingActor
     standby.DELAY_SECONDS = 0.0
     await engine.start()

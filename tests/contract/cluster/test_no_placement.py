@@ -11,17 +11,17 @@ from tests.support import actors
 from tuft_jupyter.config import ModelSettings, Settings
 from tuft_jupyter.core.errors import ServerError
 from tuft_jupyter.core.types import ModelCard
-from tuft_jupyter.engine.cluster import ClusterTrainingEngine, Engines
+from tuft_jupyter.engine.ray_engines import RayEngines, RayTrainingEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 def test_gpus_that_this_machine_lacks_are_an_error_at_once(
-    settings: Settings, engines: Engines, card: ModelCard, runner: asyncio.Runner
+    settings: Settings, engines: RayEngines, card: ModelCard, runner: asyncio.Runner
 ) -> None:
     """S2-13, S3-25: no node joins a Ray of our own, so nobody waits; what is asked for is not silently left out."""
     served = ModelSettings(card.name, card.path, training_gpus=64)
-    demanding = Engines(replace(settings, supported_models=(served,)))
+    demanding = RayEngines(replace(settings, supported_models=(served,)))
     demanding._runtime = engines._runtime
     training = demanding.training(card)
     with pytest.raises(ServerError, match=r"65 GPUs are asked for, and this machine has"):
@@ -29,7 +29,7 @@ def test_gpus_that_this_machine_lacks_are_an_error_at_once(
     runner.run(training.stop())
 
 
-def test_a_laptop_reserves_nothing(training: ClusterTrainingEngine, runner: asyncio.Runner) -> None:
+def test_a_laptop_reserves_nothing(training: RayTrainingEngine, runner: asyncio.Runner) -> None:
     """S3-25: without settings, and with one GPU or none, there is no placement group."""
     from ray.util import placement_group_table
 

@@ -18,7 +18,7 @@ from tuft_jupyter.config import Settings
 from tuft_jupyter.core.errors import ServerError
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine import ray_place
-from tuft_jupyter.engine.cluster import ClusterTrainingEngine, Engines
+from tuft_jupyter.engine.ray_engines import RayEngines, RayTrainingEngine
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 def test_only_loopback_listens_and_secrets_are_ours_alone(
-    training: ClusterTrainingEngine, settings: Settings, runner: asyncio.Runner
+    training: RayTrainingEngine, settings: Settings, runner: asyncio.Runner
 ) -> None:
     """M6, P5, S3-23, S3-31, S3-32: no port is open, the token is ours, kernels and workers get no secrets of others."""
     training.actor_class = actors.FaultyTrainingActor
@@ -66,7 +66,7 @@ def test_only_loopback_listens_and_secrets_are_ours_alone(
 
 
 def test_many_starts_at_once_are_one_ray_and_the_loop_stays_free(
-    engines: Engines, runner: asyncio.Runner
+    engines: RayEngines, runner: asyncio.Runner
 ) -> None:
     """S3-21: a second session would say so, and nothing here blocks the event loop."""
 
@@ -95,7 +95,7 @@ def test_a_named_cluster_that_is_not_there_is_an_error_within_seconds(
     settings: Settings, card: ModelCard
 ) -> None:
     """S3-24, fact 6: Ray itself would wait for minutes."""
-    engine = Engines(replace(settings, ray_address="127.0.0.1:1")).training(card)
+    engine = RayEngines(replace(settings, ray_address="127.0.0.1:1")).training(card)
     began = time.perf_counter()
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:1.*cannot be reached"):
         asyncio.run(engine.start())

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tuft_jupyter.config import ConfigError, ModelSettings, PlacementConfig, Settings
-from tuft_jupyter.engine.actors import free_port
 from tuft_jupyter.engine.demands import UNASKED_SHARE, ask_of, demands_of, ranks_of
 from tuft_jupyter.engine.placement import settled
 from tuft_jupyter.engine.plan import COLOCATE, SEPARATE, Ask
+from tuft_jupyter.engine.ray_actors import free_port
 from tuft_jupyter.engine.ray_runtime import RayThread
 
 

@@ -18,9 +18,9 @@ from tests.support.server_configs import MODEL, SAMPLER, SERVER, changed
 from tuft_jupyter.config import ModelSettings, Settings, load_settings
 from tuft_jupyter.core.errors import NotFound, ServerError, UserError
 from tuft_jupyter.core.types import ModelCard
-from tuft_jupyter.engine.actor_life import GPU_SHARE
-from tuft_jupyter.engine.actors import ActorOptions, SamplingActor, VllmOptions
-from tuft_jupyter.engine.cluster import ClusterSamplingEngine, Engines
+from tuft_jupyter.engine.ray_actors import ActorOptions, SamplingActor, VllmOptions
+from tuft_jupyter.engine.ray_engines import RayEngines, RaySamplingEngine
+from tuft_jupyter.engine.supervision import GPU_SHARE, Demand
 from tuft_jupyter.engine.vllm_adapters import WEIGHTS, Named, NamedAdapters
 from tuft_jupyter.engine.vllm_sampler import VllmSampler
 
@@ -127,7 +127,7 @@ def test_the_gpus_of_a_model_are_those_its_entry_in_the_file_asks_for(tmp_path: 
     """S1-20: one GPU shared for the first entry, two whole ones for the second."""
     models = (ModelSettings("small"), ModelSettings("large", tensor_parallel_size=2))
     settings = Settings(tmp_path, tmp_path, supported_models=models, sampler_type="vllm")
-    made = Engines(settings)
+    made = RayEngines(settings)
     asked = [
         made.sampling(ModelCard(model.model_name, "/m", 128, 64, "Qwen3ForCausalLM")).gpus()
         for model in models
@@ -139,8 +139,9 @@ def test_a_sampler_over_several_gpus_asks_for_them() -> None:
     """S1-20: a model with tensor_parallel_size 2 is placed on two GPUs; one that shares asks for its share."""
     card = ModelCard("m", "/m", 128, 64, "Qwen3ForCausalLM")
 
-    def made(asked: str, gpus: int) -> ClusterSamplingEngine:
-        return ClusterSamplingEngine(card, None, 1, asked=asked, vllm=VllmOptions(16, 1, 0.2, gpus))
+    def made(asked: str, gpus: int) -> RaySamplingEngine:
+        options = ActorOptions(card, 1, vllm=VllmOptions(16, 1, 0.2, gpus))
+        return RaySamplingEngine(None, options, Demand(), asked=asked)
 
     assert made("vllm", 2).gpus() == 2
     assert made("vllm", 1).gpus() == GPU_SHARE
@@ -194,7 +195,7 @@ def test_what_the_file_says_of_vllm_is_what_vllm_is_told(
     settings = load_settings(path, {"TUFT_HOME": str(tmp_path)})
     (model,) = settings.supported_models
     card = ModelCard(model.model_name, str(qwen3), model.max_model_len or 0, 64, "Qwen3ForCausalLM")
-    options: ActorOptions = Engines(settings).sampling(card).actor_options(on_gpu=True)
+    options: ActorOptions = RayEngines(settings).sampling(card).actor_options(on_gpu=True)
     with pytest.raises(ServerError, match="vLLM cannot serve"):
         SamplingActor(options).sampler()
     assert told["max_model_len"] == 96

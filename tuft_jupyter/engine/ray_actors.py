@@ -1,7 +1,7 @@
 """What runs in Ray's worker processes: a worker with its trainer or sampler, and how it starts and ends.
 
-The classes are plain; ``cluster`` makes actors of them. Torch is imported inside methods, so the process that creates
-the actors never loads it. Nothing but dataclasses, bytes and numbers crosses the border.
+The classes are plain; ``supervision`` makes actors of them. Torch is imported inside methods, so the process that
+creates the actors never loads it. Nothing but dataclasses, bytes and numbers crosses the border.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class VllmOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankOptions:
     """Which of a data-parallel trainer's ``ranks`` processes an actor is; they must meet within ``seconds``."""
 
     rank: int
@@ -86,7 +86,7 @@ class Place:
 class ActorOptions:
     """``threads`` for torch on the CPU; ``options`` are further keywords of the trainer or sampler.
 
-    ``vllm`` is there if that is the sampler, ``place`` if the trainer is several processes. ``adapters``: whether a
+    ``vllm`` is there if that is the sampler, ``rank`` if the trainer is several processes. ``adapters``: whether a
     sampler may be asked for any; ``text_workers``: its threads that turn text into tokens.
     """
 
@@ -94,7 +94,7 @@ class ActorOptions:
     threads: int
     options: Mapping[str, Any] = field(default_factory=dict)
     vllm: VllmOptions | None = None
-    place: Place | None = None
+    rank: RankOptions | None = None
     adapters: bool = True
     text_workers: int = 1
 
@@ -246,8 +246,8 @@ class TrainingActor(EngineActor):
             self.group.check()
 
     def trainer(self) -> Trainer:
-        place = self.options.place
-        if place is None:
+        this = self.options.rank
+        if this is None:
             from tuft_jupyter.engine.trainer import PeftTrainer
 
             return PeftTrainer(self.options.card.path, **self.model_options())
@@ -255,7 +255,7 @@ class TrainingActor(EngineActor):
 
         if self.meeting.startswith("tcp:") and (interface := interface_of(self.node_ip())):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else it goes by the host's name
-        group = self.group = Group(place.rank, place.ranks, self.meeting, self.device, seconds=place.seconds)
+        group = self.group = Group(this.rank, this.ranks, self.meeting, self.device, seconds=this.seconds)
         return ParallelTrainer(self.options.card.path, group=group, **self.model_options())
 
     def memory(self) -> dict[str, RunMemory]:

@@ -1,6 +1,6 @@
 """Training and sampling engines as Ray actors, and the one Ray they share.
 
-What is asked of an actor, and what it is told when it is made; its life is :mod:`~tuft_jupyter.engine.actor_life`'s.
+What is asked of an actor, and what it is told when it is made; its life is :mod:`~tuft_jupyter.engine.supervision`'s.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from tuft_jupyter.config import PlacementConfig, Settings, sampler_choice
 from tuft_jupyter.core.engine import EngineDied, Outcome, Part, RunMemory, Task, TextTask
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actor import Actor
-from tuft_jupyter.engine.actor_life import GPU_SHARE, ActorEngine
-from tuft_jupyter.engine.actors import ActorOptions, Place, SamplingActor, TrainingActor, VllmOptions
 from tuft_jupyter.engine.demands import ModelDemands, demands_of
 from tuft_jupyter.engine.group import Meeting, TrainingGroup
 from tuft_jupyter.engine.placement import cluster_nodes
+from tuft_jupyter.engine.ray_actors import (
+    ActorOptions,
+    RankOptions,
+    SamplingActor,
+    TrainingActor,
+    VllmOptions,
+)
 from tuft_jupyter.engine.ray_local import cpus
 from tuft_jupyter.engine.ray_runtime import Runtime
 from tuft_jupyter.engine.replicas import SamplingReplicas
+from tuft_jupyter.engine.supervision import GPU_SHARE, Demand, RayEngine
 from tuft_jupyter.tracing import current_traceparent
 
 log = logging.getLogger(__name__)
@@ -34,39 +40,47 @@ RANK_GPU_SHARE = 0.6
 SAMPLES_AT_ONCE = 4096
 
 
-class ClusterTrainingEngine(ActorEngine):
+class RayTrainingEngine(RayEngine):
     """Implements ``core.engine.TrainingEngine``."""
 
     kind = "training"
     actor_class = TrainingActor
 
-    def __init__(self, *args: Any, meet: Meeting | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._meet = meet
+    def __init__(
+        self,
+        runtime: Runtime,
+        options: ActorOptions,
+        demand: Demand,
+        *,
+        standby: bool = False,
+        meeting: Meeting | None = None,
+    ) -> None:
+        super().__init__(runtime, options, demand, standby=standby)
+        self._meeting = meeting
 
     async def meeting(self, actor: Actor) -> str:
         """A file where all ranks are on one machine, else an address on the first rank's node."""
-        place = self._options.place
-        if place is None or self._meet is None:
+        this = self._options.rank
+        if this is None or self._meeting is None:
             return ""
         if actor.session.place.local:
-            return await self._meet.on_one_machine()
-        return await self._meet.among_nodes(
-            place.rank, lambda: self._answer(actor, actor.handle.address.remote())
+            return await self._meeting.on_one_machine()
+        return await self._meeting.among_nodes(
+            this.rank, lambda: self._answer(actor, actor.handle.address.remote())
         )
 
     @property
     def name(self) -> str:
-        place = self._options.place
-        return super().name if place is None else f"{super().name} {place.rank + 1}/{place.ranks}"
+        this = self._options.rank
+        return super().name if this is None else f"{super().name} {this.rank + 1}/{this.ranks}"
 
     @property
     def leads(self) -> bool:
         """Whether it is the only process of its trainer, or the first one."""
-        return self._options.place is None or self._options.place.rank == 0
+        return self._options.rank is None or self._options.rank.rank == 0
 
     def gpus(self) -> float:
-        return GPU_SHARE if self._options.place is None else RANK_GPU_SHARE
+        return GPU_SHARE if self._options.rank is None else RANK_GPU_SHARE
 
     @property
     def part_tokens(self) -> int:
@@ -91,7 +105,7 @@ class ClusterTrainingEngine(ActorEngine):
         return found
 
 
-class ClusterSamplingEngine(ActorEngine):
+class RaySamplingEngine(RayEngine):
     """Implements ``core.engine.SamplingEngine``."""
 
     kind = "sampling"
@@ -99,17 +113,11 @@ class ClusterSamplingEngine(ActorEngine):
     concurrency = SAMPLES_AT_ONCE
 
     def __init__(
-        self,
-        *args: Any,
-        asked: str = "torch",
-        vllm: VllmOptions | None = None,
-        adapters: bool = True,
-        text_workers: int = 1,
-        **kwargs: Any,
+        self, runtime: Runtime, options: ActorOptions, demand: Demand, *, asked: str = "torch"
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self._asked, self._vllm = asked, vllm
-        self._options = replace(self._options, adapters=adapters, text_workers=text_workers)
+        """``asked``: the sampler that is to be used; ``options`` have vLLM's part in any case."""
+        super().__init__(runtime, options, demand)
+        self._asked = asked
 
     def gpus(self) -> float:
         """vLLM spreads a model over whole GPUs; on one it shares."""
@@ -117,11 +125,11 @@ class ClusterSamplingEngine(ActorEngine):
         return vllm.tensor_parallel if vllm is not None and vllm.tensor_parallel > 1 else GPU_SHARE
 
     def actor_options(self, on_gpu: bool) -> ActorOptions:
-        """With vLLM's part of it if that is the sampler."""
+        """With vLLM's part of them only if that is the sampler."""
         installed = importlib.util.find_spec("vllm") is not None
         choice, why = sampler_choice(self._asked, installed=installed, gpu=on_gpu)
         log.info("%s is sampled with %s: %s", self.card.name, choice, why)
-        return replace(self._options, vllm=self._vllm if choice == "vllm" else None)
+        return replace(self._options, vllm=self._options.vllm if choice == "vllm" else None)
 
     async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         """Sample from the base model or from the adapter in a directory; the body is the JSON request."""
@@ -155,16 +163,16 @@ class ClusterSamplingEngine(ActorEngine):
         return str(await self._answer(self._ready(), self._ready().handle.waits_for.remote(request_id)))
 
 
-class Engines:
+class RayEngines:
     """Makes the engines of one server; a process has one Ray and so should have one of these."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._runtime = Runtime(settings.home, settings.ray_address, settings.ray_namespace)
-        self._made: list[ActorEngine] = []
+        self._made: list[RayEngine] = []
         self._demands: dict[str, ModelDemands] = {}
 
-    def training(self, card: ModelCard) -> ClusterTrainingEngine | TrainingGroup:
+    def training(self, card: ModelCard) -> RayTrainingEngine | TrainingGroup:
         settings = self.settings
         demands = self._demanded(card).training
         ranks = len(demands)
@@ -176,36 +184,31 @@ class Engines:
             "custom_loss": settings.custom_loss_server_side,
             "spill": settings.home,
         }
-        trusted = settings.trusts_code(card.name)
-        section = settings.placement or PlacementConfig()
-        meet = Meeting(settings.home / f"ranks-{uuid.uuid4().hex}", section.dist_init_addr)
-        places = [Place(rank, ranks, section.dist_timeout) for rank in range(ranks)] if ranks > 1 else [None]
-        standby = settings.standby_worker and ranks == 1
-        made = [
-            ClusterTrainingEngine(
-                card,
+        if ranks == 1:
+            alone = RayTrainingEngine(
                 self._runtime,
-                threads,
-                options,
-                trusted=trusted,
-                place=place,
-                standby=standby,
-                demand=demand,
-                meet=meet,
+                ActorOptions(card, threads, options),
+                demands[0],
+                standby=settings.standby_worker,
             )
-            for place, demand in zip(places, demands, strict=True)
+            self._made.append(alone)
+            return alone
+        section = settings.placement or PlacementConfig()
+        meeting = Meeting(settings.home / f"ranks-{uuid.uuid4().hex}", section.dist_init_addr)
+        made = [
+            RayTrainingEngine(
+                self._runtime,
+                ActorOptions(card, threads, options, rank=RankOptions(rank, ranks, section.dist_timeout)),
+                demand,
+                meeting=meeting,
+            )
+            for rank, demand in enumerate(demands)
         ]
         self._made += made
-        return made[0] if ranks == 1 else TrainingGroup(made, meet)
+        return TrainingGroup(made, meeting)
 
-    def sampling(self, card: ModelCard) -> ClusterSamplingEngine | SamplingReplicas:
-        trusted = self.settings.trusts_code(card.name)
+    def sampling(self, card: ModelCard) -> RaySamplingEngine | SamplingReplicas:
         model = self.settings.model(card.name)
-        options = {
-            "max_context": card.max_context_length,
-            "kv_tokens": self.settings.kv_tokens,
-            "logprobs_mode": model.logprobs_mode,
-        }
         demanded = self._demanded(card)
         vllm = VllmOptions(
             max_rank=model.max_lora_rank,
@@ -223,21 +226,21 @@ class Engines:
                 gpu_memory=backends.gpu_memory_utilization,
                 enable_lora=backends.enable_lora,
             )
+        options = ActorOptions(
+            card,
+            threads=1,
+            options={
+                "max_context": card.max_context_length,
+                "kv_tokens": self.settings.kv_tokens,
+                "logprobs_mode": model.logprobs_mode,
+            },
+            vllm=vllm,
+            adapters=model.enable_lora,
+            text_workers=self.settings.text_workers,
+        )
         asked = self.settings.sampler_asked(card.name)
         made = [
-            ClusterSamplingEngine(
-                card,
-                self._runtime,
-                1,
-                options,
-                trusted=trusted,
-                asked=asked,
-                vllm=vllm,
-                adapters=model.enable_lora,
-                text_workers=self.settings.text_workers,
-                demand=demand,
-            )
-            for demand in demanded.sampling
+            RaySamplingEngine(self._runtime, options, demand, asked=asked) for demand in demanded.sampling
         ]
         self._made += made
         return made[0] if len(made) == 1 else SamplingReplicas(made)
@@ -269,7 +272,7 @@ class Engines:
 
     async def memory(self) -> dict[str, RunMemory]:
         """What each run in training takes in memory; of a data-parallel trainer, in its first process."""
-        trainers = [engine for engine in self._made if isinstance(engine, ClusterTrainingEngine)]
+        trainers = [engine for engine in self._made if isinstance(engine, RayTrainingEngine)]
         found = await asyncio.gather(*(engine.memory() for engine in trainers if engine.leads))
         return {run: taken for of_one in found for run, taken in of_one.items()}
 

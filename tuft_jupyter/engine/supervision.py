@@ -18,11 +18,10 @@ import psutil
 
 from tuft_jupyter.core.engine import EngineDied
 from tuft_jupyter.core.errors import ServerError, UserError, failure
-from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actor import Actor
-from tuft_jupyter.engine.actors import CPU_MEMORY, NETWORK, SECRETS, ActorOptions, EngineActor, Loaded, Place
 from tuft_jupyter.engine.placement import Placement, Shared
 from tuft_jupyter.engine.pretrained import TRUST
+from tuft_jupyter.engine.ray_actors import CPU_MEMORY, NETWORK, SECRETS, ActorOptions, EngineActor, Loaded
 from tuft_jupyter.engine.ray_local import log_tail
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
 from tuft_jupyter.engine.standby import Standby
@@ -39,7 +38,8 @@ class Demand:
 
     ``shared`` is there if GPUs are reserved for its base model, and ``number`` is then which of that model's processes
     of its kind it is. ``gpus`` False: it uses none. ``cpus`` are asked for on a cluster; None: as many as it has
-    threads. ``refusal`` says why there may be no such actor.
+    threads. ``trusted``: it may run Python code that lies beside the model. ``refusal`` says why there may be no such
+    actor.
     """
 
     shared: Shared | None = None
@@ -47,10 +47,11 @@ class Demand:
     gpus: bool = True
     cpus: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    trusted: bool = False
     refusal: str = ""
 
 
-class ActorEngine:
+class RayEngine:
     """What training and sampling engines share. ``standby``: whether a spare process is kept for the next start."""
 
     kind = ""
@@ -58,26 +59,15 @@ class ActorEngine:
     concurrency: int | None = None
 
     def __init__(
-        self,
-        card: ModelCard,
-        runtime: Runtime,
-        threads: int,
-        options: Mapping[str, Any] | None = None,
-        *,
-        trusted: bool = False,
-        place: Place | None = None,
-        standby: bool = False,
-        demand: Demand = Demand(),
+        self, runtime: Runtime, options: ActorOptions, demand: Demand, *, standby: bool = False
     ) -> None:
-        self.card = card
-        self.threads = threads
-        self.trusted = trusted
+        self.card = options.card
+        self.demand = demand
         self.standby = standby
         self.on_progress: Callable[[str], None] = lambda _: None
-        self.demand = demand
         self._placement: Placement | None = None
         self._runtime = runtime
-        self._options = ActorOptions(card, threads, options or {}, place=place)
+        self._options = options
         self._actor: Actor | None = None
         self._standby = Standby(self._create, self._prepare, self._kill)
 
@@ -113,7 +103,7 @@ class ActorEngine:
             spare = self._standby.take(session)
             actor = self._actor = spare or await self._create(session)
             if spare is None:
-                await self._place(actor)
+                await self._await_process(actor)
             await self._load(actor)
         except EngineDied as death:
             await self._give_up()
@@ -147,7 +137,7 @@ class ActorEngine:
             "name": self.name,
             "pid": actor.pid,
             "device": actor.loaded.device,
-            "threads": self.threads,
+            "threads": self._options.threads,
             "load_seconds": round(actor.loaded.seconds, 3),
             "gpu_bytes": actor.gpu_bytes,
         }
@@ -173,13 +163,13 @@ class ActorEngine:
         import ray
 
         on_gpu = session.gpus > 0 and self.demand.gpus
-        environment = dict.fromkeys(SECRETS, "") | {"OMP_NUM_THREADS": str(self.threads)}
+        environment = dict.fromkeys(SECRETS, "") | {"OMP_NUM_THREADS": str(self._options.threads)}
         environment |= {name: os.environ[name] for name in NETWORK if name in os.environ}
         if not on_gpu:
             environment |= CPU_MEMORY
         environment |= self.demand.environment
-        environment[TRUST] = "1" if self.trusted else "0"
-        cpus = self.threads if self.demand.cpus is None else self.demand.cpus
+        environment[TRUST] = "1" if self.demand.trusted else "0"
+        cpus = self._options.threads if self.demand.cpus is None else self.demand.cpus
         options: dict[str, Any] = {
             "num_cpus": 0 if session.place.local else cpus,  # a Ray of our own counts none
             "num_gpus": self.gpus() if on_gpu else 0,
@@ -202,7 +192,7 @@ class ActorEngine:
         """What the actor is told."""
         return self._options
 
-    async def _place(self, actor: Actor) -> None:
+    async def _await_process(self, actor: Actor) -> None:
         """Wait for the actor's process."""
         placed = asyncio.ensure_future(self._answer(actor, actor.handle.pid.remote()))
         try:
@@ -218,7 +208,7 @@ class ActorEngine:
                 actor.session.guard.watch(actor.process)
 
     async def _prepare(self, actor: Actor) -> None:
-        await self._place(actor)
+        await self._await_process(actor)
         await self._answer(actor, actor.handle.prepare.remote())
 
     async def _load(self, actor: Actor) -> None:
