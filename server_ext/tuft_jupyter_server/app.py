@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from datetime import UTC, datetime
 from typing import Any
@@ -22,7 +23,7 @@ from tuft_jupyter.config import DEFAULT_HOST, DEFAULT_PORT, config_file, load_se
 from tuft_jupyter.config.reader import ConfigError
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.home import KEY_PREFIX
-from tuft_jupyter_server import lab, lab_calls, logtail, misconfigured, relay, tinker
+from tuft_jupyter_server import lab, lab_calls, logs, logtail, misconfigured, relay, tinker
 from tuft_jupyter_server.host import Host
 
 ACTIVITY_SECONDS = 10.0
@@ -45,6 +46,9 @@ class TuftExtension(ExtensionApp):
         config=True
     )
     max_lora_rank = Int(0, help="The largest LoRA rank a run may have (0: as configured).").tag(config=True)
+    cuda_visible_devices = Unicode(
+        "", help="GPUs that are used, as CUDA_VISIBLE_DEVICES names them (default: as that variable says)."
+    ).tag(config=True)
 
     def initialize_settings(self) -> None:
         overrides: dict[str, Any] = {}
@@ -52,12 +56,18 @@ class TuftExtension(ExtensionApp):
             overrides["checkpoint_dir"] = self.checkpoint_dir
         if self.max_lora_rank:
             overrides["max_lora_rank"] = self.max_lora_rank
+        if self.cuda_visible_devices:
+            overrides["cuda_visible_devices"] = self.cuda_visible_devices
+        if any("log_level" in self.config.get(name, {}) for name in self.section_names()):
+            overrides["log_level"] = logging.getLevelName(level_of(self.log_level))
         logtail.listen()
         self.problem = ""
         self._activity: asyncio.Task[None] | None = None
         try:
             file = config_file(os.environ, self.config_path)
             settings = load_settings(file, os.environ, overrides)
+            self.log_level = level_of(settings.log_level)
+            logs.join(self.log, self.log_level)
             for note in settings.notes:
                 self.log.warning("tuft-jupyter: %s", note)
             if (settings.host, settings.port) != (DEFAULT_HOST, DEFAULT_PORT):
@@ -94,6 +104,11 @@ class TuftExtension(ExtensionApp):
             self._activity.cancel()
         if not self.problem:
             await self.host.stop()
+
+
+def level_of(name: object) -> int:
+    """A log level as Jupyter or a setting of ours names it, as its number."""
+    return name if isinstance(name, int) else logging.getLevelNamesMapping()[str(name).upper()]
 
 
 async def count_as_activity(host: Host, settings: dict[str, Any]) -> None:

@@ -199,6 +199,8 @@ class Host:
         A journal that another server holds is taken over as soon as that one lets go. Servers elsewhere need not be
         there yet.
         """
+        if self.settings.cuda_visible_devices:  # what Ray, our gauges and the kernels that start now go by
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.settings.cuda_visible_devices
         if self.elsewhere.servers:
             self._tasks.append(
                 asyncio.get_running_loop().create_task(self.elsewhere.watch(self._there_again))

@@ -1,4 +1,4 @@
-"""How a daemon logs: lines for people or JSON for machines, each with the request it belongs to.
+"""How a daemon logs: lines for people or JSON for machines, each with the request it belongs to; and an extension.
 
 Nothing that a tenant sent is logged: no keys, bodies, prompts or names, at any level. A request's id is the client's
 ``X-Request-Id`` where that is a plain word, else made here; it goes back in the answer.
@@ -75,3 +75,10 @@ def configure(level: str, form: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name, least in QUIET.items():
         logging.getLogger(name).setLevel(least)
+
+
+def join(server: logging.Logger, level: int) -> None:
+    """Have our loggers write where a notebook server's does, from ``level`` on; the panel gets no fewer lines by it."""
+    ours = logging.getLogger("tuft_jupyter")
+    ours.parent = server
+    ours.setLevel(min(level, logging.INFO))

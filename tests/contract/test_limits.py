@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from tests.support.http_server import Server, on_server, refusal
+from tuft_jupyter.core.journal import Record
 from tuft_jupyter_server.hub import HubKeys, HubUser
 
 
@@ -174,3 +175,39 @@ def test_requests_beyond_those_at_work_are_told_to_come_back_and_polls_do_not_co
         assert {answer.code for answer in await asyncio.gather(*polls)} == {200}
 
     on_server(tmp_path, body, max_ongoing_requests=2, rps_limit=4)
+
+
+def test_sixty_requests_at_once_wait_or_come_back_and_none_is_lost(tmp_path: Path) -> None:
+    """S2-32: fifty are at work while the disk is slow, ten are told to come back, and do."""
+
+    async def body(server: Server) -> None:
+        run = await server.new_run()
+        journal, slow = server.host.journal, asyncio.Event()
+        append = journal.append
+
+        async def waits(record: Record) -> Record:
+            await slow.wait()
+            return await append(record)
+
+        journal.append = waits  # type: ignore[method-assign]
+        asked = {
+            asyncio.ensure_future(server.ask("POST", "/optim_step", step(run, seq))): seq
+            for seq in range(1, 61)
+        }
+        early = asyncio.as_completed([*asked])
+        for _ in range(10):
+            answer = await next(early)
+            assert (answer.code, answer.headers["Retry-After"]) == (429, "1")
+        slow.set()
+        answers = {asked[future]: await future for future in asked}
+        taken = {seq: answer for seq, answer in answers.items() if answer.code == 200}
+        assert len(taken) == 50
+        for seq in answers.keys() - taken.keys():
+            taken[seq] = await server.ask("POST", "/optim_step", step(run, seq))
+        for seq in sorted(taken):
+            promise = json.loads(taken[seq].body)
+            outcome = await server.post("/retrieve_future", {"request_id": promise["request_id"]})
+            assert "error" not in outcome
+        assert server.host.ledger.state.runs[run].step == 60
+
+    on_server(tmp_path, body, max_ongoing_requests=50)

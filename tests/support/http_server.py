@@ -39,7 +39,7 @@ class Server:
         self.http = HTTPServer(Application(handlers(ROOT, self.host.api, self.host.keys, 2**22)))
         socket, self.port = bind_unused_port()
         self.http.add_socket(socket)
-        self.client = AsyncHTTPClient(force_instance=True)
+        self.client = AsyncHTTPClient(force_instance=True, max_clients=100)
 
     async def ask(
         self,

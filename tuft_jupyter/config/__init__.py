@@ -26,7 +26,7 @@ from tuft_jupyter.config.placement import PlacementConfig as PlacementConfig
 from tuft_jupyter.config.placement import with_torchspec
 from tuft_jupyter.config.reader import ConfigError as ConfigError
 from tuft_jupyter.config.reader import Reader, at_least, web_address
-from tuft_jupyter.config.sections import QUOTAS, SAMPLERS, Served, check_sampler
+from tuft_jupyter.config.sections import QUOTAS, SAMPLERS, Served, check_devices, check_sampler
 from tuft_jupyter.config.sections import ModelSettings as ModelSettings
 from tuft_jupyter.config.sections import PersistenceConfig as PersistenceConfig
 from tuft_jupyter.config.sections import TenantSettings as TenantSettings
@@ -98,6 +98,8 @@ class Settings:
     """that our actors are in"""
     placement: PlacementConfig | None = None
     """None: actors take shares of the GPUs there are"""
+    cuda_visible_devices: str = ""
+    """of this machine's GPUs those that are used, by number or UUID; "": as the variable of that name says"""
     trainer_threads: int | None = None
     """None: by CPUs"""
     trust_remote_code: bool = False
@@ -140,6 +142,7 @@ class Settings:
             raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
         object.__setattr__(self, "log_level", self.log_level.lower())
         check_sampler(self.sampler_type)
+        check_devices(self.cuda_visible_devices)
         web_address("public_url", self.public_url)
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"log_format must be text or json, not {self.log_format!r}")

@@ -219,6 +219,18 @@ def check_sampler(name: str) -> None:
     one_of("sampler_type", name, SAMPLERS)
 
 
+def check_devices(text: str) -> None:
+    """ConfigError unless a list of GPUs is one that CUDA reads to its end, and names each once."""
+    names = [name.strip() for name in text.split(",")] if text else []
+    for name in names:
+        if not name.isdecimal() and not name.startswith(("GPU-", "MIG-")):
+            raise ConfigError(
+                f"cuda_visible_devices must name GPUs by number or UUID, such as 4,5 or GPU-8f2a,MIG-31c0, not {text!r}"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"cuda_visible_devices names {name} twice")
+
+
 def one_of(name: str, value: str | None, known: Collection[str]) -> None:
     """ConfigError unless a word is among the known ones; None is none."""
     if value is not None and value not in known:

@@ -17,11 +17,14 @@ from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.state import Session
 from tuft_jupyter.core.types import Principal
 
+LEAST_SILENCE = 30.0
+"""Seconds after which a session may at the earliest be gone: the SDK lets ten pass between two heartbeats."""
+
 
 class Sessions:
     def __init__(self, ledger: Ledger, limits: Limits | None = None, quotas: Quotas | None = None) -> None:
         self.ledger = ledger
-        self._silence = (limits or Limits()).idle_timeout
+        self._silence = max((limits or Limits()).idle_timeout, LEAST_SILENCE)
         self._quotas = quotas or Quotas()
         self._seen: dict[str, float] = {}
         self._opening: Counter[str] = Counter()  # by tenant

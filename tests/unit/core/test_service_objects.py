@@ -11,6 +11,7 @@ from tests.support.scripted_engine import OneModel
 from tests.support.world import ALICE, BOB, LORA, World, scenario, stepped, until, world
 from tuft_jupyter.core.errors import NotFound, UserError
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
+from tuft_jupyter.core.quotas import Limits
 from tuft_jupyter.core.types import AdamParams, CheckpointKind
 from tuft_jupyter.core.views import state_view
 
@@ -178,6 +179,29 @@ def test_spent_ephemeral_weights_leave_the_disk_and_the_newest_stay(tmp_path: Pa
                 w.service.sampling.submit(ALICE, f"{session}:sample:0", 0, b"{}")
             await w.service.finish_session(ALICE, session, "success", None)
             await w.service.sweep(w.service.ledger.clock())
+            assert not list((tmp_path / "ephemeral").iterdir())
+
+    scenario(body)
+
+
+def test_weights_stay_between_two_heartbeats_however_soon_adapters_leave(tmp_path: Path) -> None:
+    """S2-45: the SDK is heard of every ten seconds; a sampler may load in between."""
+
+    async def body() -> None:
+        async with world(tmp_path, limits=Limits(idle_timeout=2.0)) as w:
+            now = [w.service.ledger.clock()]
+            w.service.ledger.clock = lambda: now[0]
+            run = await w.connect()
+            await w.answer(await w.service.runs.save_for_sampling_session(ALICE, run, 100, 0, b"weights"))
+            lane = w.service.drivers["tiny"].lanes.by_run[run]
+            for _ in range(2):
+                now[0] += 10
+                await w.service.sweep(now[0])
+            await until(lambda: not lane.resident)
+            drawn = w.service.sampling.submit(ALICE, f"{run.split(':')[0]}:sample:0", 0, b"{}")
+            assert not (await w.answer(drawn)).category
+            now[0] += 11
+            await w.service.sweep(now[0])
             assert not list((tmp_path / "ephemeral").iterdir())
 
     scenario(body)

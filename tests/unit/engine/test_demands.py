@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tuft_jupyter.config import ConfigError, ModelSettings, PlacementConfig, Settings
+from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.demands import UNASKED_SHARE, ask_of, demands_of, ranks_of
 from tuft_jupyter.engine.placement import settled
 from tuft_jupyter.engine.plan import COLOCATE, SEPARATE, Ask
-from tuft_jupyter.engine.ray_actors import free_port
+from tuft_jupyter.engine.ray_actors import ActorOptions, EngineActor, free_port
 from tuft_jupyter.engine.ray_runtime import RayThread
 
 
@@ -89,3 +91,27 @@ def test_neighbouring_free_ports_are_found_past_those_in_use() -> None:
         assert free_port(first, 2) > first + 1
         assert free_port(first) == first
     assert free_port() > 0
+
+
+def test_every_actor_sets_up_its_device_and_finds_its_address_by_one_class(tmp_path: Path) -> None:
+    """S3-02: a subclass says only what it makes; it works where there is no GPU."""
+
+    class Counting(EngineActor):
+        made = 0
+
+        def make(self) -> None:
+            self.made += 1
+
+    class Failing(EngineActor):
+        def make(self) -> None:
+            raise ValueError("no such weights")
+
+    options = ActorOptions(ModelCard("m", str(tmp_path), 32, 8, "llama"), threads=torch.get_num_threads())
+    actor = Counting(options)
+    loaded = actor.load()
+    assert (actor.made, loaded.device, loaded.error) == (1, "cpu", "")
+    assert actor.gpu_bytes() == 0
+    ip, _, port = actor.address().removeprefix("tcp://").rpartition(":")
+    assert ip == actor.node_ip()
+    assert 0 < int(port) < 65536
+    assert Failing(options).load().error == "ValueError: no such weights"
