@@ -44,6 +44,7 @@ class ScriptedEngine:
         self.dies_on: Fault = lambda task: False
         self.cannot_start = ""
         self.fails_to_start = 0
+        self.start_failure: Exception = ServerError("too busy")
         self.hangs = False
         self.gate = asyncio.Event()
         self.gate.set()
@@ -55,7 +56,7 @@ class ScriptedEngine:
             raise UserError(self.cannot_start)
         if self.fails_to_start:
             self.fails_to_start -= 1
-            raise ServerError("too busy")
+            raise self.start_failure
         self.starts += 1
         self.runs, self._left, self.alive = {}, {}, True
 

@@ -34,11 +34,13 @@ async def bring_up(engine: Startable, name: str, say: Callable[[str], None]) -> 
             await engine.start()
         except UserError:
             raise
-        except (ServerError, EngineDied) as error:
-            log.error("%s cannot be loaded: %s", name, error)
+        except Exception as error:  # whatever it is: a driver that dies of it would park every client for ever
+            foreseen = isinstance(error, (ServerError, EngineDied))
+            why = str(error) if foreseen else f"{type(error).__name__}: {error}"
+            log.error("%s cannot be loaded: %s", name, why, exc_info=not foreseen)
             if pause is None:
-                raise ServerError(f"{error} (tried {len(PAUSES) + 1} times)") from None
-            say(f"trying again to load {name}: {error}")
+                raise ServerError(f"{why} (tried {len(PAUSES) + 1} times)") from None
+            say(f"trying again to load {name}: {why}")
             await asyncio.sleep(pause)
         else:
             return

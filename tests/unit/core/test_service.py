@@ -9,7 +9,8 @@ import pytest
 
 from tests.support.scripted_engine import ScriptedEngines
 from tests.support.world import ALICE, BOB, LORA, World, scenario, stepped, until, world
-from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.engine import EngineDied
+from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.snapshots import SnapshotRule
 from tuft_jupyter.core.views import state_view
@@ -240,14 +241,16 @@ def test_a_model_that_cannot_be_loaded_fails_its_ops_with_the_reason(tmp_path: P
     scenario(body)
 
 
+@pytest.mark.parametrize("failure", [ServerError("too busy"), EngineDied("gone"), ConnectionError("no Ray")])
 def test_a_worker_that_cannot_start_yet_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that was too busy to start Ray loses nobody's accepted work."""
+    """A machine that was too busy to start Ray loses nobody's accepted work; nor does a failure nobody thought of."""
     monkeypatch.setattr("tuft_jupyter.core.startup.PAUSES", (0.0, 0.0))
 
     async def body() -> None:
         engines = ScriptedEngines()
+        engines.trainer.start_failure = failure
         engines.trainer.fails_to_start = 2
         async with world(tmp_path, engines=engines) as w:
             run = await w.connect()
