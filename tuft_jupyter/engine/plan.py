@@ -145,15 +145,7 @@ def make_plan(ask: Ask, nodes: Sequence[Node]) -> Plan | None:
     if not _fit(groups, nodes, ask):
         if ask.strategy.startswith("STRICT"):
             return None
-        groups = [
-            part
-            for group in groups
-            for part in (
-                [_Group(TRAINING, 1, group.gpus) for _ in range(group.processes)]
-                if group.role == TRAINING
-                else [group]
-            )
-        ]
+        groups = _divided(groups)
         if not _fit(groups, nodes, ask):
             return None
     return _seated(ask, groups)
@@ -179,6 +171,15 @@ def _groups(ask: Ask) -> list[_Group]:
             for _ in range(ask.replicas * ask.nodes_per_replica)
         ]
     return sorted(groups, key=lambda group: -group.size)
+
+
+def _divided(groups: Sequence[_Group]) -> list[_Group]:
+    """With each training process by itself; largest first again, or the small ones take the room of the large."""
+    parts = [group for group in groups if group.role != TRAINING]
+    for group in groups:
+        if group.role == TRAINING:
+            parts += [_Group(TRAINING, 1, group.gpus) for _ in range(group.processes)]
+    return sorted(parts, key=lambda part: -part.size)
 
 
 def _fit(groups: Sequence[_Group], nodes: Sequence[Node], ask: Ask) -> bool:

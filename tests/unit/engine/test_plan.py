@@ -152,6 +152,16 @@ def test_the_layout_of_three_nodes_comes_out_as_drawn(sizes: tuple[int, ...]) ->
     assert ask.expected_gpus == 20
 
 
+@pytest.mark.parametrize("strategy", ["PACK", "SPREAD"])
+def test_a_divided_training_group_leaves_room_for_a_larger_sampler(strategy: str) -> None:
+    """Three ranks that no node holds together, and a sampler on two GPUs of one: the large part is placed first."""
+    ask = Ask(strategy=strategy, ranks=3, gpus_per_engine=2)
+    found = make_plan(ask, nodes(2, 2, 2))
+    (sampler,) = where(found, SAMPLING)
+    assert len(where(found, TRAINING)) == 3
+    assert sampler not in where(found, TRAINING)
+
+
 def test_strategies_pack_spread_and_insist() -> None:
     """S2-15, S3-42: SPREAD takes a node for each part where there are enough; the strict ones rather wait."""
     one_each = Ask(strategy="SPREAD")
