@@ -25,7 +25,9 @@ async def warn(settings: Settings, catalog: Catalog, state: State, *, workers: b
     """``workers``: whether this server trains or samples with workers of its own."""
     found = list(models_left_out(catalog, state))
     if workers:
-        found += await asyncio.to_thread(lambda: [*cluster(settings, os.environ), *vllm(settings, catalog)])
+        found += await asyncio.to_thread(
+            lambda: [*cluster(settings, os.environ), *vllm(settings, catalog, os.environ)]
+        )
     for problem in found:
         log.warning("%s", problem)
 
@@ -50,9 +52,9 @@ def cluster(settings: Settings, env: Mapping[str, str]) -> Iterator[str]:
         yield f"no worker can be started yet: {error.message}"
 
 
-def vllm(settings: Settings, catalog: Catalog) -> Iterator[str]:
-    """Models that are to be sampled with vLLM here, where it is not installed."""
-    if importlib.util.find_spec("vllm") is not None or settings.ray_address:  # a cluster has its own packages
+def vllm(settings: Settings, catalog: Catalog, env: Mapping[str, str]) -> Iterator[str]:
+    """Models that are to be sampled with vLLM here, where it is not installed. A cluster has its own packages."""
+    if importlib.util.find_spec("vllm") is not None or not ray_place.asked(settings.ray_address, env).local:
         return
     asked = [card.name for card in catalog.cards() if settings.sampler_asked(card.name) == "vllm"]
     if asked:

@@ -25,7 +25,7 @@ from tuft_jupyter.config.reader import usable
 from tuft_jupyter.config.sections import Served
 from tuft_jupyter.core.access import KeyRing
 from tuft_jupyter.core.driver import Driver
-from tuft_jupyter.core.engine import RunMemory, SamplingEngine, TrainingEngine
+from tuft_jupyter.core.engine import Engines, RunMemory, SamplingEngine, TrainingEngine
 from tuft_jupyter.core.errors import Elsewhere, Forbidden, Overloaded, TuftError, UserError
 from tuft_jupyter.core.journal import Journal, MemoryJournal, Unavailable
 from tuft_jupyter.core.journal_redis import RedisJournal
@@ -80,18 +80,19 @@ def owner_name() -> str:
         return "local"
 
 
-class ClusterEngines:
-    """Makes engines on Ray; without the backend extra, a refusal that says how to install it."""
+class LazyRayEngines:
+    """Workers of ours on Ray, which is imported with the first; without the backend extra, a refusal that says how to
+    install it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._engines: Any = None
 
     def training(self, card: ModelCard) -> TrainingEngine:
-        return self._cluster().training(card)
+        return self._made().training(card)
 
     def sampling(self, card: ModelCard) -> SamplingEngine:
-        return self._cluster().sampling(card)
+        return self._made().sampling(card)
 
     def workers(self) -> list[tuple[str, int]]:
         """(name, pid) of the worker processes on this machine."""
@@ -112,7 +113,7 @@ class ClusterEngines:
         found: dict[str, Any] = await self._engines.ray()
         return found
 
-    def _cluster(self) -> Any:
+    def _made(self) -> Any:
         if self._engines is None:
             missing = missing_backend()
             if missing:
@@ -126,7 +127,8 @@ class ClusterEngines:
 class Host:
     """``owner`` is the principal of the server's own key and of everybody who may use its lab.
 
-    ``keys`` decides who is let in, and ``groups`` says which groups a tenant is in, where a Hub knows.
+    ``engines`` makes workers of ours: on Ray unless given. ``keys`` decides who is let in, and ``groups`` says which
+    groups a tenant is in, where a Hub knows.
     """
 
     def __init__(
@@ -157,16 +159,15 @@ class Host:
         self.keybook = KeyBook(self.ledger, self.keys, (self.key, self.owner), given)
         traced = tracing.begin("server")
         self.traces = None if traced is None else Traces(traced, self.ledger)
-        self.engines = engines or ClusterEngines(settings)
+        self.engines = engines or LazyRayEngines(settings)
         self.elsewhere = BackendEngines(settings, self.engines)
-        if settings.backends != BackendsConfig():
-            self.engines = self.elsewhere
+        serving: Engines = self.engines if settings.backends == BackendsConfig() else self.elsewhere
         if self.traces is not None:
-            self.engines = self.traces.around(self.engines)
+            serving = self.traces.around(serving)
         self.service = Service(
             self.ledger,
             ServerCatalog(settings, self.ledger),
-            self.engines,
+            serving,
             settings.home,
             settings.checkpoint_dir,
             Limits(

@@ -12,9 +12,9 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from tuft_jupyter.core.engine import Outcome, Part, RunMemory, SamplingEngine, Task, TextTask, TrainingEngine
+from tuft_jupyter.core.engine import Engines, Outcome, Part, SamplingEngine, Task, TextTask, TrainingEngine
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.types import ModelCard, Record
 from tuft_jupyter.tracing import Tracing, current_traceparent, failed, traceparent
@@ -103,7 +103,7 @@ class Traces:
         attributes = {"tuft.base_model": model, "tuft.request_id": request_id}
         return self.tracing.start("sampling", kind="client", attributes=attributes)
 
-    def around(self, engines: Any) -> TracedEngines:
+    def around(self, engines: Engines) -> TracedEngines:
         return TracedEngines(engines, self)
 
 
@@ -132,7 +132,7 @@ def _ended(span: Span) -> Iterator[None]:
 class TracedEngines:
     """Implements ``core.engine.Engines`` over another one."""
 
-    def __init__(self, engines: Any, traces: Traces) -> None:
+    def __init__(self, engines: Engines, traces: Traces) -> None:
         self._engines = engines
         self._traces = traces
 
@@ -141,22 +141,6 @@ class TracedEngines:
 
     def sampling(self, card: ModelCard) -> SamplingEngine:
         return _Sampling(self._engines.sampling(card), card.name, self._traces)
-
-    def workers(self) -> list[tuple[str, int]]:
-        found: list[tuple[str, int]] = self._engines.workers()
-        return found
-
-    def placements(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._engines.placements()
-        return found
-
-    async def ray(self) -> dict[str, Any]:
-        found: dict[str, Any] = await self._engines.ray()
-        return found
-
-    async def memory(self) -> dict[str, RunMemory]:
-        found: dict[str, RunMemory] = await self._engines.memory()
-        return found
 
 
 Engine = TypeVar("Engine", TrainingEngine, SamplingEngine)

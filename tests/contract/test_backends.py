@@ -177,7 +177,7 @@ def test_with_nothing_configured_nothing_is_in_between(tmp_path: Path) -> None:
     async def check(server: Server) -> None:
         status = json.loads((await server.ask("GET", "/tuft/status")).body)
         assert status["servers"] == []
-        assert server.host.engines is not server.host.elsewhere
+        assert server.host.service.engines is server.host.engines
 
     on_server(tmp_path, check)
 
@@ -188,17 +188,19 @@ def test_our_own_vllm_gets_what_the_environment_says(tmp_path: Path) -> None:
     from tuft_jupyter.config import load_settings
     from tuft_jupyter.engine.ray_engines import RayEngines
 
-    def options(**env: str) -> Any:
+    def told(**env: str) -> tuple[str, Any]:
         settings = load_settings(None, {"TUFT_HOME": str(tmp_path), **env})
-        return RayEngines(settings).sampling(models.resolve("tuft/demo"))
+        made: Any = RayEngines(settings).sampling(models.resolve("tuft/demo"))
+        return made._asked, made._options.vllm
 
-    plain = options()
-    assert (plain._asked, plain._vllm.gpu_memory, plain._vllm.enable_lora) == ("auto", 0.4, True)
-    used = options(USE_VLLM="true")
-    assert (used._asked, used._vllm.gpu_memory, used._vllm.max_loras) == ("vllm", 0.2, 4)
-    told = options(USE_VLLM="true", VLLM_GPU_MEMORY_UTIL="0.05", VLLM_MAX_LORAS="2", VLLM_ENABLE_LORA="false")
-    assert (told._vllm.gpu_memory, told._vllm.max_loras, told._vllm.enable_lora) == (0.05, 2, False)
-    assert options(USE_VLLM="false")._asked == "torch"
+    asked, vllm = told()
+    assert (asked, vllm.gpu_memory, vllm.enable_lora) == ("auto", 0.4, True)
+    asked, vllm = told(USE_VLLM="true")
+    assert (asked, vllm.gpu_memory, vllm.max_loras) == ("vllm", 0.2, 4)
+    given = {"VLLM_GPU_MEMORY_UTIL": "0.05", "VLLM_MAX_LORAS": "2", "VLLM_ENABLE_LORA": "false"}
+    _, vllm = told(USE_VLLM="true", **given)
+    assert (vllm.gpu_memory, vllm.max_loras, vllm.enable_lora) == (0.05, 2, False)
+    assert told(USE_VLLM="false")[0] == "torch"
 
 
 def test_an_engine_that_nobody_serves_is_refused_with_its_reason(tmp_path: Path) -> None:

@@ -75,19 +75,25 @@ def test_a_run_whose_model_left_the_configuration_is_told_with_its_name(
     assert "supported_models" in told
 
 
-def test_a_sampler_that_is_not_installed_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cluster", [False, True])
+def test_a_sampler_that_is_not_installed_is_told_but_for_a_cluster(
+    cluster: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nodes of a cluster have packages of their own, however the cluster is named."""
     found = importlib.util.find_spec
     monkeypatch.setattr(
         "tuft_jupyter_server.foreseen.importlib.util.find_spec",
         lambda name: None if name == "vllm" else found(name),
     )
     models = [{**TWO_MODELS[0], "sampler_type": "vllm"}, TWO_MODELS[1]]
-    asyncio.run(start_and_stop(host(tmp_path, {"supported_models": models})))
-    (told,) = warnings(caplog)
-    assert told.startswith("kept cannot be sampled")
-    assert 'pip install "tuft-jupyter[vllm]"' in told
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        if cluster:
+            monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listener.getsockname()[1]}")
+        asyncio.run(start_and_stop(host(tmp_path, {"supported_models": models})))
+    told = warnings(caplog)
+    assert len(told) == (0 if cluster else 1)
+    assert all(text.startswith("kept cannot be sampled") for text in told)
+    assert all('pip install "tuft-jupyter[vllm]"' in text for text in told)
 
 
 def test_a_cluster_that_does_not_answer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

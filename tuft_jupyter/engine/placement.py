@@ -80,9 +80,13 @@ class Placement:
         return {bundle.node for bundle in self.plan.bundles} <= alive
 
     async def remove(self) -> None:
-        """Give the GPUs back. Ray ends the actors that still run there."""
-        if not (self.session.lost or self.session.closing):
+        """Give the GPUs back. Ray ends the actors that still run there. Of a cluster that is gone, nothing is left."""
+        if self.session.lost or self.session.closing:
+            return
+        try:
             await self.thread.run(lambda: _remove(self.group))
+        except Exception as error:  # noqa: BLE001 - whoever stops has more to end
+            log.warning("the GPUs of %s could not be given back: %s", self.name, error)
 
     def shown(self) -> dict[str, Any]:
         """As JSON: the mesh, and which process is where."""
@@ -300,17 +304,16 @@ async def _reserve(plan: Plan, name: str, thread: RayThread, seconds: float) -> 
     """Ray's handle, or None if the room was gone."""
     asked = asyncio.ensure_future(_ask(thread, lambda: _group(plan, name)))
     deadline = time.monotonic() + seconds
+    ready = False
     try:
         group = await asyncio.shield(asked)
-        while not await _ask(thread, lambda: group.wait(0.2)):
-            if time.monotonic() >= deadline:
-                await thread.run(lambda: _remove(group))
-                return None
-    except asyncio.CancelledError:
-        made = await asked
-        await asyncio.shield(thread.run(lambda: _remove(made)))
-        raise
-    return group
+        while not ready and time.monotonic() < deadline:
+            ready = await _ask(thread, lambda: group.wait(0.2))
+    finally:
+        if not ready:
+            made = await asked  # also where the wait for it was cancelled
+            await asyncio.shield(thread.run(lambda: _remove(made)))
+    return group if ready else None
 
 
 def _group(plan: Plan, name: str) -> Any:

@@ -61,18 +61,22 @@ class Place:
         return self.address == LOCAL
 
 
+def asked(configured: str | None, env: Mapping[str, str]) -> Place:
+    """The configured address, else ``RAY_ADDRESS``, else a local Ray of our own; it may be ``auto`` or ``require``."""
+    if configured:
+        return Place(configured, "ray_address is set")
+    if env.get("RAY_ADDRESS"):
+        return Place(env["RAY_ADDRESS"], "RAY_ADDRESS is set")
+    return Place(LOCAL, "no address is set")
+
+
 def choose(configured: str | None, env: Mapping[str, str], current: Path | None = None) -> Place:
-    """The configured address, else ``RAY_ADDRESS``, else a local Ray of our own.
+    """What :func:`asked` says, with an address found where it names none.
 
     ``auto`` joins a cluster that this user started on this machine and falls back to a local one, ``require`` does not
     fall back. ServerError if the cluster that was found is another user's. ``current`` is the file that names it.
     """
-    if configured:
-        place = Place(configured, "ray_address is set")
-    elif env.get("RAY_ADDRESS"):
-        place = Place(env["RAY_ADDRESS"], "RAY_ADDRESS is set")
-    else:
-        return Place(LOCAL, "no address is set")
+    place = asked(configured, env)
     if place.address not in (AUTO, REQUIRE):
         return place
     current = current or next(filter(Path.is_file, _current_clusters()), CURRENT_CLUSTER)

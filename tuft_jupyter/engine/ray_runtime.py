@@ -99,12 +99,13 @@ class Runtime:
     async def acquire(self, user: object) -> Session:
         """Ray, started if need be, for as long as ``user`` does not release it; ServerError says why it cannot be."""
         self._users.add(user)
-        named = (self.address or os.environ.get("RAY_ADDRESS") or ray_place.LOCAL) != ray_place.LOCAL
+        asked = ray_place.asked(self.address, os.environ)
         try:
-            session = await asyncio.wait_for(self.thread.run(self._ensure), JOIN_SECONDS if named else None)
+            seconds = None if asked.local else JOIN_SECONDS
+            session = await asyncio.wait_for(self.thread.run(self._ensure), seconds)
         except TimeoutError:
             raise ServerError(
-                f"the Ray cluster at {self.address!r} did not answer within {JOIN_SECONDS:g} s"
+                f"the Ray cluster at {asked.address!r} did not answer within {JOIN_SECONDS:g} s"
             ) from None
         _keep_signal_handler()
         return session

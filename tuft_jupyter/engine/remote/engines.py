@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from tuft_jupyter.config import Settings
-from tuft_jupyter.core.engine import Engines, RunMemory, SamplingEngine, TrainingEngine
+from tuft_jupyter.core.engine import Engines, SamplingEngine, TrainingEngine
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.remote import http, tinker_client, vllm_server
 from tuft_jupyter.engine.remote.http import Server
@@ -24,9 +23,9 @@ from tuft_jupyter.engine.remote.vllm_server import VllmServer
 class BackendEngines:
     """Implements ``core.engine.Engines``. ``workers`` makes our own engines."""
 
-    def __init__(self, settings: Settings, workers: Any) -> None:
+    def __init__(self, settings: Settings, workers: Engines) -> None:
         self._backends = backends = settings.backends
-        self._own: Any = workers
+        self._workers = workers
         self._instance = hashlib.sha256(str(settings.home.absolute()).encode()).hexdigest()[:8]
         self._threads = ThreadPoolExecutor(backends.max_workers, "tuft-backend")
         self.servers: list[Server] = []
@@ -56,22 +55,6 @@ class BackendEngines:
             return TinkerSampling(card, self._trainer)
         return self._workers.sampling(card)
 
-    def workers(self) -> list[tuple[str, int]]:
-        found: list[tuple[str, int]] = self._own.workers()
-        return found
-
-    async def memory(self) -> dict[str, RunMemory]:
-        found: dict[str, RunMemory] = await self._own.memory()
-        return found
-
-    def placements(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._own.placements()
-        return found
-
-    async def ray(self) -> dict[str, Any]:
-        found: dict[str, Any] = await self._own.ray()
-        return found
-
     async def watch(self, there_again: Callable[[], None]) -> None:
         """Follow whether the servers elsewhere are there, for ever; ``there_again`` is called when one came back."""
         for server in self.servers:
@@ -89,11 +72,6 @@ class BackendEngines:
         """In words, who works here and elsewhere."""
         own = ["torch, peft and ray are installed"] if self.needs_workers else []
         return "; ".join(own + [f"{server.kind.name} at {server.url}" for server in self.servers])
-
-    @property
-    def _workers(self) -> Engines:
-        engines: Engines = self._own
-        return engines
 
     def _server(self, kind: http.Kind, url: str, key: str) -> Server:
         server = Server(kind, url, key, self._threads)
