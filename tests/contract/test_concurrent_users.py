@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,13 +13,14 @@ import tinker
 from tinker import types
 
 from examples.run_on_server import Server
+from tests.support.live import TO_THE_END
 
 
 def run_users(alice: Server, *arguments: str) -> str:
     key = (alice.work / "tuft" / "credentials").read_text().strip()
     address = f"{alice.url.rstrip('/')}/tuft"
     done = subprocess.run(
-        [sys.executable, "-m", "tuft_jupyter.testing.concurrent_users", *arguments],
+        [*TO_THE_END, "-m", "tuft_jupyter.testing.concurrent_users", *arguments],
         env={**os.environ, "TINKER_BASE_URL": address, "TINKER_API_KEY": key, "TINKER_TELEMETRY": "0"},
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip

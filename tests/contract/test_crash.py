@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 from examples.run_on_server import Server
 from tests.contract.conftest import OURS, clean_environment
+from tests.support.live import TO_THE_END
 
 SCRIPT = Path(__file__).parents[1] / "support" / "crash_script.py"
 STEPS = 30
@@ -38,7 +38,7 @@ def train(server: Server, at: dict[int, Callable[[], None]]) -> dict[str, Any]:
     key = (Path(server.env["TUFT_HOME"]) / "credentials").read_text().strip()
     env = {**os.environ, **server.env, "TINKER_BASE_URL": f"{server.url}tuft", "TINKER_API_KEY": key}
     with subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(STEPS)], env=env, stdout=subprocess.PIPE, text=True
+        [*TO_THE_END, str(SCRIPT), str(STEPS)], env=env, stdout=subprocess.PIPE, text=True
     ) as script:
         assert script.stdout is not None
         last: dict[str, Any] = {}

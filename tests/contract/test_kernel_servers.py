@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.live import EXAMPLES, ROOT, ask, environment, key_of, python, quickest, until
+from tests.support.live import EXAMPLES, ROOT, TO_THE_END, ask, environment, key_of, python, quickest, until
 from tests.support.stub_server import KEY
 from tests.support.tiny_models import make_model
 from tuft_jupyter import home as homes
@@ -371,7 +371,7 @@ def test_the_readme_s_script_runs_without_any_network(env: dict[str, str]) -> No
         pytest.skip("this machine does not allow network namespaces")
     env = {name: value for name, value in env.items() if name != "HF_ENDPOINT"}
     done = subprocess.run(
-        [*isolated, sys.executable, "-c", OFFLINE, str(EXAMPLES / "end_to_end.py")],
+        [*isolated, *TO_THE_END, "-c", OFFLINE, str(EXAMPLES / "end_to_end.py")],
         env=env, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.support.live import TO_THE_END
 from tests.support.stub_hub import StubHub
 from tests.support.tiny_models import make_tokenizer
 from tuft_jupyter.kernel.tokenizers import repository
@@ -92,7 +93,7 @@ def test_the_sdk_finds_them_with_and_without_a_hub(
         env["HF_HUB_OFFLINE"] = "1"
     names = ["tiny", "tuft/demo", "acme/tiny/variant"]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tokenizer_files), *names],
+        [*TO_THE_END, "-c", SCRIPT, str(tokenizer_files), *names],
         env=env, capture_output=True, text=True, timeout=90,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from tinker.cli.__main__ import main_cli
 
 from examples.run_on_server import Server
 from tests.contract.conftest import clean_environment
+from tests.support.live import TO_THE_END
 from tuft_jupyter import home as homes
 
 CLI = Path(sys.executable).with_name("tinker")
@@ -63,7 +64,7 @@ def environment(alice: Server) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def tinker(environment: dict[str, str]) -> Tinker:
     def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [str(CLI), *arguments]
+        command = [*TO_THE_END, str(CLI), *arguments]
         return subprocess.run(
             command, env={**environment, **env}, capture_output=True, text=True, timeout=SECONDS, check=False
         )
@@ -75,7 +76,7 @@ def tinker(environment: dict[str, str]) -> Tinker:
 def made(environment: dict[str, str]) -> dict[str, str]:
     """A run of one step with two training checkpoints."""
     done = subprocess.run(
-        [sys.executable, "-c", PREPARE],
+        [*TO_THE_END, "-c", PREPARE],
         env=environment,
         capture_output=True,
         text=True,
@@ -203,7 +204,7 @@ def test_auth_login_and_logout(environment: dict[str, str], tmp_path: Path) -> N
     key = env.pop("TINKER_API_KEY")
     for command, answer in ((["auth", "login"], "Logged in as"), (["auth", "logout"], "Removed credential")):
         done = subprocess.run(
-            [str(CLI), *command],
+            [*TO_THE_END, str(CLI), *command],
             env=env,
             input=key + "\n",
             capture_output=True,

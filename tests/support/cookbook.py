@@ -26,7 +26,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from examples.run_on_server import Server
-from tests.support.live import environment, key_of
+from tests.support.live import TO_THE_END, environment, key_of
 from tests.support.sdk_matrix import met, pip
 
 VERSION = "0.6.1"
@@ -198,7 +198,7 @@ def write(directory: Path, **splits: Iterable[Mapping[str, Any]]) -> None:
 def lay_tokenizers(env: Mapping[str, str], work: Path) -> None:
     """What ``%tuft init`` does before a notebook's first ``get_tokenizer()``."""
     done = subprocess.run(
-        [sys.executable, "-c", "import tuft_jupyter; tuft_jupyter.init()"],
+        [*TO_THE_END, "-c", "import tuft_jupyter; tuft_jupyter.init()"],
         env=dict(env), cwd=work, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -211,7 +211,7 @@ def run(recipe: Recipe, env: Mapping[str, str], work: Path) -> Report:
     arguments = [f"log_path={log}", *recipe.arguments, *start(recipe, log, work)]
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", f"tinker_cookbook.{recipe.module}", *arguments],
+        [*TO_THE_END, "-m", f"tinker_cookbook.{recipe.module}", *arguments],
         env={**env, "PYTHONPATH": os.fspath(cookbook())},
         cwd=work, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 Outcome = TypeVar("Outcome")
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+TO_THE_END = (sys.executable, os.fspath(Path(__file__).with_name("to_the_end.py")))
+"""``python``, for programs that use the SDK and whose exit status counts."""
 OURS = ("TUFT_", "TINKER_", "HF_", "JUPYTER", "JPY_", "IPYTHON")
 
 
@@ -74,7 +76,7 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in a fresh interpreter, as a user's would."""
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [*TO_THE_END, "-c", code, *arguments],
         env=dict(env), capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from examples.run_on_server import Server
-from tests.support.live import environment, key_of
+from tests.support.live import TO_THE_END, environment, key_of
 
 VERSIONS = ("0.16.1", "0.18.2", "0.22.7", "0.25.0", "0.27.2", "0.30.4", "0.34.0", "0.38.0")
 """The newest in the registry comes on top, if it is none of these."""
@@ -118,7 +118,7 @@ def run(wanted: str, address: str, key: str, home: Path) -> Report:
     )
     env["PYTHONPATH"] = os.fspath(sdk(wanted))
     done = subprocess.run(
-        [sys.executable, os.fspath(SCRIPT)], env=env, capture_output=True, text=True, timeout=300, check=False
+        [*TO_THE_END, os.fspath(SCRIPT)], env=env, capture_output=True, text=True, timeout=300, check=False
     )
     if done.returncode:
         raise RuntimeError(
