@@ -69,10 +69,11 @@ for name, who in (("BASE", client.create_sampling_client(base_model="tuft/demo")
     print(name, who.sample(prompt, 1, greedy).result().sequences[0].tokens)
 drawn = sampling.sample(prompt, 1, types.SamplingParams(max_tokens=4, temperature=2.0, top_k=1)).result()
 print("LOGPROBS", drawn.sequences[0].logprobs)
-try:
-    sampling.sample(types.ModelInput.from_ints([7] * 48), 1, types.SamplingParams(max_tokens=4)).result()
-except Exception as error:
-    print("PROMPT", " ".join(str(error).split()))
+for length, name in ((48, "PROMPT"), (29, "ANSWER")):
+    try:
+        sampling.sample(types.ModelInput.from_ints([7] * length), 1, types.SamplingParams(max_tokens=4)).result()
+    except Exception as error:
+        print(name, " ".join(str(error).split()))
 print("DONE")
 """
 
@@ -134,6 +135,8 @@ def test_the_stock_sdk_trains_and_samples_on_it(
     said = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
     assert "datum 1: model_input has 65 tokens, the model takes at most 64" in said["LONG"]
     assert "prompt has 48 tokens; the context of 32 tokens" in said["PROMPT"]
+    told = "prompt has 29 tokens and max_tokens asks for 4 more, which does not fit the context of 32 tokens"
+    assert told in said["ANSWER"]
     assert said["BASE"] != said["ADAPTED"] == "[7, 7, 7, 7]"
     assert json.loads(said["LOGPROBS"]) == [0.0] * 4  # of what one candidate is drawn from
     assert (home / "kept").is_dir()

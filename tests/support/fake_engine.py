@@ -36,7 +36,7 @@ from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.worker import TrainingWorker
 
 VOCAB = 1000
-CONTEXT = 4096
+CONTEXT = 64
 
 
 class Killed(BaseException):
@@ -224,8 +224,8 @@ class FakeSampler:
             batch = list(self.live.items())
         for key, (shift, request, drawn) in batch:
             self.faults.meet(request.prompt)
-            self._tell(key, shift, request, drawn + 1 == request.params.max_tokens)
-            if drawn + 1 < request.params.max_tokens:
+            self._tell(key, shift, request, drawn + 1 == _longest(request))
+            if drawn + 1 < _longest(request):
                 with self._lock:
                     if key in self.live:
                         self.live[key] = (shift, request, drawn + 1)
@@ -253,8 +253,13 @@ class FakeSampler:
         return self.held_up
 
 
+def _longest(request: SampleRequest) -> int:
+    asked = request.params.max_tokens
+    return CONTEXT - len(request.prompt) if asked is None else asked
+
+
 def _result(shift: int, request: SampleRequest) -> SampleResult:
-    n, last = request.params.max_tokens, int(request.prompt[-1])
+    n, last = _longest(request), int(request.prompt[-1])
     sequences = [
         SampledSequence(
             np.full(n, (last + shift + i) % VOCAB, np.int32), np.full(n, -0.5, np.float32), StopReason.LENGTH
@@ -344,7 +349,7 @@ class FakeSamplingEngine:
             raise self.faults.starts.pop(0)
         self.faults.corpse = False
         self.sampler = FakeSampler(self.faults)
-        self._worker = SamplingWorker(self.sampler, context=CONTEXT, on_death=self.kill)
+        self._worker = SamplingWorker(self.sampler, on_death=self.kill)
 
     async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         if self._worker is None:

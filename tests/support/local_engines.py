@@ -58,7 +58,7 @@ class LocalSampling:
 
     async def start(self) -> None:
         self._worker = await asyncio.to_thread(self._make)
-        self._text = TextWorker(self._worker, Path(self._card.path), context=self._card.max_context_length)
+        self._text = TextWorker(self._worker, Path(self._card.path))
 
     def _make(self) -> SamplingWorker:
         card = self._card
@@ -69,7 +69,7 @@ class LocalSampling:
             dtype=torch.float32,
             max_context=card.max_context_length,
         )
-        return SamplingWorker(sampler, context=card.max_context_length)
+        return SamplingWorker(sampler)
 
     def _ready(self) -> SamplingWorker:
         if self._worker is None:

@@ -120,7 +120,7 @@ def test_sequences_end_as_the_torch_samplers_do(sampler: VllmSampler, torch_samp
         ask(prompt(6), stop_strings=(chr(token - 3) if 36 < token < 97 else "e",), **greedy),
         ask(prompt(6), stop_tokens=None, **greedy),
         ask(prompt(6), 2, **greedy),
-        ask(prompt(MAX_LENGTH - 5), temperature=0.0, max_tokens=40),
+        ask(prompt(MAX_LENGTH - 5), temperature=0.0, max_tokens=None),
     ]
     answers = list(both([(None, request) for request in requests], sampler, torch_sampler))
     for ours, theirs in answers:

@@ -127,12 +127,13 @@ class ForwardBackwardResult:
 class SamplingParams:
     """How to draw tokens.
 
-    ``temperature`` 0 is greedy; ``top_k`` -1 and ``top_p`` 1.0 are off. ``stop_tokens`` ends a sequence after
-    that token, ``stop_strings`` as soon as the decoded text contains one; the stop token stays in the result.
-    ``None`` for ``stop_tokens`` means the model's own end-of-sequence tokens, an empty tuple means never.
+    ``max_tokens`` None is as far as the context goes. ``temperature`` 0 is greedy; ``top_k`` -1 and ``top_p`` 1.0 are
+    off. ``stop_tokens`` ends a sequence after that token, ``stop_strings`` as soon as the decoded text contains one;
+    the stop token stays in the result. ``None`` for ``stop_tokens`` means the model's own end-of-sequence tokens, an
+    empty tuple means never.
     """
 
-    max_tokens: int
+    max_tokens: int | None = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0

@@ -280,10 +280,7 @@ class SamplingActor(EngineActor):
     text: TextWorker
 
     def make(self) -> None:
-        card, adapters = self.options.card, self.options.adapters
-        self.worker = SamplingWorker(
-            self.sampler(), context=card.max_context_length, adapters=adapters, on_death=self._end
-        )
+        self.worker = SamplingWorker(self.sampler(), adapters=self.options.adapters, on_death=self._end)
         self.text = self.texts()
 
     def sampler(self) -> Sampler:
@@ -325,7 +322,7 @@ class SamplingActor(EngineActor):
 
         card = self.options.card
         threads = self.options.text_workers
-        return TextWorker(self.worker, Path(card.path), context=card.max_context_length, threads=threads)
+        return TextWorker(self.worker, Path(card.path), threads=threads)
 
     def _end(self) -> None:
         exit_process: Callable[[int], Any] = os._exit

@@ -63,13 +63,24 @@ class Limits:
             )
         if not 1 <= request.num_samples <= self.samples:
             raise UserError(f"num_samples must be between 1 and {self.samples}, got {request.num_samples}")
-        if params.max_tokens < 1:
+        if params.max_tokens is not None and params.max_tokens < 1:
             raise UserError(f"sampling_params.max_tokens must be at least 1, got {params.max_tokens}")
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.context:
+            raise UserError(
+                f"prompt has {len(prompt)} tokens and max_tokens asks for {params.max_tokens} more, which does not fit "
+                f"the context of {self.context} tokens{self.reason}: set max_tokens to "
+                f"{self.context - len(prompt)} or less, or leave it out to go as far as the context does"
+            )
         self._check_scores(request)
         for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
             k = getattr(request, name)
             if not 0 <= k <= self.vocab_size:
                 raise UserError(f"{name} must be between 0 and {self.vocab_size} (the vocabulary), got {k}")
+
+    def longest(self, request: SampleRequest) -> int:
+        """Tokens that each sample of a request may have."""
+        room = self.context - len(request.prompt)
+        return room if request.params.max_tokens is None else request.params.max_tokens
 
     def _check_scores(self, request: SampleRequest) -> None:
         """What is asked of the prompt must lie in it, and in bounds of memory."""

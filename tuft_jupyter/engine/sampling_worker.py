@@ -35,21 +35,18 @@ Waiting = tuple[asyncio.AbstractEventLoop, asyncio.Future[SampleResult | TuftErr
 class SamplingWorker:
     """Samples from ``sampler``.
 
-    ``context`` stands in for a missing ``max_tokens`` (the sampler bounds it by the room that is left). ``adapters``:
-    whether any may be asked for. ``on_death`` is called in the engine thread when the sampler broke, after every
-    request was told.
+    ``adapters``: whether any may be asked for. ``on_death`` is called in the engine thread when the sampler broke,
+    after every request was told.
     """
 
     def __init__(
         self,
         sampler: Sampler,
         *,
-        context: int,
         adapters: bool = True,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self.sampler = sampler
-        self._context = context
         self._adapters = adapters
         self._on_death = on_death
         self._changed = threading.Condition()
@@ -63,7 +60,7 @@ class SamplingWorker:
         """Sample from the base model, or from the adapter saved in a directory."""
         began = time.perf_counter()
         try:
-            request = replace(decode_sample_request(body, default_max_tokens=self._context), salt=salt)
+            request = replace(decode_sample_request(body), salt=salt)
             result = await self.draw(request_id, adapter, request)
             encoded = encode_sample_response(result)
         except TuftError as error:

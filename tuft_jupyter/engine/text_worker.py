@@ -37,15 +37,11 @@ a second altogether, however many read along. Alone, a reader gets every token a
 
 
 class TextWorker:
-    """Samples text from ``worker``. ``context`` bounds a request that does not say how long it may become.
+    """Samples text from ``worker``. ``threads`` turn text into tokens, each with a tokenizer of its own."""
 
-    ``threads`` turn text into tokens, each with a tokenizer of its own.
-    """
-
-    def __init__(self, worker: SamplingWorker, directory: Path, *, context: int, threads: int = 1) -> None:
+    def __init__(self, worker: SamplingWorker, directory: Path, *, threads: int = 1) -> None:
         self._worker = worker
         self._directory = directory
-        self._context = context
         self._models = threading.local()
         self._threads = ThreadPoolExecutor(threads, "tokenizer")
         self._open: dict[str, _OpenTask] = {}
@@ -109,7 +105,7 @@ class TextWorker:
         check_input(sum(len(prompt) for prompt in prompts), task.input_tokens)
         params = checked_params(
             SamplingParams(
-                self._context if request.max_tokens is None else max(request.max_tokens, 1),
+                None if request.max_tokens is None else max(request.max_tokens, 1),
                 request.temperature,
                 request.top_k,
                 request.top_p,

@@ -183,14 +183,14 @@ class TorchSampler:
             except TuftError as error:
                 ended.append((key, error))
                 continue
-            stop, room = request.params.stop_tokens, self.limits.context - len(request.prompt)
+            stop = request.params.stop_tokens
             self._jobs.append(
                 Job(
                     key,
                     directory,
                     request,
                     stop_tokens=self._eos if stop is None else frozenset(stop),
-                    limit=min(request.params.max_tokens, room),
+                    limit=self.limits.longest(request),
                     decode=self._decode_text if request.params.stop_strings else None,
                     waiting=request.num_samples,
                     on_token=on_token,

@@ -298,9 +298,9 @@ class VllmSampler:
 
         lora = None if named is None else LoRARequest(named.name, named.number, str(named.directory))
         prompt = {"prompt_token_ids": request.prompt.tolist(), "cache_salt": request.salt or None}
-        room = self.limits.context - len(request.prompt)
         answer = vllm_values.Answer(request, on_token)
-        params = vllm_values.params(request, room, stream=on_token is not None)
+        longest = self.limits.longest(request)
+        params = vllm_values.params(request, longest, stream=on_token is not None)
         async for output in self._engine.generate(prompt, params, key, lora_request=lora):
             answer.add(output)
         return answer.result()

@@ -28,8 +28,8 @@ from tuft_jupyter.core.types import (
 from tuft_jupyter.engine.sample_job import DIVERGED
 
 
-def asked(request: SampleRequest, room: int) -> dict[str, Any]:
-    """What vLLM is to draw, at most ``room`` tokens each, in the words of its SamplingParams and of its HTTP API."""
+def asked(request: SampleRequest, longest: int) -> dict[str, Any]:
+    """What vLLM is to draw, at most ``longest`` tokens each, in the words of its SamplingParams and of its HTTP API."""
     given = request.params
     scored = request.prompt_logprobs or request.topk_prompt_logprobs
     return {
@@ -38,7 +38,7 @@ def asked(request: SampleRequest, room: int) -> dict[str, Any]:
         "top_k": max(given.top_k, 0),
         "top_p": given.top_p,
         "seed": None if given.seed is None else _spread(given.seed),
-        "max_tokens": min(given.max_tokens, room),
+        "max_tokens": longest,
         "stop": list(given.stop_strings) or None,
         "include_stop_str_in_output": True,
         "stop_token_ids": list(given.stop_tokens or ()) or None,
@@ -49,13 +49,13 @@ def asked(request: SampleRequest, room: int) -> dict[str, Any]:
     }
 
 
-def params(request: SampleRequest, room: int, *, stream: bool = False) -> Any:
+def params(request: SampleRequest, longest: int, *, stream: bool = False) -> Any:
     """The same as vLLM's SamplingParams; its outputs are deltas, with ``stream`` as they come."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        **asked(request, room),
+        **asked(request, longest),
         detokenize=bool(request.params.stop_strings),
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )

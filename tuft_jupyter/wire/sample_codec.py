@@ -78,10 +78,9 @@ _KNOWN_PARAMS = frozenset(_Params.__struct_fields__)
 _WIDTHS = ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k")
 
 
-def decode_sample_request(body: bytes, *, default_max_tokens: int) -> SampleRequest:
+def decode_sample_request(body: bytes) -> SampleRequest:
     """Decode the body of ``asample``.
 
-    ``default_max_tokens`` stands in for a missing ``max_tokens`` (the protocol: as far as the context goes).
     ``stop``: absent means the model's end-of-sequence tokens; token ids replace them (none: never stop);
     strings are looked for beside them.
     """
@@ -102,7 +101,7 @@ def decode_sample_request(body: bytes, *, default_max_tokens: int) -> SampleRequ
     return SampleRequest(
         prompt=_prompt(request.prompt),
         num_samples=request.num_samples,
-        params=_params(request.sampling_params or {}, default_max_tokens),
+        params=_params(request.sampling_params or {}),
         prompt_logprobs=bool(request.prompt_logprobs),
         topk_prompt_logprobs=request.topk_prompt_logprobs or 0,
         topk_sample_logprobs=request.topk_sample_logprobs or 0,
@@ -154,7 +153,7 @@ def _prompt(prompt: _Prompt) -> Int32Array:
         ) from None
 
 
-def _params(given: dict[str, Any], default_max_tokens: int) -> SamplingParams:
+def _params(given: dict[str, Any]) -> SamplingParams:
     for name, value in given.items():
         if name not in _KNOWN_PARAMS and not _is_off(value):
             raise UserError(f"sampling_params.{name} is not known to this server; leave it out")
@@ -164,7 +163,7 @@ def _params(given: dict[str, Any], default_max_tokens: int) -> SamplingParams:
         raise UserError(f"sampling_params: {error}") from None
     stop_tokens, stop_strings = _stop(params.stop)
     asked = SamplingParams(
-        max_tokens=default_max_tokens if params.max_tokens is None else params.max_tokens,
+        max_tokens=params.max_tokens,
         temperature=1.0 if params.temperature is None else params.temperature,
         top_k=params.top_k or -1,
         top_p=1.0 if params.top_p is None else params.top_p,
@@ -177,7 +176,7 @@ def _params(given: dict[str, Any], default_max_tokens: int) -> SamplingParams:
 
 def checked_params(params: SamplingParams, where: str = "") -> SamplingParams:
     """The same; UserError naming the first field (with ``where`` before it) that is out of its range."""
-    if params.max_tokens < 1:
+    if params.max_tokens is not None and params.max_tokens < 1:
         raise UserError(f"{where}max_tokens must be at least 1, got {params.max_tokens}")
     if not (math.isfinite(params.temperature) and params.temperature >= 0):
         raise UserError(f"{where}temperature must be 0 (greedy) or more, got {params.temperature}")

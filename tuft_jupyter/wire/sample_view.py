@@ -26,7 +26,7 @@ def sample_views(kept: Sequence[Kept], words: Words) -> list[dict[str, Any]]:
 
 
 def _view(kept: Kept, words: Words) -> dict[str, Any]:
-    asked = decode_sample_request(kept.body, default_max_tokens=1)
+    asked = decode_sample_request(kept.body)
     sequences = msgspec.json.decode(sample_response_as_json(kept.answer))["sequences"]
     return {
         "time": kept.time,

@@ -33,7 +33,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(directory: Path) -> Iterator[SamplingWorker]:
-    worker = SamplingWorker(TorchSampler(directory), context=128)
+    worker = SamplingWorker(TorchSampler(directory))
     yield worker
     worker.close()
 

@@ -166,7 +166,11 @@ def test_a_prompt_that_can_never_fit_is_refused_with_the_limit(tmp_path: Path) -
     sampler = TorchSampler(make_model(tmp_path / "m", max_length=1000), kv_tokens=1000)
     with pytest.raises(UserError, match=r"500 tokens; the context of 400 tokens \(two fifths of the 1000"):
         sampler.check(ask(prompt(500)))
-    (answer,) = run(sampler, [(None, ask(prompt(390), max_tokens=100))])
+    with pytest.raises(
+        UserError, match=r"390 tokens.* 400 tokens \(two fifths.*set max_tokens to 10 or less"
+    ):
+        sampler.check(ask(prompt(390), max_tokens=11))
+    (answer,) = run(sampler, [(None, ask(prompt(390), max_tokens=None))])
     assert [len(sequence.tokens) for sequence in answer.sequences] == [10]
 
 

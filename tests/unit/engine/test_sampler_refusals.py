@@ -26,6 +26,10 @@ VOCAB = 320
         (ask(prompt(3), 0), "num_samples"),
         (ask(prompt(3), 100_000), "num_samples"),
         (ask(prompt(3), max_tokens=0), "max_tokens"),
+        (
+            ask(prompt(90), max_tokens=7),
+            "90 tokens and max_tokens asks for 7 more.*context of 96.*to 6 or less",
+        ),
         (ask(prompt(3), topk_prompt_logprobs=VOCAB + 1), "topk_prompt_logprobs"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tinker.proto.response_conv import deserialize_sample_response
 
-from tests.support.fake_engine import VOCAB, FakeSampler, Faults
+from tests.support.fake_engine import CONTEXT, VOCAB, FakeSampler, Faults
 from tests.support.loops import on_a_loop
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 
@@ -28,7 +28,7 @@ def sample_body(*prompt: int, **fields: Any) -> bytes:
 
 @on_a_loop
 async def test_many_samples_at_once_each_get_their_own() -> None:
-    worker = SamplingWorker(FakeSampler(), context=64)
+    worker = SamplingWorker(FakeSampler())
     try:
         outcomes = await asyncio.gather(*(worker.sample(f"r{i}", None, sample_body(i)) for i in range(50)))
     finally:
@@ -41,18 +41,18 @@ async def test_many_samples_at_once_each_get_their_own() -> None:
 
 @on_a_loop
 async def test_a_sample_without_max_tokens_goes_as_far_as_the_context() -> None:
-    worker = SamplingWorker(FakeSampler(), context=17)
+    worker = SamplingWorker(FakeSampler())
     try:
         outcome = await worker.sample("r", None, sample_body(1, sampling_params={}))
     finally:
         worker.close()
-    assert outcome.facts["tokens"] == 17
+    assert outcome.facts["tokens"] == CONTEXT - 1
 
 
 @pytest.mark.parametrize("body", [b"{", sample_body(VOCAB), sample_body(1, num_samples=0)])
 @on_a_loop
 async def test_a_bad_sample_request_is_the_users(body: bytes) -> None:
-    worker = SamplingWorker(FakeSampler(), context=64)
+    worker = SamplingWorker(FakeSampler())
     try:
         assert (await worker.sample("r", None, body)).category == "user"
     finally:
@@ -61,7 +61,7 @@ async def test_a_bad_sample_request_is_the_users(body: bytes) -> None:
 
 @on_a_loop
 async def test_an_unreadable_adapter_fails_its_own_request(tmp_path: Path) -> None:
-    worker = SamplingWorker(FakeSampler(), context=64)
+    worker = SamplingWorker(FakeSampler())
     try:
         outcome = await worker.sample("r", str(tmp_path), sample_body(1))
         assert outcome.category == "server"
@@ -74,7 +74,7 @@ async def test_an_unreadable_adapter_fails_its_own_request(tmp_path: Path) -> No
 @on_a_loop
 async def test_a_cancelled_sample_ends_at_once_and_alone() -> None:
     faults = Faults(hang_on=7)
-    worker = SamplingWorker(FakeSampler(faults), context=64)
+    worker = SamplingWorker(FakeSampler(faults))
     try:
         hanging = asyncio.create_task(worker.sample("r", None, sample_body(7)))
         other = asyncio.create_task(worker.sample("s", None, sample_body(1)))
@@ -93,7 +93,7 @@ async def test_a_broken_sampler_tells_everybody_and_then_dies() -> None:
     """F9: a dead engine does not look alive."""
     died = threading.Event()
     faults = Faults(hang_on=7)
-    worker = SamplingWorker(FakeSampler(faults), context=64, on_death=died.set)
+    worker = SamplingWorker(FakeSampler(faults), on_death=died.set)
     waiting = [asyncio.create_task(worker.sample(f"r{i}", None, sample_body(7))) for i in range(3)]
     await asyncio.to_thread(faults.hanging.wait)
     faults.corpse = True
@@ -109,7 +109,7 @@ async def test_a_broken_sampler_tells_everybody_and_then_dies() -> None:
 @on_a_loop
 async def test_where_adapters_are_off_a_request_for_one_is_told_so_and_the_base_model_is_sampled() -> None:
     """S2-54: enable_lora: false."""
-    worker = SamplingWorker(FakeSampler(), context=64, adapters=False)
+    worker = SamplingWorker(FakeSampler(), adapters=False)
     try:
         refused = await worker.sample("r1", "/adapters/one", sample_body(1))
         assert refused.category == "user"

@@ -36,9 +36,9 @@ def model(directory: Path) -> TextModel:
 
 @asynccontextmanager
 async def worker(directory: Path) -> AsyncIterator[TextWorker]:
-    sampling = SamplingWorker(TorchSampler(directory), context=128)
+    sampling = SamplingWorker(TorchSampler(directory))
     try:
-        yield TextWorker(sampling, directory, context=128)
+        yield TextWorker(sampling, directory)
     finally:
         sampling.close()
 
@@ -207,9 +207,9 @@ async def test_as_many_texts_are_tokenized_at_once_as_there_are_threads_and_the_
         return prompt(model, text)
 
     monkeypatch.setattr(TextModel, "prompt", slow)
-    sampling = SamplingWorker(TorchSampler(directory), context=128)
+    sampling = SamplingWorker(TorchSampler(directory))
     try:
-        worker = TextWorker(sampling, directory, context=128, threads=2)
+        worker = TextWorker(sampling, directory, threads=2)
         body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 1}).encode()
         begun = [asyncio.ensure_future(worker.begin(TextTask(f"r{n}", None, body, False))) for n in range(2)]
         assert await asyncio.to_thread(there.wait, 60)

@@ -246,6 +246,8 @@ def test_a_stop_string_may_span_tokens_and_stays_in_the_result(tmp_path: Path) -
 
 
 def test_sampling_ends_where_the_context_ends(sampler: TorchSampler) -> None:
-    (answer,) = run(sampler, [(None, ask(prompt(90), max_tokens=50))])
-    assert [len(s.tokens) for s in answer.sequences] == [6]
-    assert answer.sequences[0].stop_reason is StopReason.LENGTH
+    """S2-52: without max_tokens; with it, the last token that fits is the last that may be asked for."""
+    for longest in (None, 6):
+        (answer,) = run(sampler, [(None, ask(prompt(90), max_tokens=longest))])
+        assert [len(s.tokens) for s in answer.sequences] == [6]
+        assert answer.sequences[0].stop_reason is StopReason.LENGTH

@@ -95,7 +95,7 @@ def sample_body(params: dict[str, Any] | None = None, **fields: Any) -> bytes:
 
 
 def decode_sample(params: dict[str, Any] | None = None, **fields: Any) -> Any:
-    return codec.decode_sample_request(sample_body(params, **fields), default_max_tokens=99)
+    return codec.decode_sample_request(sample_body(params, **fields))
 
 
 def test_a_sample_request_of_the_sdk_is_read_as_it_was_meant() -> None:
@@ -108,7 +108,7 @@ def test_a_sample_request_of_the_sdk_is_read_as_it_was_meant() -> None:
         prompt_logprobs=True,
         topk_prompt_logprobs=2,
     ).model_dump_json()
-    request = codec.decode_sample_request(body.encode(), default_max_tokens=99)
+    request = codec.decode_sample_request(body.encode())
     assert request.prompt.tolist() == [4, 5]
     assert (request.num_samples, request.prompt_logprobs, request.topk_prompt_logprobs) == (3, True, 2)
     params = request.params
@@ -120,7 +120,7 @@ def test_what_a_sample_request_leaves_out_has_the_protocols_meaning() -> None:
     request = decode_sample()
     assert request.prompt.tolist() == [1, 2, 3]
     params = request.params
-    assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (99, 1.0, -1, 1.0)
+    assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (None, 1.0, -1, 1.0)
     assert (params.seed, params.stop_tokens, params.stop_strings) == (None, None, ())
 
 
@@ -180,4 +180,4 @@ def test_a_wrong_sample_request_is_refused_by_name(params: Any, fields: Any, wor
 )
 def test_odd_sample_requests_only_ever_raise_user_errors(body: bytes) -> None:
     with contextlib.suppress(UserError):
-        codec.decode_sample_request(body, default_max_tokens=9)
+        codec.decode_sample_request(body)

@@ -133,7 +133,7 @@ class VllmServer:
     # ---- one request
 
     def _decoded(self, body: bytes) -> SampleRequest:
-        request = decode_sample_request(body, default_max_tokens=self._limits.context)
+        request = decode_sample_request(body)
         self._limits.check(request)
         if request.targets is not None or request.prompt_alt_tokens_k:
             raise UserError(NOT_TAKEN)
@@ -143,10 +143,8 @@ class VllmServer:
         async with self._named(adapter) as model:
             if (request.prompt_logprobs or request.topk_prompt_logprobs) and self._on_unembedding:
                 raise UserError(NO_SCORES)
-            room = self._limits.context - len(request.prompt)
-            body = vllm_answers.request_body(
-                model, vllm_values.asked(request, room), request, _salt(request.salt)
-            )
+            asked = vllm_values.asked(request, self._limits.longest(request))
+            body = vllm_answers.request_body(model, asked, request, _salt(request.salt))
             reply = await self._answer(COMPLETIONS, body)
             return await self._server.work(vllm_answers.result, reply.body, request)
 
