@@ -271,23 +271,23 @@ def rules(base: str, host: Host) -> list[Rule]:
     """All that a host answers to who has a key, below ``base`` (a pattern).
 
     Where the configuration gives the server another prefix, the table is there as well; at the prefix of every other
-    application is what it is. A path of the table goes before those.
+    application is what it is. A path of the table goes before those, and they before what there is nothing at.
     """
     settings = host.settings
     limit, upload = settings.max_body_bytes, settings.max_upload_bytes
-    found = handlers(base + API, host.api, host.keys, limit, upload)
-    nothing = found.pop()
-    shared = {
-        **nothing[2],
-        "routes": {"GET": next(each for each in ROUTES if each.endpoint == "applications")},
-    }
+    *found, nothing = handlers(base + API, host.api, host.keys, limit, upload)
+    nowhere = [nothing]
+    told = {"GET": next(each for each in ROUTES if each.endpoint == "applications")}
     for app in settings.applications:
         at = base + re.escape(app.route_prefix)
         if app.import_path != "server":
-            found.append((at + "/?$", TinkerHandler, {**shared, "parts": {"application": app.name}}))
+            shared = {**nothing[2], "routes": told, "parts": {"application": app.name}}
+            found.append((at + "/?$", TinkerHandler, shared))
         elif app.route_prefix != API:
-            found += handlers(at, host.api, host.keys, limit, upload, app.route_prefix)
-    found.append(nothing)
+            *more, nothing_there = handlers(at, host.api, host.keys, limit, upload, app.route_prefix)
+            found += more
+            nowhere.append(nothing_there)
+    found += nowhere
     found += openai_handlers(f"{base}/oai{API}", host.api, host.keys, limit)
     return found + metrics_handler(base + "/metrics", host.api, host.keys, limit)
 

@@ -21,7 +21,7 @@ from examples.run_on_server import Server
 from tests.contract.conftest import clean_environment
 from tests.contract.test_kernel_servers import SPELLINGS, alive
 from tests.support.live import ask, environment, key_of, python, until
-from tests.support.server_configs import EXAMPLE, MODEL, SAMPLER, SERVER, changed
+from tests.support.server_configs import EXAMPLE, MODEL, PROCESSOR, SAMPLER, SERVER, changed
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -102,7 +102,8 @@ def edited(port: int) -> dict[str, Any]:
         apps[SERVER]["route_prefix"] = "/team/api/v1"
         apps[MODEL]["args"]["max_length"] = 64
         apps[SAMPLER]["args"]["engine_args"]["max_model_len"] = 32
-        apps[SAMPLER]["route_prefix"] = "/sampler/tuft/demo"
+        apps[SAMPLER]["route_prefix"] = "/team/api/v1/sampler/tuft/demo"
+        apps[PROCESSOR]["route_prefix"] = "/texts"
 
     document = changed(change, yaml.safe_load(EXAMPLE.read_text()))
     document["http_options"]["port"] = port
@@ -162,9 +163,10 @@ def test_the_applications_are_where_the_file_puts_them(server: subprocess.Popen[
     with pytest.raises(urllib.error.HTTPError) as refused:
         ask(address, "sampler/tuft/demo", "tml-here")  # it is at another place
     assert refused.value.code == 404
-    request = urllib.request.Request(address + "/sampler/tuft/demo", headers={"X-API-Key": "tml-here"})
+    assert ask(address + "/team", "sampler/tuft/demo", "tml-here") == listed[SAMPLER]
+    request = urllib.request.Request(address + "/texts", headers={"X-API-Key": "tml-here"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-        assert json.loads(answer.read()) == listed[SAMPLER]
+        assert json.loads(answer.read()) == listed[PROCESSOR]
 
 
 def test_another_model_is_not_served_and_the_answer_says_which_are(
