@@ -12,6 +12,7 @@ from typing import Any
 
 from tuft_jupyter import models
 from tuft_jupyter.config import ModelSettings, Settings, load_settings
+from tuft_jupyter.config.backends import Backend
 from tuft_jupyter.core.errors import UserError
 
 
@@ -52,10 +53,10 @@ def _training(model: ModelSettings, settings: Settings) -> str:
     length = model.max_train_len or model.max_model_len
     longest = f", sequences of up to {length} tokens" if length else ""
     rank = f", rank up to {settings.rank_limit(model.model_name)}"
-    match settings.backends.training:
-        case "external":
+    match settings.backends.trainer:
+        case Backend.TRAINING_SERVER:
             return f"a server at {settings.backends.training_url}{rank}"
-        case "none":
+        case None:
             return "none"
     return f"{_processes(model.data_parallel, model.training_gpus)}{longest}{rank}"
 
@@ -63,13 +64,13 @@ def _training(model: ModelSettings, settings: Settings) -> str:
 def _sampling(model: ModelSettings, settings: Settings) -> str:
     longest = f", sequences of up to {model.max_model_len} tokens" if model.max_model_len else ""
     adapters = "" if model.enable_lora else ", without adapters"
-    chosen = settings.backends.sampling
-    if chosen == "external":
-        return f"vLLM at {settings.backends.vllm_url}"
-    if chosen == "auto" and settings.backends.training == "external":
-        return "by the server that trains"
-    if chosen == "none":
-        return "none"
+    match settings.backends.sampler:
+        case Backend.VLLM_SERVER:
+            return f"vLLM at {settings.backends.vllm_url}"
+        case Backend.TRAINING_SERVER:
+            return "by the server that trains"
+        case None:
+            return "none"
     kind = settings.sampler_asked(model.model_name)
     return f"{kind}, {_processes(model.sampling_replicas, model.sampling_gpus)}{longest}{adapters}"
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from jupyter_server.auth.decorator import authorized
 from tornado import web
@@ -150,7 +151,7 @@ class RelayExport(LabExport):
         self.service = service
 
     async def columns(self, run: str) -> dict[str, list[float | None]] | None:
-        answer = await self.service.ask(f"/api/v1/tuft/runs/{run}/curve")
+        answer = await self.service.ask(f"/api/v1/tuft/runs/{quote(run, safe='')}/curve")
         return json.loads(answer.body)["columns"] if answer.code == 200 else None
 
 

@@ -145,6 +145,8 @@ def test_a_local_directory_wins_over_a_hub_id_of_the_same_name(
         ("supported_models: a", ["supported_models must be a list"]),
         ("supported_models: [a]", ["supported_models[0] must hold keys and values, not 'a'"]),
         (SEED + "port: 70000", ["port must be 0 (any free one) to 65535, not 70000"]),
+        (SEED + "adapter_timeout: -1", ["adapter_timeout must be at least 0, not -1"]),
+        (SEED + "rps_limit: .nan", ["rps_limit must be at least 0, not nan"]),
         (SEED + "port: http", ["port must be a whole number, not 'http'"]),
         (SEED + "log_level: loud", ["log_level must be one of debug"]),
         (SEED + "authorized_users: {tml-1: 7}", ["authorized_users must map text to text"]),

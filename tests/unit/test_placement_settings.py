@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tuft_jupyter.config import ConfigError, ModelSettings, PlacementConfig, load_settings
+from tuft_jupyter.config import ConfigError, ModelSettings, PlacementConfig, Settings, load_settings
 
 
 def test_a_model_that_says_nothing_reserves_nothing() -> None:
@@ -33,6 +33,16 @@ def test_counts_that_do_not_fit_are_refused_by_name(given: dict[str, Any], probl
     """S2-14: the error names the numbers."""
     with pytest.raises(ConfigError, match=problem):
         ModelSettings("m", **given)
+
+
+@pytest.mark.parametrize("kind", ["training", "sampling"])
+def test_colocate_shares_single_gpus_alone(kind: str, tmp_path: Path) -> None:
+    """S3-13: a process on two GPUs could share neither as a whole."""
+    model = ModelSettings("m", **{f"{kind}_gpus": 2})
+    with pytest.raises(ConfigError, match=f"a {kind} process of m has 2"):
+        Settings(tmp_path, tmp_path, supported_models=(model,), placement=PlacementConfig(mode="colocate"))
+    two_of_one = ModelSettings("m", training_gpus=2, data_parallel=2, sampling_gpus=2, sampling_replicas=2)
+    PlacementConfig(mode="colocate").check(two_of_one)
 
 
 def placement(text: str, tmp_path: Path) -> PlacementConfig:
@@ -82,6 +92,7 @@ def test_torchspecs_sections_are_read_as_they_are(tmp_path: Path) -> None:
         ("placement: {inference_num_gpus: 3, nnodes: 2}", "multiple of the 2 processes"),
         ("placement: {dist_init_addr: somewhere}", "must be IP:PORT"),
         ("placement: {dist_timeout: 0}", "dist_timeout must be more than 0"),
+        ("placement: all\ntraining: {training_num_nodes: 2}", "placement must hold keys and values"),
         ("training: {training_gpus: 3}", "unknown key 'training'"),
         ("inference: {sglang: {mem_fraction: 0.3}}", "unknown key 'inference'"),
     ],

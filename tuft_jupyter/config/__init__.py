@@ -133,7 +133,15 @@ class Settings:
             "text_workers",
         ):
             at_least(name, getattr(self, name), 1)
-        for name in (*QUOTAS, "max_loras", "history_days", "max_ongoing_requests"):
+        for name in (
+            *QUOTAS,
+            "max_loras",
+            "history_days",
+            "max_ongoing_requests",
+            "adapter_timeout",
+            "adapter_max_lifetime",
+            "hub_cache_seconds",
+        ):
             at_least(name, getattr(self, name), 0)
         at_least("kv_tokens", self.kv_tokens, 512)
         if not 0 <= self.port <= 65535:

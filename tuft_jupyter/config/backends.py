@@ -1,14 +1,14 @@
 """The section ``backends``: who trains and who samples, chosen independently, and where they are if they are elsewhere.
 
 Beside our own keys it has its own environment variables (``USE_MEGATRON``, ``USE_VLLM``, ``VLLM_BASE_URL`` and so on),
-which go before the file as all variables do. Values only: which backend serves an operation is
-:mod:`tuft_jupyter.engine.remote.routing`'s to say, and nobody is asked anything here.
+which go before the file as all variables do. Values only: nobody is asked anything here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,17 @@ TRAINING_URL = "http://localhost:5000"
 VLLM_HOST, VLLM_PORT = "0.0.0.0", 8000
 ANY_HOST = ("0.0.0.0", "::")
 """Where a server listens on every address; a client cannot connect to them everywhere."""
+
+
+class Backend(StrEnum):
+    """Who does the work."""
+
+    WORKERS = "workers"
+    """our own, on Ray"""
+    TRAINING_SERVER = "training server"
+    """one that speaks the Tinker protocol, elsewhere"""
+    VLLM_SERVER = "vLLM server"
+    """one with vLLM's OpenAI-compatible API, elsewhere"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,19 @@ class BackendsConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"
             )
+
+    @property
+    def trainer(self) -> Backend | None:
+        """Who trains; None: nobody."""
+        return {"peft": Backend.WORKERS, "external": Backend.TRAINING_SERVER}.get(self.training)
+
+    @property
+    def sampler(self) -> Backend | None:
+        """Who samples; None: nobody."""
+        if self.sampling == "auto":
+            return self.trainer
+        workers = Backend.WORKERS
+        return {"torch": workers, "vllm": workers, "external": Backend.VLLM_SERVER}.get(self.sampling)
 
     @property
     def on_vllm(self) -> bool:

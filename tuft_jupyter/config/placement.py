@@ -92,10 +92,13 @@ class PlacementConfig:
                 f"{model.model_name} is spread over tensor_parallel_size {model.tensor_parallel_size} GPUs, and "
                 f"each of its {model.sampling_replicas} sampling replicas has {each}"
             )
-        if self.mode == "colocate" and each > 1:
-            raise ConfigError(
-                f"colocate shares single GPUs, and a sampling process of {model.model_name} has {each}"
-            )
+        if self.mode == "colocate":
+            rank = (model.training_gpus or 0) // model.data_parallel
+            for kind, gpus in (("training", rank), ("sampling", each)):
+                if gpus > 1:
+                    raise ConfigError(
+                        f"colocate shares single GPUs, and a {kind} process of {model.model_name} has {gpus}"
+                    )
 
 
 def with_torchspec(document: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -104,7 +107,9 @@ def with_torchspec(document: Mapping[str, Any]) -> Mapping[str, Any]:
     What the two do not know stays where it is, to be refused by its name. So does a key that ``placement`` has too.
     """
     placement = document.get("placement")
-    own = dict(placement) if isinstance(placement, Mapping) else {}
+    if placement is not None and not isinstance(placement, Mapping):
+        return document
+    own = dict(placement or {})
     rest = {key: value for key, value in document.items() if key not in ("training", "inference")}
     for section, names in (("training", (*TRAINING, *FLAGS)), ("inference", INFERENCE)):
         given = document.get(section)

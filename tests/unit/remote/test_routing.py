@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from tuft_jupyter.config.backends import BackendsConfig, from_environment
+from tuft_jupyter.config.backends import Backend, BackendsConfig, from_environment
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.engine.remote.routing import Backend, route
+from tuft_jupyter.engine.remote.routing import route
 
 # Of every operation: whether the training server and the vLLM server can serve it.
 OPERATIONS = {

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tuft_jupyter.config import Settings
+from tuft_jupyter.config.backends import Backend
 from tuft_jupyter.core.engine import Engines, SamplingEngine, TrainingEngine
 from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.remote import http, tinker_client, vllm_server
 from tuft_jupyter.engine.remote.http import Server
-from tuft_jupyter.engine.remote.routing import Backend, route
+from tuft_jupyter.engine.remote.routing import route
 from tuft_jupyter.engine.remote.tinker_sampling import TinkerSampling
 from tuft_jupyter.engine.remote.tinker_training import TinkerTraining
 from tuft_jupyter.engine.remote.vllm_server import VllmServer
@@ -29,21 +30,22 @@ class BackendEngines:
         self._instance = hashlib.sha256(str(settings.home.absolute()).encode()).hexdigest()[:8]
         self._threads = ThreadPoolExecutor(backends.max_workers, "tuft-backend")
         self.servers: list[Server] = []
-        if backends.training == "external":
+        if backends.trainer is Backend.TRAINING_SERVER:
             self._trainer = self._server(tinker_client.KIND, backends.training_url, backends.training_key)
-        if backends.sampling == "external":
+        if backends.sampler is Backend.VLLM_SERVER:
             self._vllm = self._server(vllm_server.KIND, backends.vllm_url, backends.vllm_key)
 
     @property
     def needs_workers(self) -> bool:
         """Whether workers of ours train or sample."""
-        backends = self._backends
-        return backends.training == "peft" or backends.sampling in ("torch", "vllm")
+        return Backend.WORKERS in (self._backends.trainer, self._backends.sampler)
 
     def training(self, card: ModelCard) -> TrainingEngine:
         """UserError if nobody trains."""
         if route("forward_backward", self._backends) is Backend.TRAINING_SERVER:
-            return TinkerTraining(card, self._trainer, samples_there=self._backends.sampling == "auto")
+            return TinkerTraining(
+                card, self._trainer, samples_there=self._backends.sampler is Backend.TRAINING_SERVER
+            )
         return self._workers.training(card)
 
     def sampling(self, card: ModelCard) -> SamplingEngine:

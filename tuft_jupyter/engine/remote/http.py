@@ -91,7 +91,7 @@ class Server:
         self.kind, self.url, self._key = kind, url, key
         self.state, self.detail = "", ""
         self.on_return: Callable[[], None] = lambda: None
-        self._workers = workers or ThreadPoolExecutor(1, "tuft-backend")
+        self._workers = workers
         self._client: httpx.AsyncClient | None = None
 
     async def ask(
@@ -104,7 +104,7 @@ class Server:
             response = await self._http().request(
                 method, self.url + path, content=content, headers=self._headers(headers), timeout=timeout
             )
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._lost(error) from None
         return Reply(response)
 
@@ -121,7 +121,7 @@ class Server:
                 timeout=timeout,
             ) as response:
                 yield response
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._lost(error) from None
 
     async def download(self, url: str, target: Path) -> int:
@@ -135,7 +135,7 @@ class Server:
                     async for chunk in response.aiter_bytes(2**20):
                         size += await self.work(file.write, chunk)
                     await self.work(os.fsync, file.fileno())
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._lost(error) from None
         return size
 
@@ -165,7 +165,7 @@ class Server:
         return False
 
     async def work(self, call: Callable[..., Value], *arguments: Any) -> Value:
-        """Run what would hold up the event loop in one of the ``max_workers`` threads."""
+        """Run what would hold up the event loop in one of the ``workers`` (None: the event loop's own threads)."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, call, *arguments)
 
     def shown(self) -> dict[str, str]:
@@ -202,7 +202,7 @@ class Server:
             headers |= {"Authorization": f"Bearer {self._key}", "X-API-Key": self._key}
         return headers | {name.replace("_", "-"): value for name, value in more.items()}
 
-    def _lost(self, error: httpx.TransportError) -> Unreachable:
+    def _lost(self, error: httpx.RequestError) -> Unreachable:
         text = " ".join(str(error).split())
         return Unreachable(self.unreachable(text or type(error).__name__))
 

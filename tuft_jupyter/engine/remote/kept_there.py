@@ -6,6 +6,7 @@ sampled there are found again by it, also after a restart of either server.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import uuid
@@ -31,13 +32,17 @@ class KeptThere:
 
 
 def read(directory: Path) -> KeptThere:
-    """UserError if the weights of a directory are not on a training server."""
+    """UserError if the weights of a directory are not on a training server, or the note cannot be read."""
     try:
         return KeptThere(**json.loads((directory / NOTE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(
             "these weights were not made on the training server that is configured, and cannot be sent to it: train "
             "where they were made, or sample from them with backends.sampling set to torch, vllm or external"
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"the note {directory / NOTE} of where these weights are cannot be read ({error}): save them again"
         ) from None
 
 
@@ -80,7 +85,7 @@ class Copies:
         gone = [path for known, path in before.items() if not known.is_dir()]
         found = {known: path for known, path in before.items() if known.is_dir()}
         for each in [directory] if before else directory.parent.iterdir():
-            if (each / NOTE).is_file():
+            with contextlib.suppress(UserError):  # weights of our own; a note that a crash cut off
                 note = read(each)
                 if note.url == self._url:
                     found[each] = note.path

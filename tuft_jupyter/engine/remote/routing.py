@@ -5,9 +5,7 @@ It asks nobody whether a backend is up; :mod:`~tuft_jupyter.engine.remote.http` 
 
 from __future__ import annotations
 
-from enum import StrEnum
-
-from tuft_jupyter.config.backends import BackendsConfig
+from tuft_jupyter.config.backends import Backend, BackendsConfig
 from tuft_jupyter.core.errors import UserError
 
 SAMPLE = frozenset({"sample", "asample"})
@@ -24,26 +22,10 @@ NO_TRAINING = (
 )
 
 
-class Backend(StrEnum):
-    WORKERS = "workers"
-    """our own, on Ray"""
-    TRAINING_SERVER = "training server"
-    """one that speaks the Tinker protocol, elsewhere"""
-    VLLM_SERVER = "vLLM server"
-    """one with vLLM's OpenAI-compatible API, elsewhere"""
-
-
 def route(operation: str, backends: BackendsConfig) -> Backend:
     """Who serves ``operation`` (a word of the Tinker protocol). UserError says what to configure if nobody does."""
-    elsewhere = backends.training == "external"
-    if operation not in SAMPLE:
-        if backends.training == "none":
-            raise UserError(NO_TRAINING)
-        return Backend.TRAINING_SERVER if elsewhere else Backend.WORKERS
-    if backends.sampling == "external":
-        return Backend.VLLM_SERVER
-    if backends.sampling in ("torch", "vllm"):
-        return Backend.WORKERS
-    if backends.sampling == "none" or backends.training == "none":
-        raise UserError(NO_SAMPLING)
-    return Backend.TRAINING_SERVER if elsewhere else Backend.WORKERS
+    samples = operation in SAMPLE
+    found = backends.sampler if samples else backends.trainer
+    if found is None:
+        raise UserError(NO_SAMPLING if samples else NO_TRAINING)
+    return found
