@@ -32,8 +32,25 @@ export interface IStatus {
   problem?: string | null;
   backend: { installed: boolean; detail: string };
   models: IModelStatus[];
+  /** GPUs that base models have of their own; absent from older servers. */
+  placements?: IPlacement[];
   /** What works, but is better known, in sentences; absent from older servers. */
   notes?: string[];
+}
+
+/** GPUs reserved for a base model. `mesh` is how its processes are laid out over them, 0 where there are none. */
+export interface IPlacement {
+  model: string;
+  /** Whether training and sampling share GPUs: `separate`, `colocate`, or one of the two alone. */
+  mode: string;
+  gpus: number;
+  mesh: {
+    data_parallel: number;
+    training_nodes: number;
+    sampling_replicas: number;
+    tensor_parallel: number;
+    nodes_per_replica: number;
+  };
 }
 
 /** A process that computes. `cpu` is percent of one core, `memory` bytes. */

@@ -1,7 +1,7 @@
 /** How the page stands to the server, and what to do where something is missing. */
 import { TranslationBundle } from '@jupyterlab/translation';
 import * as React from 'react';
-import { IStatus } from './api';
+import { IPlacement, IStatus } from './api';
 import { Code } from './parts';
 import { IFineTuning, VERSION } from './tokens';
 
@@ -135,6 +135,14 @@ function Facts(props: {
             .join(', ') || '–'}
         </dd>
       </div>
+      {(status.placements ?? []).map(placed => (
+        <div key={placed.model}>
+          <dt>{trans.__('GPUs')}</dt>
+          <dd title={`${placed.model}: ${placed.mode}`}>
+            {meshWords(placed, trans)}
+          </dd>
+        </div>
+      ))}
       <div>
         <dt>{trans.__('You are')}</dt>
         <dd>{status.tenant}</dd>
@@ -145,6 +153,23 @@ function Facts(props: {
       </div>
     </dl>
   );
+}
+
+/** How the processes of a base model are laid out over its GPUs. */
+function meshWords(
+  { gpus, mesh }: IPlacement,
+  trans: TranslationBundle
+): string {
+  const replicas = mesh.sampling_replicas;
+  const counted: [string, number][] = [
+    [trans.__('data parallel'), mesh.data_parallel],
+    [trans.__('sampling replicas'), replicas],
+    [trans.__('tensor parallel'), replicas && mesh.tensor_parallel]
+  ];
+  const words = counted
+    .filter(([, count]) => count > 0)
+    .map(([word, count]) => `${word} ${count}`);
+  return [gpus, words.join(', ')].filter(Boolean).join(': ');
 }
 
 /** What of the work survives what, in few words. */

@@ -86,6 +86,26 @@ describe('the head of the panel', () => {
     parts.forEach(part => expect(shown).toContain(part));
   });
 
+  it('shows how a model lies on its GPUs', () => {
+    // S2-65: the mesh of a placed model; without one, nothing is said of GPUs
+    const mesh = {
+      data_parallel: 2,
+      training_nodes: 1,
+      sampling_replicas: 1,
+      tensor_parallel: 2,
+      nodes_per_replica: 1
+    };
+    const placed = { model: 'a', mode: 'separate', gpus: 4, mesh };
+    expect(head('live', { placements: [placed] })).toContain(
+      'GPUs4: data parallel 2, sampling replicas 1, tensor parallel 2'
+    );
+    const trains = { ...mesh, sampling_replicas: 0 };
+    expect(
+      head('live', { placements: [{ ...placed, gpus: 2, mesh: trains }] })
+    ).toContain('GPUs2: data parallel 2You are');
+    expect(head('live', {})).not.toContain('GPUs');
+  });
+
   it('says nothing of trouble where there is none', () => {
     expect(head('live', {})).not.toContain('pip');
     expect(head('live', {})).toContain('Ready');
