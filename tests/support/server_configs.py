@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from tuft_jupyter.config import Settings
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "server_config.yaml"
 
 MEGATRON = """
@@ -122,7 +124,11 @@ applications:
         ray_actor_options:
           num_cpus: 0.1
 """
+NAME = "Qwen/Qwen3.5-4B"
+"""What its model is called."""
 SERVER, MODEL, SAMPLER, PROCESSOR = range(4)
+Apps = list[dict[str, Any]]
+Load = Callable[..., Settings]
 
 
 def with_megatron() -> dict[str, Any]:
@@ -144,3 +150,11 @@ def changed(
     other = copy.deepcopy(document or with_transformers())
     change(other["applications"])
     return other
+
+
+def args(app: int, **values: Any) -> Callable[[Apps], None]:
+    return lambda apps: apps[app]["args"].update(values)
+
+
+def deployed(app: int, **values: Any) -> Callable[[Apps], None]:
+    return lambda apps: apps[app]["deployments"][0].update(values)
