@@ -138,6 +138,11 @@ def test_a_file_can_be_read_in_one_go(name: str, path: Path) -> None:
     assert lines <= LINES, f"{path.name} has {lines} lines: split it by idea"
 
 
+def test_so_can_a_file_of_tests() -> None:
+    sizes = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert {name: lines for name, lines in sizes.items() if lines > LINES} == {}
+
+
 @pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
 def test_every_module_says_what_it_is(name: str, path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), f"{name} has no docstring"

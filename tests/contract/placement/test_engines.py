@@ -12,7 +12,7 @@ import pytest
 from tinker.proto.response_conv import deserialize_sample_response
 
 from tests.support import actors
-from tests.support.cluster import sample_body
+from tests.support.actor_tasks import sample_body
 from tests.support.placing import GPUS, World, gpus_of, where
 from tests.support.steps import RUN, losses, steps
 from tests.support.tiny_models import make_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
 
-from tests.support.cluster import (
+from tests.support.actor_tasks import (
     create,
     forward_backward,
     good,

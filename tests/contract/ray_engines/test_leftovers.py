@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.cluster import runs
+from tests.support.actor_tasks import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.support import actors
-from tests.support.cluster import (
+from tests.support.actor_tasks import (
     create,
     forward_backward,
     good,

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.support import actors
-from tests.support.cluster import CANARY
+from tests.support.actor_tasks import CANARY
 from tuft_jupyter.config import Settings
 from tuft_jupyter.core.errors import ServerError
 from tuft_jupyter.core.types import ModelCard

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.cluster import CANARY, runs
+from tests.support.actor_tasks import CANARY, runs
 from tests.support.tiny_models import make_model
 from tuft_jupyter import models
 from tuft_jupyter.config import Settings
