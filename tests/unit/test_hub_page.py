@@ -13,7 +13,8 @@ import yaml
 from traitlets.config import Config
 
 from tests.support.hubs import EXAMPLES
-from tuft_jupyter.config import Settings
+from tuft_jupyter import demo
+from tuft_jupyter.config import BackendsConfig, Settings, load_settings
 from tuft_jupyter.config.reader import Reader
 
 PAGE = EXAMPLES.parents[1] / "docs" / "jupyterhub.md"
@@ -72,3 +73,42 @@ def test_the_snippets_for_kubernetes_are_yaml_and_say_what_the_example_says() ->
     assert own["cull"] == values["cull"]
     kinds = [each["kind"] for each in yaml.safe_load_all((EXAMPLES / "deployment.yaml").read_text())]
     assert kinds == ["Service", "NetworkPolicy", "Deployment"]
+
+
+def test_a_profile_starts_with_both_backends_elsewhere_by_its_variables_alone(tmp_path: Path) -> None:
+    """S4-41: every variable of the profile and of the page has its effect; what vLLM reads is on the shared volume."""
+    chart = yaml.safe_load((EXAMPLES / "values_backends_elsewhere.yaml").read_text())["singleuser"]
+    (profile,) = chart["profileList"]
+    given = profile["kubespawner_override"]["environment"]
+    assert given["MEGATRON_SERVER_KEY"]["valueFrom"]["secretKeyRef"]
+    (block,) = re.findall(
+        r"```bash\n(export USE_MEGATRON.*?)```", (PAGE.parent / "backends.md").read_text(), re.DOTALL
+    )
+    shown = dict(re.findall(r"(\w+)=(\S+)", block))
+    assert {**shown, "MEGATRON_SERVER_KEY": 0, "TUFT_HOME": 0} == {
+        **given,
+        "MEGATRON_SERVER_KEY": 0,
+        "TUFT_HOME": 0,
+    }
+    model = Path(demo.__file__).parent
+    for block in (given, shown):
+        env = {
+            **block,
+            "TUFT_HOME": str(tmp_path),
+            "TUFT_MODEL_PATH": str(model),
+            "MEGATRON_SERVER_KEY": "tml-there",
+        }
+        settings = load_settings(None, env)
+        assert settings.backends == BackendsConfig(
+            training="external",
+            training_url="http://trainer:5000",
+            training_key="tml-there",
+            sampling="external",
+            vllm_url="http://vllm:8000",
+            enable_lora=True,
+            max_workers=4,
+        )
+        assert [each.model_path for each in settings.supported_models] == [str(model)]
+    mounts = {each["name"]: each["mountPath"] for each in chart["storage"]["extraVolumeMounts"]}
+    assert mounts["adapters"] == given["TUFT_HOME"]
+    assert given["TUFT_MODEL_PATH"].startswith(mounts["models"] + "/")
