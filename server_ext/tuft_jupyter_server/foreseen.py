@@ -9,10 +9,12 @@ import asyncio
 import importlib.util
 import logging
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from tuft_jupyter.config import Settings
+from tuft_jupyter.config import BackendsConfig, Settings
+from tuft_jupyter.config.backends import GROUP_PORT
 from tuft_jupyter.core.engine import Catalog
 from tuft_jupyter.core.errors import TuftError, UserError
 from tuft_jupyter.core.state import ENDED, State
@@ -23,7 +25,7 @@ log = logging.getLogger("tuft_jupyter")
 
 async def warn(settings: Settings, catalog: Catalog, state: State, *, workers: bool) -> None:
     """``workers``: whether this server trains or samples with workers of its own."""
-    found = list(models_left_out(catalog, state))
+    found = [*models_left_out(catalog, state), *group_port(settings.backends)]
     if workers:
         found += await asyncio.to_thread(
             lambda: [*cluster(settings, os.environ), *vllm(settings, catalog, os.environ)]
@@ -40,6 +42,21 @@ def models_left_out(catalog: Catalog, state: State) -> Iterator[str]:
             catalog.resolve(model)
         except UserError as refusal:
             yield f"{count} of the runs on record cannot go on: {refusal.message}. Add it to supported_models again"
+
+
+def group_port(backends: BackendsConfig) -> Iterator[str]:
+    """A port that somebody chose for handing weights to vLLM, where another program listens."""
+    port = backends.vllm_group_port
+    if port == GROUP_PORT:
+        return
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            yield (
+                f"vllm_group_port (VLLM_GROUP_PORT) {port} cannot be had on this machine: {error.strerror}. Nothing is "
+                "lost by it: adapters are handed over as files. Leave it out, or name a free one"
+            )
 
 
 def cluster(settings: Settings, env: Mapping[str, str]) -> Iterator[str]:

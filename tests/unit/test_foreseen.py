@@ -105,3 +105,17 @@ def test_a_cluster_that_does_not_answer_is_told(tmp_path: Path, caplog: pytest.L
     (told,) = warnings(caplog)
     assert "no worker can be started yet" in told
     assert address in told
+
+
+def test_a_port_that_was_chosen_for_weights_and_is_taken_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S4-15: with the variable's name, the reason and the way out; a free one is not spoken of."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        asyncio.run(start_and_stop(host(tmp_path, {"backends": {"vllm_group_port": port}})))
+    (told,) = [each for each in warnings(caplog) if "vllm_group_port" in each]
+    assert f"VLLM_GROUP_PORT) {port} cannot be had on this machine: Address already in use" in told
+    caplog.clear()
+    asyncio.run(start_and_stop(host(tmp_path, {"backends": {"vllm_group_port": port}})))
+    assert not [each for each in warnings(caplog) if "vllm_group_port" in each]

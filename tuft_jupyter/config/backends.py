@@ -18,6 +18,7 @@ TRAINING = ("peft", "external", "none")
 SAMPLING = ("auto", "torch", "vllm", "external", "none")
 TRAINING_URL = "http://localhost:5000"
 VLLM_HOST, VLLM_PORT = "0.0.0.0", 8000
+GROUP_PORT = 51216
 ANY_HOST = ("0.0.0.0", "::")
 """Where a server listens on every address; a client cannot connect to them everywhere."""
 
@@ -47,7 +48,7 @@ class BackendsConfig:
     training_key: str = field(default="", repr=False)
     vllm_url: str = f"http://127.0.0.1:{VLLM_PORT}"
     vllm_key: str = field(default="", repr=False)
-    vllm_group_port: int = 51216
+    vllm_group_port: int = GROUP_PORT
     """read and not used: adapters are handed over as files, no weights are pushed"""
     gpu_memory_utilization: float = 0.2
     """of each GPU's memory, for vLLM workers of ours that ``sampling: vllm`` asks for"""
