@@ -15,6 +15,7 @@
     ├── Overloaded           429 with Retry-After: a limit is reached for now
     ├── Lost                 410: the promise is gone (a sample before a restart); ask again
     └── ServerError          500, category "server": our fault; the message never carries a traceback
+        └── Unobtainable     500: what an engine needs is not to be had, however often it is tried
 
 The Tinker SDK retries 402, 409, 5xx and an empty 400 for minutes, so none of those is ever used for something
 that will not get better. A failure found after submission travels as ``{"error", "category"}`` with status 200.
@@ -103,6 +104,10 @@ class Lost(TuftError):
 class ServerError(TuftError):
     status = 500
     category = "server"
+
+
+class Unobtainable(ServerError):
+    """It was waited for as long as was asked, so nobody tries again until somebody asks again."""
 
 
 def failure(category: str, message: str) -> TuftError:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tuft_jupyter.core.engine import EngineDied
-from tuft_jupyter.core.errors import ServerError, UserError
+from tuft_jupyter.core.errors import ServerError, Unobtainable, UserError
 
 log = logging.getLogger("tuft_jupyter.startup")
 
@@ -32,7 +32,7 @@ async def bring_up(engine: Startable, name: str, say: Callable[[str], None]) -> 
         say(f"loading {name}")
         try:
             await engine.start()
-        except UserError:
+        except (UserError, Unobtainable):
             raise
         except (
             Exception

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from tuft_jupyter.core.errors import ServerError
+from tuft_jupyter.core.errors import ServerError, Unobtainable
 from tuft_jupyter.engine.plan import COLOCATE, SEPARATE, Ask, Node, Plan, make_plan, numbered
 from tuft_jupyter.engine.ray_runtime import RayThread, Session
 
@@ -126,7 +126,7 @@ async def create_placement(
     wait_seconds: float = 300.0,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> Placement:
-    """Reserve what is asked for; ServerError if it cannot be had in time, or cannot be probed.
+    """Reserve what is asked for; Unobtainable if it cannot be had in time, ServerError if it cannot be probed.
 
     ``mode`` may be ``auto``: shared where the cluster has one GPU and one of each is asked for, else separate.
     """
@@ -138,7 +138,7 @@ async def create_placement(
         visible = int(sum(node.gpus_in_all for node in nodes))
         chosen = settled(ask, visible)
         if session.place.local and visible < chosen.expected_gpus:
-            raise ServerError(_too_few(chosen, visible))
+            raise Unobtainable(_too_few(chosen, visible))
         plan = make_plan(chosen, nodes)
         if plan is not None:
             group = await _reserve(
@@ -147,7 +147,8 @@ async def create_placement(
             if group is not None:
                 break
         if time.monotonic() >= deadline:
-            raise ServerError(_too_late(chosen, nodes, visible, wait_seconds))
+            problem = _too_late(chosen, nodes, visible, wait_seconds)
+            raise ServerError(problem) if session.place.local else Unobtainable(problem)
         on_progress(_waiting(chosen, nodes, visible))
         await asyncio.sleep(min(POLL_SECONDS, max(deadline - time.monotonic(), 0.0)))
     try:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.support.placing import World
-from tuft_jupyter.core.errors import ServerError
+from tuft_jupyter.core.errors import ServerError, Unobtainable
 from tuft_jupyter.engine.placement import cluster_nodes
 from tuft_jupyter.engine.plan import SAMPLING, TRAINING, Ask
 
@@ -23,7 +23,7 @@ def test_too_much_is_refused_in_time_and_leaves_nothing_reserved(world: World) -
             r"Timed out waiting for GPUs: 8/12 after 0\.3s\. "
             r"Check that all Ray worker nodes have joined the cluster\."
         )
-        with pytest.raises(ServerError, match=problem):
+        with pytest.raises(Unobtainable, match=problem):
             await world.place(Ask(ranks=8, replicas=4), wait_seconds=0.3, on_progress=told.append)
         with pytest.raises(ServerError, match=r"6 GPUs .* do not fit what is free"):
             await world.place(Ask(ranks=5, strategy="STRICT_PACK"), wait_seconds=0)

@@ -10,7 +10,7 @@ import pytest
 from tests.support.scripted_engine import ScriptedEngines
 from tests.support.world import ALICE, BOB, LORA, World, scenario, stepped, until, world
 from tuft_jupyter.core.engine import EngineDied
-from tuft_jupyter.core.errors import ServerError, UserError
+from tuft_jupyter.core.errors import ServerError, Unobtainable, UserError
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.snapshots import SnapshotRule
 from tuft_jupyter.core.views import state_view
@@ -237,6 +237,24 @@ def test_a_model_that_cannot_be_loaded_fails_its_ops_with_the_reason(tmp_path: P
             assert "no weights in somewhere/tiny" in answer.error
             with pytest.raises(UserError, match="no weights"):
                 await w.forward_backward(f"{session}:train:0")
+
+    scenario(body)
+
+
+def test_gpus_that_were_waited_for_in_vain_are_not_waited_for_again_by_themselves(tmp_path: Path) -> None:
+    """S3-34: the error comes when the wait is over; the next request waits anew."""
+
+    async def body() -> None:
+        engines = ScriptedEngines()
+        async with world(tmp_path, engines=engines) as w:
+            run = await w.connect()
+            engines.trainer.start_failure = Unobtainable("Timed out waiting for GPUs: 2/4 after 300s.")
+            engines.trainer.fails_to_start = 1
+            engines.trainer.kill()
+            answer = await w.answer(await w.forward_backward(run))
+            assert (answer.category, engines.trainer.starts) == ("server", 1)
+            assert answer.error.endswith("2/4 after 300s.")
+            assert not (await w.answer(await w.optim_step(run))).category
 
     scenario(body)
 
