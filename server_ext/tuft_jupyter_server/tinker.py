@@ -256,7 +256,7 @@ class TinkerHandler(BaseHandler):
     def _below(self) -> str:
         """What was asked for, as it is below the address of any server like this one."""
         prefix, _, rest = (self.request.uri or "").partition(self.mount)
-        return f"{'/oai' if prefix.endswith('/oai') else ''}{API}/{rest}"
+        return f"{'/oai' if prefix.endswith('/oai') else ''}{API}/{rest.removeprefix(API[1:] + '/')}"
 
     def _log(self) -> None:
         """No access log: a poll that is held is no event. Of the path only what the table says of it: the rest names
@@ -270,8 +270,9 @@ Rule = tuple[str, type[TinkerHandler], dict[str, Any]]
 def rules(base: str, host: Host) -> list[Rule]:
     """All that a host answers to who has a key, below ``base`` (a pattern).
 
-    Where the configuration gives the server another prefix, the table is there as well; at the prefix of every other
-    application is what it is. A path of the table goes before those, and they before what there is nothing at.
+    Below the prefix of every application the table is as well, with and without the ``/api/v1`` that the SDK puts after
+    an address. At the prefix itself is what the application is. A path of the table at ``/api/v1`` goes before those,
+    and they before what there is nothing at.
     """
     settings = host.settings
     limit, upload = settings.max_body_bytes, settings.max_upload_bytes
@@ -283,8 +284,9 @@ def rules(base: str, host: Host) -> list[Rule]:
         if app.import_path != "server":
             shared = {**nothing[2], "routes": told, "parts": {"application": app.name}}
             found.append((at + "/?$", TinkerHandler, shared))
-        elif app.route_prefix != API:
-            *more, nothing_there = handlers(at, host.api, host.keys, limit, upload, app.route_prefix)
+        if app.route_prefix != API:
+            below = f"{at}(?:{API})?"
+            *more, nothing_there = handlers(below, host.api, host.keys, limit, upload, app.route_prefix)
             found += more
             nowhere.append(nothing_there)
     found += nowhere

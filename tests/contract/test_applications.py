@@ -153,6 +153,18 @@ def test_the_applications_are_where_the_file_puts_them(server: subprocess.Popen[
     assert [app["deployment"] for app in listed] == [
         "TinkerCompatServer", "ModelManagement", "SamplerManagement", "ProcessorManagement"
     ]  # fmt: skip
+    for place in (
+        "/team/api/v1/sampler/tuft/demo",
+        "/api/v1/model/tuft/demo",
+        "/texts",
+    ):  # as a client's base_url
+        assert ask(address + place, "get_server_capabilities", "tml-here") == models
+        assert ask(address + place, "create_session", "tml-here", {})["session_id"]
+    assert ask(address, "model/tuft/demo/get_server_capabilities", "tml-here") == models
+    for path, code in (("model/tuft/demo/no_such_path", 404), ("model/tuft/demo/create_session", 400)):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(address, path, "tml-here")
+        assert refused.value.code == code
     told = ask(address, "model/tuft/demo", "tml-here")
     assert told == listed[MODEL]
     assert (told["name"], told["device_type"], told["dp_size"], told["gpus"]) == ("models-demo", "cpu", 1, 0)
