@@ -42,7 +42,22 @@ def test_colocate_shares_single_gpus_alone(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"a {kind} process of m has 2"):
         Settings(tmp_path, tmp_path, supported_models=(model,), placement=PlacementConfig(mode="colocate"))
     two_of_one = ModelSettings("m", training_gpus=2, data_parallel=2, sampling_gpus=2, sampling_replicas=2)
-    PlacementConfig(mode="colocate").check(two_of_one)
+    PlacementConfig(mode="colocate").check(two_of_one, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"sampling_gpus": 16}, "needs more than 1 nodes with inference_num_gpus_per_node 8"),
+        ({"tensor_parallel_size": 16}, "needs more than 1 nodes with inference_num_gpus_per_node 8"),
+        ({"sampling_gpus": 2, "tensor_parallel_size": 4}, "spread over tensor_parallel_size 4 GPUs"),
+    ],
+)
+def test_numbers_of_a_model_are_checked_when_they_are_read_also_without_the_section(
+    given: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        Settings(tmp_path, tmp_path, supported_models=(ModelSettings("m", **given),))
 
 
 def placement(text: str, tmp_path: Path) -> PlacementConfig:

@@ -23,7 +23,7 @@ from tuft_jupyter.config import translated
 from tuft_jupyter.config.backends import BackendsConfig as BackendsConfig
 from tuft_jupyter.config.backends import from_environment
 from tuft_jupyter.config.placement import PlacementConfig as PlacementConfig
-from tuft_jupyter.config.placement import with_torchspec
+from tuft_jupyter.config.placement import sampling_gpus, with_torchspec
 from tuft_jupyter.config.reader import ConfigError as ConfigError
 from tuft_jupyter.config.reader import Reader, at_least, web_address
 from tuft_jupyter.config.sections import QUOTAS, SAMPLERS, Served, check_devices, check_sampler
@@ -159,8 +159,7 @@ class Settings:
             if model.model_name in seen:
                 raise ConfigError(f"supported_models names {model.model_name!r} twice; names must be unique")
             seen.add(model.model_name)
-            if self.placement is not None:
-                self.placement.check(model)
+            (self.placement or PlacementConfig()).check(model, sampling_gpus(self.placement, model))
         if "" in self.authorized_users:
             raise ConfigError("authorized_users has an empty key")
         if any(name.startswith("tml-") for name in self.authorized_users.values()):

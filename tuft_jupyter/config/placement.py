@@ -80,13 +80,9 @@ class PlacementConfig:
             )
         return each
 
-    def sampling_gpus(self, model: ModelSettings) -> int:
-        """Of a model that may have its own number of them."""
-        return self.inference_num_gpus if model.sampling_gpus is None else model.sampling_gpus
-
-    def check(self, model: ModelSettings) -> None:
-        """ConfigError if a model's own numbers do not go with the section's."""
-        each = self.gpus_per_engine(self.sampling_gpus(model), model.sampling_replicas)
+    def check(self, model: ModelSettings, gpus: int) -> None:
+        """ConfigError if a model's own numbers do not go with the section's; ``gpus`` sample from it."""
+        each = self.gpus_per_engine(gpus, model.sampling_replicas)
         if each and each < model.tensor_parallel_size:
             raise ConfigError(
                 f"{model.model_name} is spread over tensor_parallel_size {model.tensor_parallel_size} GPUs, and "
@@ -99,6 +95,17 @@ class PlacementConfig:
                     raise ConfigError(
                         f"colocate shares single GPUs, and a {kind} process of {model.model_name} has {gpus}"
                     )
+
+
+def sampling_gpus(section: PlacementConfig | None, model: ModelSettings) -> int:
+    """GPUs that sample from a model: its own number, else the section's, else as many as its processes span."""
+    if model.sampling_gpus is not None:
+        return model.sampling_gpus
+    return (
+        model.tensor_parallel_size * model.sampling_replicas
+        if section is None
+        else section.inference_num_gpus
+    )
 
 
 def with_torchspec(document: Mapping[str, Any]) -> Mapping[str, Any]:

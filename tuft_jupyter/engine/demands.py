@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuft_jupyter.config import PlacementConfig, Settings
+from tuft_jupyter.config.placement import sampling_gpus
 from tuft_jupyter.engine.placement import Shared
 from tuft_jupyter.engine.plan import INFERENCE_ONLY, TRAIN_ONLY, Ask
 from tuft_jupyter.engine.ray_runtime import RayThread
@@ -39,9 +40,7 @@ def ask_of(settings: Settings, name: str) -> Ask:
             section.training_num_nodes,
         )
     per_rank = 1 if model.training_gpus is None else model.training_gpus // ranks
-    gpus = section.sampling_gpus(model) if settings.placement is not None else model.sampling_gpus
-    if gpus is None:
-        gpus = model.tensor_parallel_size * model.sampling_replicas
+    gpus = sampling_gpus(settings.placement, model)
     return Ask(
         mode=section.mode,
         strategy=section.strategy,
