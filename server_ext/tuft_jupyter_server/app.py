@@ -88,7 +88,7 @@ class TuftExtension(ExtensionApp):
             self.handlers.extend(lab.handlers(root, self.host))
             self.handlers.extend(lab_calls.handlers(root, self.host))
         else:  # what the user trains is there, and so is what the panel shows
-            self.handlers.extend(relay.handlers(root, self.host, relay.Service(*service)))
+            self.handlers.extend(relay.handlers(root, self.host, relay.HubService(*service)))
         self.handlers.extend(tinker.rules(root, self.host))
 
     async def _start_jupyter_server_extension(self, serverapp: Any) -> None:

@@ -43,12 +43,12 @@ LAGS = 256
 class Unreachable(web.HTTPError):
     """The service does not answer; the panel shows the reason (``problem``)."""
 
-    def __init__(self, service: Service, why: object) -> None:
+    def __init__(self, service: HubService, why: object) -> None:
         super().__init__(503, f"the Hub's fine-tuning service at {service.address} cannot be reached: {why}")
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class HubService:
     """Where the shared service is, and the user's key for it."""
 
     address: str
@@ -111,7 +111,7 @@ def _client() -> AsyncHTTPClient:
 class RelayRead(LabRead):
     """A request that is answered as the service answers it."""
 
-    def initialize(self, service: Service) -> None:  # type: ignore[override]
+    def initialize(self, service: HubService) -> None:  # type: ignore[override]
         self.service = service
 
     async def pass_on(self, path: str, **options: Any) -> None:
@@ -147,7 +147,7 @@ class RelayState(RelayRead):
 
 
 class RelayExport(LabExport):
-    def initialize(self, service: Service) -> None:  # type: ignore[override]
+    def initialize(self, service: HubService) -> None:  # type: ignore[override]
         self.service = service
 
     async def columns(self, run: str) -> dict[str, list[float | None]] | None:
@@ -156,7 +156,7 @@ class RelayExport(LabExport):
 
 
 class RelayFeed(LabFeed):
-    def initialize(self, service: Service) -> None:  # type: ignore[override]
+    def initialize(self, service: HubService) -> None:  # type: ignore[override]
         self.service = service
         self._telling = None
 
@@ -168,7 +168,7 @@ class RelayFeed(LabFeed):
 class RelayCall(RelayRead):
     """One path of the table. The service says itself what is wrong with a request."""
 
-    def initialize(self, service: Service, routes: Mapping[str, Route]) -> None:  # type: ignore[override]
+    def initialize(self, service: HubService, routes: Mapping[str, Route]) -> None:  # type: ignore[override]
         super().initialize(service)
         self.routes = routes
 
@@ -205,7 +205,7 @@ class RelayCall(RelayRead):
 class RelayUpload(LabUpload):
     """A large body, spooled here as it comes, then sent on."""
 
-    def initialize(self, service: Service, host: Host, route: Route) -> None:  # type: ignore[override]
+    def initialize(self, service: HubService, host: Host, route: Route) -> None:  # type: ignore[override]
         super().initialize(host, route)
         self.service = service
 
@@ -233,7 +233,7 @@ def path_there(handler: web.RequestHandler) -> str:
     raise web.HTTPError(404)
 
 
-def handlers(root: str, host: Host, service: Service) -> list[tuple[str, Any, dict[str, Any]]]:
+def handlers(root: str, host: Host, service: HubService) -> list[tuple[str, Any, dict[str, Any]]]:
     """``host`` is this server's own: its limits and its disk hold an upload on its way."""
     shared = {"service": service}
     return [

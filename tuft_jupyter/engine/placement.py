@@ -76,7 +76,7 @@ class Placement:
         """Whether all its nodes are still in the cluster."""
         if self.session.lost or self.session.closing:
             return False
-        alive = {node.id for node in await _ask(self.thread, cluster_nodes)}
+        alive = {node.id for node in await nodes_of(self.thread)}
         return {bundle.node for bundle in self.plan.bundles} <= alive
 
     async def remove(self) -> None:
@@ -134,7 +134,7 @@ async def create_placement(
     if session.place.local:  # a Ray of our own counts no CPUs
         ask = replace(ask, cpus=0.0)
     while True:
-        nodes = await _ask(thread, cluster_nodes)
+        nodes = await nodes_of(thread)
         visible = int(sum(node.gpus_in_all for node in nodes))
         chosen = settled(ask, visible)
         if session.place.local and visible < chosen.expected_gpus:
@@ -232,6 +232,11 @@ def settled(ask: Ask, visible: int) -> Ask:
         return ask
     alone = visible == 1 and ask.ranks * ask.gpus_per_rank == ask.replicas * ask.gpus_per_engine == 1
     return replace(ask, mode=COLOCATE if alone else SEPARATE)
+
+
+async def nodes_of(thread: RayThread) -> list[Node]:
+    """The living nodes of the cluster that Ray's thread is connected to; ServerError if it does not answer."""
+    return await _ask(thread, cluster_nodes)
 
 
 def cluster_nodes() -> list[Node]:

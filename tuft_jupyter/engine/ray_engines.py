@@ -19,7 +19,7 @@ from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine.actor import Actor
 from tuft_jupyter.engine.demands import ModelDemands, demands_of
 from tuft_jupyter.engine.group import Meeting, TrainingGroup
-from tuft_jupyter.engine.placement import cluster_nodes
+from tuft_jupyter.engine.placement import nodes_of
 from tuft_jupyter.engine.ray_actors import (
     ActorOptions,
     RankOptions,
@@ -252,9 +252,10 @@ class RayEngines:
         return self._demands[card.name]
 
     async def ray(self) -> dict[str, Any]:
-        """The Ray that is up, its nodes and GPUs, and what is placed where, as JSON. Starts nothing."""
+        """The Ray that is up, its nodes and GPUs, and what is placed where, as JSON. Starts nothing; ServerError if the
+        cluster does not answer."""
         session = self._runtime.session
-        nodes = [] if session is None else await self._runtime.thread.run(cluster_nodes)
+        nodes = [] if session is None else await nodes_of(self._runtime.thread)
         return {
             "address": None if session is None else session.place.address,
             "why": None if session is None else session.place.why,
