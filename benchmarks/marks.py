@@ -63,8 +63,8 @@ MARKS = {
         "1 tenant, 8 x 256 tokens, whole server over a plain PEFT loop",
         1.2,
         note="equal lengths leave no padding to save; half of the time is the frozen matrices, at 108 of a core's 118 "
-        "GFLOP/s; the notebook server and Ray are 6 %. Tried: as with sixteen tenants, "
-        "and allocators; no single part is left",
+        "GFLOP/s; the notebook server and Ray are 6 %. Tried: as with sixteen tenants; huge pages (kept); fewer and "
+        "other small operations (no gain); no single part is left",
     ),
     "scaling": Mark("64 tenants over 1, tokens per CPU-second of the whole server", 0.9),
     "memory": Mark("activation memory of a step, 16 tenants, over sequential PEFT", 0.5, most=True),
