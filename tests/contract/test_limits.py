@@ -28,9 +28,9 @@ def test_the_third_request_of_a_second_is_late_and_right_and_others_are_not(tmp_
             for seq in range(1, 6)
         ]
         await server.post("/optim_step", step(other, 1))
-        assert time.monotonic() - began < 0.5
+        assert not all(held.done() for held in asked)
         promises = await asyncio.gather(*asked)
-        assert 1.0 < time.monotonic() - began < 4.0
+        assert time.monotonic() - began > 1.0
         for promise in promises:
             answer = await server.post("/retrieve_future", {"request_id": promise["request_id"]}, keys[1])
             assert "error" not in answer

@@ -44,9 +44,11 @@ class Meeting:
 
 
 class Rank(TrainingEngine, Protocol):
-    """An engine that can also be ended without giving up its place."""
+    """An engine whose process can also be ended, with the GPUs that it has (``give_up``) or to start there again."""
 
     async def end(self) -> None: ...
+
+    async def give_up(self) -> None: ...
 
     def resources(self) -> dict[str, Any]: ...
 
@@ -72,13 +74,14 @@ class TrainingGroup:
         return len(self.ranks) * self.ranks[0].part_tokens
 
     async def start(self) -> None:
-        """Bring all ranks up; if one cannot be, none is."""
+        """Bring all ranks up; if one cannot be, none is, and no GPU is kept."""
         await self._end()
         self._meeting.renew()
         try:
             await _all(self._named(rank.start() for rank in self.ranks))
         except BaseException:
-            await self._end()
+            await asyncio.gather(*(rank.give_up() for rank in self.ranks))
+            self._meeting.file.unlink(missing_ok=True)
             raise
 
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:

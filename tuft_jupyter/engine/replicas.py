@@ -15,12 +15,12 @@ from tuft_jupyter.core.engine import Outcome, Part, SamplingEngine, TextTask
 
 
 class Replica(SamplingEngine, Protocol):
-    """An engine that can also be ended without giving up its place."""
+    """An engine whose process can also be ended, with the GPUs that it has."""
 
     @property
     def running(self) -> bool: ...
 
-    async def end(self) -> None: ...
+    async def give_up(self) -> None: ...
 
     def resources(self) -> dict[str, Any]: ...
 
@@ -50,7 +50,7 @@ class SamplingReplicas:
                     if not replica.running:
                         group.create_task(replica.start())
         except BaseExceptionGroup as failures:
-            await asyncio.gather(*(replica.end() for replica in self.replicas))
+            await asyncio.gather(*(replica.give_up() for replica in self.replicas))
             raise failures.exceptions[0] from None
         self.sent = [0] * len(self.replicas)
 

@@ -106,12 +106,12 @@ class RayEngine:
                 await self._await_process(actor)
             await self._load(actor)
         except EngineDied as death:
-            await self._give_up()
+            await self.give_up()
             raise ServerError(
                 f"the {self.kind} worker died while loading {self.card.name}: {death}"
             ) from None
         except BaseException:
-            await self._give_up()
+            await self.give_up()
             raise
         if self.standby and session.place.local and not session.gpus:
             self._standby.renew(session)
@@ -119,10 +119,11 @@ class RayEngine:
     async def stop(self) -> None:
         """End the actor and its spare; Ray goes with the last engine."""
         await self._standby.end()
-        await self._give_up()
+        await self.give_up()
         await self._runtime.release(self)
 
-    async def _give_up(self) -> None:
+    async def give_up(self) -> None:
+        """End the actor, and give the GPUs back that only it still used."""
         await self.end()
         self._placement = None
         if self.demand.shared is not None:

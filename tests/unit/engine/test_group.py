@@ -10,27 +10,32 @@ from typing import Any
 import pytest
 
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task
+from tuft_jupyter.core.errors import ServerError
 from tuft_jupyter.engine.group import Meeting, TrainingGroup
 
 
 class Rank:
-    """Says where it would meet the others; ``dies`` in its step."""
+    """Says where it would meet the others; ``dies`` in its step, or is ``broken`` and cannot start."""
 
     part_tokens = 100
 
-    def __init__(self, number: int, meeting: Meeting, *, dies: bool = False) -> None:
+    def __init__(self, number: int, meeting: Meeting, *, dies: bool = False, broken: bool = False) -> None:
         self.on_progress: Callable[[str], None] = lambda _: None
         self.met = ""
         self.ended = 0
         self.asked = 0
-        self._number, self._meeting, self._dies = number, meeting, dies
+        self.has_gpus = False
+        self._number, self._meeting, self._dies, self._broken = number, meeting, dies, broken
 
     async def address(self) -> str:
         self.asked += 1
         return f"tcp://10.0.0.{self.asked}:1234"
 
     async def start(self) -> None:
+        self.has_gpus = True
         self.met = await self._meeting.among_nodes(self._number, self.address)
+        if self._broken:
+            raise ServerError("no memory")
 
     async def step(self, tasks: Sequence[Task]) -> list[Outcome]:
         if self._dies:
@@ -39,6 +44,9 @@ class Rank:
 
     async def end(self) -> None:
         self.ended += 1
+
+    async def give_up(self) -> None:
+        self.has_gpus = False
 
     async def stop(self) -> None:
         await self.end()
@@ -72,6 +80,25 @@ def test_an_address_that_was_set_is_not_asked_for(tmp_path: Path) -> None:
         await TrainingGroup(ranks, meeting).start()
         assert {rank.met for rank in ranks} == {"tcp://10.9.9.9:77"}
         assert ranks[0].asked == 0
+
+    asyncio.run(scenario())
+
+
+def test_where_one_rank_cannot_start_no_rank_keeps_its_gpus(tmp_path: Path) -> None:
+    """S3-10: also those that were up already; after a death they are kept, for the next start."""
+
+    async def scenario() -> None:
+        meeting = Meeting(tmp_path / "meeting")
+        ranks = [Rank(0, meeting), Rank(1, meeting), Rank(2, meeting, broken=True)]
+        with pytest.raises(ServerError, match="no memory"):
+            await TrainingGroup(ranks, meeting).start()
+        assert [rank.has_gpus for rank in ranks] == [False] * 3
+        well = [Rank(0, meeting), Rank(1, meeting, dies=True)]
+        group = TrainingGroup(well, meeting)
+        await group.start()
+        with pytest.raises(EngineDied):
+            await group.step([])
+        assert [rank.has_gpus for rank in well] == [True] * 2
 
     asyncio.run(scenario())
 

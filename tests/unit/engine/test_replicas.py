@@ -30,11 +30,11 @@ class Sampler:
         self.starts += 1
         self.running = True
 
-    async def end(self) -> None:
+    async def give_up(self) -> None:
         self.running = False
 
     async def stop(self) -> None:
-        await self.end()
+        await self.give_up()
 
     async def sample(self, request_id: str, adapter: str | None, body: bytes, *, tenant: str = "") -> Outcome:
         self.drawing[request_id] = asyncio.get_running_loop().create_future()
