@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,10 @@ def test_both_elsewhere_by_the_environment_alone(tmp_path: Path) -> None:
                     unloaded = await here.host.service.runs.unload(here.host.owner, run, b"")
                     await here.host.service.retrieve(here.host.owner, unloaded, 30)
                     assert there.count("/unload_model") == 1
-                assert vllm.bodies("/v1/unload_lora_adapter") == [{"lora_name": loaded["lora_name"]}]
+                    gone = [{"lora_name": loaded["lora_name"]}]
+                    left = partial(until, lambda: vllm.bodies("/v1/unload_lora_adapter") == gone)
+                    await asyncio.to_thread(left, 30, "vLLM holds it still")
+                assert vllm.bodies("/v1/unload_lora_adapter") == gone
 
     scenario(check)
 

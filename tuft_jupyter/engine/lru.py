@@ -32,6 +32,10 @@ class LruCache(Generic[T]):
         """What is kept, least recently used first."""
         return list(self._held.values())
 
+    def idle(self) -> list[tuple[str, T]]:
+        """What nobody uses now, with its key."""
+        return [(key, item) for key, item in self._held.items() if not self._uses[key]]
+
     def take(self, key: str) -> T | None:
         """What is kept under a key, from now on used once more; None if there is nothing."""
         if key not in self._held:

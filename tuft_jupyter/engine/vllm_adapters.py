@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,12 @@ class NamedAdapters:
     def held(self) -> list[Named]:
         """What the engine knows now."""
         return [held.named for held in self._cache.items()]
+
+    def release(self, directories: Collection[Path]) -> None:
+        """Let go of what is not in use of these; it is loaded again if it is asked for after all."""
+        for key, held in self._cache.idle():
+            if held.named.directory in directories:
+                self._cache.forget(key)
 
     async def _take(self, key: str, directory: Path) -> _Held:
         while True:

@@ -105,6 +105,21 @@ async def test_what_is_in_use_stays_and_others_wait(engine: Engine, tmp_path: Pa
 
 
 @on_a_loop
+async def test_what_is_released_leaves_at_once_unless_it_is_in_use(engine: Engine, tmp_path: Path) -> None:
+    """S4-26: and is loaded again for whoever still asks for it."""
+    adapters = NamedAdapters(4, engine.load, engine.unload)
+    a, b, c = (saved(tmp_path, name) for name in "abc")
+    for directory in (a, b, c):
+        await use(adapters, directory)
+    async with adapters.using(b):
+        adapters.release([a, b])
+        assert [named.directory for named in adapters.held()] == [c, b]
+    again = await use(adapters, a)
+    assert engine.held == {named.number for named in adapters.held()}
+    assert again.number == 4
+
+
+@on_a_loop
 async def test_weights_that_cannot_be_loaded_fail_everybody_who_asked_and_are_tried_again(
     engine: Engine, tmp_path: Path
 ) -> None:

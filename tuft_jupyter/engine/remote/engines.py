@@ -6,8 +6,9 @@ With nothing configured it hands on what it is given, and no connection is ever 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from tuft_jupyter.config import Settings
 from tuft_jupyter.config.backends import Backend
@@ -30,6 +31,7 @@ class BackendEngines:
         self._instance = hashlib.sha256(str(settings.home.absolute()).encode()).hexdigest()[:8]
         self._threads = ThreadPoolExecutor(backends.max_workers, "tuft-backend")
         self.servers: list[Server] = []
+        self._samplers: dict[str, VllmServer] = {}
         if backends.trainer is Backend.TRAINING_SERVER:
             self._trainer = self._server(tinker_client.KIND, backends.training_url, backends.training_key)
         if backends.sampler is Backend.VLLM_SERVER:
@@ -43,19 +45,27 @@ class BackendEngines:
     def training(self, card: ModelCard) -> TrainingEngine:
         """UserError if nobody trains."""
         if route("forward_backward", self._backends) is Backend.TRAINING_SERVER:
-            return TinkerTraining(
-                card, self._trainer, samples_there=self._backends.sampler is Backend.TRAINING_SERVER
-            )
+            there = self._backends.sampler is Backend.TRAINING_SERVER
+            trains = TinkerTraining(card, self._trainer, samples_there=there)
+            trains.on_unload = lambda saved: self._release(card, saved)
+            return trains
         return self._workers.training(card)
 
     def sampling(self, card: ModelCard) -> SamplingEngine:
         """UserError if nobody samples."""
         backend = route("asample", self._backends)
         if backend is Backend.VLLM_SERVER:
-            return VllmServer(card, self._vllm, self._backends, self._instance)
+            samples = VllmServer(card, self._vllm, self._backends, self._instance)
+            self._samplers[card.name] = samples
+            return samples
         if backend is Backend.TRAINING_SERVER:
             return TinkerSampling(card, self._trainer)
         return self._workers.sampling(card)
+
+    def _release(self, card: ModelCard, saved: Collection[Path]) -> None:
+        """A run that was unloaded leaves both servers."""
+        if card.name in self._samplers:
+            self._samplers[card.name].release(saved)
 
     async def watch(self, there_again: Callable[[], None]) -> None:
         """Follow whether the servers elsewhere are there, for ever; ``there_again`` is called when one came back."""

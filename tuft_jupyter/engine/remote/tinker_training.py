@@ -15,7 +15,8 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ PIPELINED = frozenset({OpKind.FORWARD, OpKind.FORWARD_BACKWARD, OpKind.OPTIM_STE
 """Sent without waiting for the answer to what was sent before: the server keeps their order."""
 SNAPSHOTS_KEPT = 2
 """Of a run, there: the one on record, and the one that is about to be."""
+SAVES_KNOWN = 32
+"""Of a run, here: those that a sampler may still hold when the run is over."""
 
 
 @dataclass(slots=True)
@@ -54,18 +57,21 @@ class _Run:
 
 class TinkerTraining:
     """Implements ``core.engine.TrainingEngine``. ``samples_there``: whether the same server samples, so that weights
-    for a sampler without a name need not come here."""
+    for a sampler without a name need not come here. ``on_unload`` is told where the newest weights of a run lie that
+    is over."""
 
     part_tokens = 0
 
     def __init__(self, card: ModelCard, server: Server, *, samples_there: bool) -> None:
         self.card = card
         self.on_progress: Callable[[str], None] = lambda _: None
+        self.on_unload: Callable[[Collection[Path]], None] = lambda _: None
         self._server, self._samples_there = server, samples_there
         self._client: TinkerClient | None = None
         self._known = False
         self._runs: dict[str, _Run] = {}
         self._copies = Copies(server.url)
+        self._saved: dict[str, deque[Path]] = {}
 
     async def start(self) -> None:
         """Open a session there; UserError says why that cannot be."""
@@ -175,8 +181,11 @@ class TinkerTraining:
                 named = "sampling_session_id" if "sampling_session_id" in args else "path"
                 answer = {named: args.get(named)}
             case OpKind.UNLOAD_MODEL:
-                await self._leave(client, run, keep=task.request_id == "release")
+                released = task.request_id == "release"
+                await self._leave(client, run, keep=released)
                 self._runs.pop(task.run, None)
+                if not released:
+                    self.on_unload(self._saved.pop(task.run, ()))
                 answer = {"model_id": task.run, "type": "unload_model"}
             case _:
                 raise ServerError(f"a training server is not asked for {task.kind.value}")
@@ -220,6 +229,8 @@ class TinkerTraining:
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
+        if not snapshot:
+            self._saved.setdefault(task.run, deque(maxlen=SAVES_KNOWN)).append(directory)
         left = [] if snapshot else await self._server.work(self._copies.saved, directory)
         while len(run.snapshots) > SNAPSHOTS_KEPT:
             left.append(run.snapshots.pop(0))

@@ -17,7 +17,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +129,11 @@ class VllmServer:
             for named in self._adapters.held():
                 self._unload(named)
         await asyncio.gather(*self._leaving, return_exceptions=True)
+
+    def release(self, directories: Collection[Path]) -> None:
+        """The run whose weights lie there is over: unload what of them is held and not in use."""
+        if self._adapters is not None:
+            self._adapters.release(directories)
 
     # ---- one request
 
