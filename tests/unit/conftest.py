@@ -1,6 +1,6 @@
 """What the fast tests import stays for good: it is not searched for garbage while it grows, nor ever after.
 
-Also the fixture of those that read configuration files.
+Also: no property has a deadline; and the fixture of those that read configuration files.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 
@@ -16,6 +17,8 @@ from tests.support.server_configs import Load
 from tuft_jupyter.config import Settings, load_settings
 
 gc.disable()
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_collection_finish() -> None:
