@@ -29,6 +29,8 @@ AUTO = "auto"
 POLL_SECONDS = 1.0
 RESERVE_SECONDS = 30.0
 """For Ray to give a group the room that was seen to be free."""
+SETTLE_SECONDS = 10.0
+"""For Ray to see whether there is room for a group that is to be removed; milliseconds as a rule."""
 PROBE_SECONDS = 60.0
 """For all probes together; each starts a process."""
 
@@ -334,8 +336,15 @@ def _group(plan: Plan, name: str) -> Any:
 
 
 def _remove(group: Any) -> None:
-    from ray.util.placement_group import remove_placement_group
+    """Give its room back, once Ray has dealt it out: of a group removed meanwhile, Ray 2.60 keeps GPUs for ever."""
+    from ray.util.placement_group import placement_group_table, remove_placement_group
 
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while (
+        placement_group_table(group)["stats"]["scheduling_state"] in ("QUEUED", "SCHEDULING_STARTED")
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.02)
     remove_placement_group(group)
 
 

@@ -92,9 +92,10 @@ def test_a_cluster_that_stops_answering_leaves_nothing_reserved(
     monkeypatch.setattr(PlacementGroup, "wait", fails)
 
     async def scenario() -> None:
-        with pytest.raises(ServerError, match="does not answer: ConnectionError: gone"):
-            await world.place(Ask(ranks=2))
-        await world.until_free()
+        for _ in range(10):  # Ray itself loses one in twenty groups that are removed while it creates them
+            with pytest.raises(ServerError, match="does not answer: ConnectionError: gone"):
+                await world.place(Ask(ranks=2))
+            await world.until_free()
 
     world.runner.run(scenario())
 
