@@ -34,9 +34,8 @@ async def bring_up(engine: Startable, name: str, say: Callable[[str], None]) -> 
             await engine.start()
         except (UserError, Unobtainable):
             raise
-        except (
-            Exception
-        ) as error:  # whatever it is: a driver that dies of it would park every client for ever
+        except Exception as error:
+            # Whatever it is: a driver that dies of it would park every client for ever.
             foreseen = isinstance(error, (ServerError, EngineDied))
             why = str(error) if foreseen else f"{type(error).__name__}: {error}"
             log.error("%s cannot be loaded: %s", name, why, exc_info=not foreseen)
