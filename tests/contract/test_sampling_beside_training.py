@@ -14,7 +14,7 @@ from tinker import types
 from examples.run_on_server import Server
 from tests.support.live import key_of
 
-SAMPLES, TOKENS, TIMES = 64, 24, 3
+SAMPLES, TOKENS, TIMES = 64, 24, 8
 IDLE_STEPS = 10
 
 
