@@ -82,8 +82,8 @@ MARKS = {
     "vllm": Mark(
         "64 sequences over 4 adapters, 4 x 256 model, over vLLM for CPUs with LoRA",
         3.0,
-        note="vLLM runs bf16, ours the same model in bf16; 3.4 x in one whole run, just under 3 in the next. What limits "
-        "ours: keys and values at the speed of memory, as in the rows over PEFT; what was tried is said there",
+        note="vLLM runs bf16, ours the same model in bf16; 3.4 x in one whole run, just under 3 in the next. What "
+        "limits ours: keys and values at the speed of memory, as in the rows over PEFT; what was tried is said there",
     ),
 }
 for _shape, _words in (("tiny-fp32", "4 x 256 model in fp32"), ("small-bf16", "108 M parameters in bf16")):
