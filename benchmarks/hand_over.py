@@ -44,7 +44,7 @@ def measure() -> list[Row]:
         gaps = Others(other)
         quiet = gaps.watch(lambda: time.sleep(2.0))
         busy = gaps.watch(lambda: rounds(loop))
-        client.close("success")
+        client.close("success").result()
     return [
         *rows,
         held("hand-over", alone),

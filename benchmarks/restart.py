@@ -29,7 +29,7 @@ def measure() -> list[Row]:
             began = time.perf_counter()
             loop.step()
             seconds.append(time.perf_counter() - began)
-        client.close("success")
+        client.close("success").result()
     return [held("restart", statistics.median(seconds))]
 
 

@@ -46,7 +46,7 @@ def measure() -> list[Row]:
                     train(loops)
                 together.append(STEPS_TOGETHER * TENANTS * ROWS * LENGTH / (cpu_seconds(started.pid) - began))
             for one in clients:
-                one.close("success")
+                one.close("success").result()
     what = f"server tree, {ROWS} x {LENGTH} tokens each"
     return [
         Row(f"{what}: 1 tenant", f"{statistics.median(alone):.0f} tokens/CPU-s"),

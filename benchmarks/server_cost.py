@@ -93,7 +93,7 @@ def status_while_training(started: Server) -> list[float]:
     finally:
         stop.set()
         trainer.join()
-        client.close("success")
+        client.close("success").result()
 
 
 def status_latencies(url: str, token: str) -> list[float]:
@@ -129,7 +129,7 @@ def forbidden_imports() -> str:
     with server(PYTHONPROFILEIMPORTTIME="1") as started:
         client = service_client(started)
         SdkLoop(client, tokens_of(1, 16)).step()
-        client.close("success")
+        client.close("success").result()
         log = started.log.read_text(errors="replace")
     lines = re.findall(r"^import time:.*\| +(\S+)$", log, re.MULTILINE)
     if not lines:

@@ -41,7 +41,7 @@ def measure() -> list[Row]:
                 began = time.perf_counter()
                 loop.step()
                 times[name].append(time.perf_counter() - began)
-        client.close("success")
+        client.close("success").result()
     plain_ms, served_ms = (median_ms(times[name][WARM:]) for name in ("plain", "served"))
     return [
         Row(f"plain PEFT step, 1 x {TOKENS} tokens, median of {CALLS}", f"{plain_ms:.1f} ms"),

@@ -52,7 +52,7 @@ def measure() -> list[Row]:
                 served.step()
             served_cpu += cpu_seconds(started.pid) - cpu
             served_wall += time.perf_counter() - wall
-        client.close("success")
+        client.close("success").result()
     tokens = ROUNDS * STEPS * ROWS * LENGTH
     return [
         Row(f"plain PEFT, {ROWS} x {LENGTH} tokens", f"{tokens / plain_cpu:.0f} tokens/CPU-s"),

@@ -9,6 +9,7 @@ import pytest
 import tinker
 
 from tests.support.fuzz import Target
+from tests.support.live import sdk
 from tuft_jupyter.core import sampling
 
 
@@ -21,12 +22,12 @@ def test_the_sdk_comes_back_after_429_and_loses_nothing(
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
 
     def client(address: str, key: str) -> list[list[int]]:
-        service = tinker.ServiceClient(base_url=address, api_key=key)
-        sampler = service.create_sampling_client(base_model="tuft/demo")
-        params = tinker.SamplingParams(max_tokens=30, temperature=1.0)
-        prompts = [tinker.ModelInput.from_ints([5, 6, 7 + i]) for i in range(10)]
-        futures = [sampler.sample(prompt, 1, params) for prompt in prompts]
-        return [future.result(timeout=60).sequences[0].tokens for future in futures]
+        with sdk(address, key) as service:
+            sampler = service.create_sampling_client(base_model="tuft/demo")
+            params = tinker.SamplingParams(max_tokens=30, temperature=1.0)
+            prompts = [tinker.ModelInput.from_ints([5, 6, 7 + i]) for i in range(10)]
+            futures = [sampler.sample(prompt, 1, params) for prompt in prompts]
+            return [future.result(timeout=60).sequences[0].tokens for future in futures]
 
     async def scenario() -> None:
         target = Target(tmp_path)

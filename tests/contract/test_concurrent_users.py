@@ -9,11 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
-import tinker
 from tinker import types
 
 from examples.run_on_server import Server
-from tests.support.live import TO_THE_END
+from tests.support.live import TO_THE_END, key_of, sdk
 
 
 def run_users(alice: Server, *arguments: str) -> str:
@@ -47,31 +46,31 @@ def test_twenty_steps_of_four_users_never_mix(alice: Server) -> None:
 
 def test_two_users_with_full_queues_take_turns(alice: Server) -> None:
     """X11, S4-37: with ten passes of each queued, neither waits until the other's are done."""
-    key = (alice.work / "tuft" / "credentials").read_text().strip()
-    client = tinker.ServiceClient(base_url=f"{alice.url.rstrip('/')}/tuft", api_key=key)
-    tokens = list(range(200))
-    datum = types.Datum(
-        model_input=types.ModelInput.from_ints(tokens),
-        loss_fn_inputs={"target_tokens": tokens, "weights": [1.0] * len(tokens)},
-    )
-    model = client.get_server_capabilities().supported_models[0].model_name
-    runs = [client.create_lora_training_client(base_model=model, rank=4, seed=i).result() for i in range(2)]
-    for run in runs:
-        run.forward_backward([datum], "cross_entropy").result()
-    queued = [[run.forward_backward([datum] * 4, "cross_entropy") for _ in range(10)] for run in runs]
-    ended: list[int] = []
+    with sdk(f"{alice.url}tuft", key_of(alice.work)) as client:
+        tokens = list(range(200))
+        datum = types.Datum(
+            model_input=types.ModelInput.from_ints(tokens),
+            loss_fn_inputs={"target_tokens": tokens, "weights": [1.0] * len(tokens)},
+        )
+        model = client.get_server_capabilities().supported_models[0].model_name
+        runs = [
+            client.create_lora_training_client(base_model=model, rank=4, seed=i).result() for i in range(2)
+        ]
+        for run in runs:
+            run.forward_backward([datum], "cross_entropy").result()
+        queued = [[run.forward_backward([datum] * 4, "cross_entropy") for _ in range(10)] for run in runs]
+        ended: list[int] = []
 
-    def wait(user: int) -> None:
-        for future in queued[user]:
-            future.result(timeout=200)
-            ended.append(user)
+        def wait(user: int) -> None:
+            for future in queued[user]:
+                future.result(timeout=200)
+                ended.append(user)
 
-    threads = [threading.Thread(target=wait, args=(user,)) for user in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    client.close("success")
-    ahead = [abs(ended[:n].count(0) - ended[:n].count(1)) for n in range(1, len(ended) + 1)]
-    assert len(ended) == 20
-    assert max(ahead) <= 3, ended
+        threads = [threading.Thread(target=wait, args=(user,)) for user in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        ahead = [abs(ended[:n].count(0) - ended[:n].count(1)) for n in range(1, len(ended) + 1)]
+        assert len(ended) == 20
+        assert max(ahead) <= 3, ended

@@ -11,6 +11,7 @@ from tinker import types
 
 from examples.run_on_server import Server
 from tests.contract.conftest import clean_environment
+from tests.support.live import key_of, sdk
 from tests.support.sdk_verbs import datum
 
 SECONDS = 120
@@ -22,9 +23,11 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tinker.ServiceC
     root = home / "notebooks"
     root.mkdir()
     env = {**clean_environment(home), "TUFT_CUSTOM_LOSS_SERVER_SIDE": "true"}
-    with Server(root, home, base_url="/user/alice/", env=env) as server:
-        key = (server.work / "tuft" / "credentials").read_text().strip()
-        yield tinker.ServiceClient(base_url=f"{server.url.rstrip('/')}/tuft", api_key=key)
+    with (
+        Server(root, home, base_url="/user/alice/", env=env) as server,
+        sdk(f"{server.url}tuft", key_of(server.work)) as client,
+    ):
+        yield client
 
 
 def hinge(logprobs: Any, weights: Any, margin: Any) -> Any:

@@ -23,7 +23,7 @@ from tornado.testing import bind_unused_port
 from tornado.web import Application
 
 from examples.run_on_server import Server
-from tests.support.live import key_of
+from tests.support.live import key_of, sdk
 from tests.support.local_engines import LocalEngines
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
@@ -101,23 +101,23 @@ def test_an_adapter_in_training_answers_by_its_path_its_run_and_its_sampler(
     alice: Server, client: openai.OpenAI
 ) -> None:
     """The same weights through both dialects draw the same tokens with the same log-probabilities."""
-    service = tinker.ServiceClient(base_url=f"{alice.url}tuft", api_key=key_of(alice.work))
-    training = service.create_lora_training_client("tuft/demo", rank=4)
-    path = training.save_weights_for_sampler("now").result().path
-    prompt = [101, 42, 37, 102]
-    params = tinker.SamplingParams(max_tokens=12, temperature=0.0)
-    sampler = training.create_sampling_client(path)
-    drawn = sampler.sample(tinker.ModelInput.from_ints(prompt), 1, params).result().sequences[0]
-    names = [path, training.model_id]
-    assert path in [model.id for model in client.models.list()]
-    for name in names:
-        answer = client.completions.create(
-            model=name, prompt=prompt, max_tokens=12, temperature=0.0, logprobs=0
-        ).choices[0]
-        assert answer.logprobs is not None
-        assert answer.logprobs.token_logprobs == pytest.approx(drawn.logprobs, abs=1e-4)
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model=path + "x", prompt="a")
+    with sdk(f"{alice.url}tuft", key_of(alice.work)) as service:
+        training = service.create_lora_training_client("tuft/demo", rank=4)
+        path = training.save_weights_for_sampler("now").result().path
+        prompt = [101, 42, 37, 102]
+        params = tinker.SamplingParams(max_tokens=12, temperature=0.0)
+        sampler = training.create_sampling_client(path)
+        drawn = sampler.sample(tinker.ModelInput.from_ints(prompt), 1, params).result().sequences[0]
+        names = [path, training.model_id]
+        assert path in [model.id for model in client.models.list()]
+        for name in names:
+            answer = client.completions.create(
+                model=name, prompt=prompt, max_tokens=12, temperature=0.0, logprobs=0
+            ).choices[0]
+            assert answer.logprobs is not None
+            assert answer.logprobs.token_logprobs == pytest.approx(drawn.logprobs, abs=1e-4)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model=path + "x", prompt="a")
 
 
 @pytest.mark.timeout(240)

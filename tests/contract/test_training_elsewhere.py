@@ -67,9 +67,7 @@ def test_what_is_deleted_here_is_deleted_there_with_the_next_save(tmp_path: Path
     """S4-26: no copies pile up on the training server, also not of checkpoints from before our restart."""
 
     async def check() -> None:
-        async with Daemon(tmp_path / "there") as there:
-            here = Daemon(tmp_path / "here", trainer_of(there))
-            await here.begin()
+        async with Daemon(tmp_path / "there") as there, Daemon(tmp_path / "here", trainer_of(there)) as here:
             client = await asyncio.to_thread(Client, here)
 
             async def save(name: str) -> int:
@@ -262,9 +260,7 @@ def test_our_own_restart_brings_the_run_back_from_its_snapshot_there(
     async def check() -> None:
         async with Daemon(tmp_path / "alone") as alone:
             expected = await asyncio.to_thread(direct, alone, 12)
-        async with Daemon(tmp_path / "there") as there:
-            here = Daemon(tmp_path / "here", trainer_of(there))
-            await here.begin()
+        async with Daemon(tmp_path / "there") as there, Daemon(tmp_path / "here", trainer_of(there)) as here:
             client = await asyncio.to_thread(Client, here)
             first = await asyncio.to_thread(client.steps, 9)
             await here.end()
@@ -274,7 +270,6 @@ def test_our_own_restart_brings_the_run_back_from_its_snapshot_there(
             assert "POST /load_weights" in there.asked
             kept = [path for path in there.host.service.state.checkpoints if "/weights/tuft-" in path]
             assert 1 <= len(kept) <= 2
-            await here.end()
 
     scenario(check)
 

@@ -12,7 +12,7 @@ from tinker import types
 
 from examples.run_on_server import Server
 from tests.fault.kills import batch
-from tests.support.live import ask, environment, key_of, until
+from tests.support.live import ask, environment, key_of, sdk, until
 from tests.support.redis_server import RedisServer
 
 STEPS = 4
@@ -68,16 +68,16 @@ def test_a_client_of_either_sees_the_same_run_and_goes_on_when_one_of_them_dies(
     first, second = servers
     key = key_of(tmp_path)
     until(lambda: "is written by process" in str(waiting(second, tmp_path)), 30, "the second does not wait")
-    service = tinker.ServiceClient(base_url=f"{second.url}tuft", api_key=key)
-    training = service.create_lora_training_client(base_model="tuft/demo", rank=4, seed=3).result()
-    rng = Random(5)
-    losses = steps(training, rng, STEPS)
-    for server in servers:
-        (run,) = ask(f"{server.url}tuft", "training_runs", key)["training_runs"]
-        assert run["training_run_id"] == training.model_id
-    first.kill()
-    losses += steps(training, rng, STEPS)
-    (run,) = second.request("GET", "tuft/lab/state")["state"]["runs"]
-    assert (run["step"], len(run["curve"]["loss"]), run["pending"]) == (2 * STEPS, 2 * STEPS, 0)
-    alone = service.create_lora_training_client(base_model="tuft/demo", rank=4, seed=3).result()
-    assert steps(alone, Random(5), 2 * STEPS) == losses
+    with sdk(f"{second.url}tuft", key) as service:
+        training = service.create_lora_training_client(base_model="tuft/demo", rank=4, seed=3).result()
+        rng = Random(5)
+        losses = steps(training, rng, STEPS)
+        for server in servers:
+            (run,) = ask(f"{server.url}tuft", "training_runs", key)["training_runs"]
+            assert run["training_run_id"] == training.model_id
+        first.kill()
+        losses += steps(training, rng, STEPS)
+        (run,) = second.request("GET", "tuft/lab/state")["state"]["runs"]
+        assert (run["step"], len(run["curve"]["loss"]), run["pending"]) == (2 * STEPS, 2 * STEPS, 0)
+        alone = service.create_lora_training_client(base_model="tuft/demo", rank=4, seed=3).result()
+        assert steps(alone, Random(5), 2 * STEPS) == losses

@@ -22,12 +22,11 @@ from random import Random
 from typing import Any
 
 import psutil
-import tinker
 from tinker import types
 
 from examples.run_on_server import Server
 from tests.fault.bench import Fault, Trial
-from tests.support.live import OURS, ask, environment, key_of, standby
+from tests.support.live import OURS, ask, environment, key_of, sdk, standby
 
 STEPS = 12
 
@@ -44,17 +43,20 @@ class Bench:
         self.spare = 0
         self.home = home
         self.server = Server(home / "root", home, base_url="/user/alice/", env=env, port=free_port())
-        self._restarting = threading.Lock()
+        self._clients = contextlib.ExitStack()
 
     def start(self) -> None:
         self.server.start()
-        url = f"{self.server.url.rstrip('/')}/tuft"
-        self.service = tinker.ServiceClient(base_url=url, api_key=key_of(self.home))
+        self.service = self._clients.enter_context(sdk(f"{self.server.url}tuft", key_of(self.home)))
         self.train()  # brings the worker up
         began = time.monotonic()
         path = self.train()
         self.seconds = time.monotonic() - began
         self.calm = self.look(path)
+
+    def stop(self) -> None:
+        self._clients.close()
+        self.server.stop()
 
     def train(self) -> str:
         """Train a new run to its end with the stock SDK; the path of its last checkpoint."""
@@ -125,7 +127,7 @@ def killing(
             made.start()
             yield lambda rng: trial(made, rng)
         finally:
-            made.server.stop()
+            made.stop()
 
     def trial(made: Bench, rng: Random) -> str:
         made.spare = standby(f"{made.server.url}tuft", key_of(made.home)) if spared else 0

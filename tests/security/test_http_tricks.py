@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.archives import adapter
 from tests.support.http_server import BOB_KEY, ROOT, Server, filled, on_server
+from tests.support.logs import messages
 from tuft_jupyter.config import ConfigError, load_settings
 from tuft_jupyter.wire.routes import ROUTES
 from tuft_jupyter_server import logs
@@ -135,7 +136,7 @@ def test_the_log_of_requests_names_no_path_no_key_and_no_permission(
         assert (await server.ask("GET", f"/tuft/files/{ticket}", key=None)).code == 200
         for path in (f"/{server.host.key}", f"/sessions/{server.host.key}", "/sessions/%0aERROR%20forged"):
             assert (await server.ask("GET", path)).code == 404
-        ours = [record.getMessage() for record in caplog.records if record.name.startswith("tuft_jupyter")]
+        ours = messages(caplog)
         assert "200 GET /tuft/files/{ticket}" in ours
         assert "404 GET /sessions/{session}" in ours
         assert "404 GET unknown path" in ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import tinker
 from tinker import types
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
 from tornado.netutil import bind_sockets
 from tornado.web import Application
 
+from tests.support.live import sdk
 from tests.support.local_engines import LocalEngines
 from tuft_jupyter.config import load_settings
 from tuft_jupyter_server.host import Host
@@ -42,6 +43,7 @@ class Daemon:
         self.home, self._env, self._config = home, dict(env or {}), config
         self.port = 0
         self.asked: list[str] = []
+        self.clients = contextlib.ExitStack()
 
     @property
     def url(self) -> str:
@@ -69,6 +71,7 @@ class Daemon:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.clients.close)
         await self.end()
 
     def count(self, path: str) -> int:
@@ -102,7 +105,7 @@ class Client:
     """The stock SDK at a server; every call blocks, and belongs into a thread."""
 
     def __init__(self, server: Daemon, model: str = "tuft/demo") -> None:
-        self.service = tinker.ServiceClient(base_url=server.url, api_key=server.host.key)
+        self.service = server.clients.enter_context(sdk(server.url, server.host.key))
         made: Any = self.service.create_lora_training_client(base_model=model, rank=8, seed=7)
         self.training: Any = made.result()
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import tinker
 
 Outcome = TypeVar("Outcome")
 ROOT = Path(__file__).parents[2]
@@ -45,6 +49,22 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 def key_of(home: Path) -> str:
     return (home / "tuft" / "credentials").read_text().strip()
+
+
+@contextlib.contextmanager
+def sdk(address: str, key: str) -> Iterator[tinker.ServiceClient]:
+    """The stock SDK's client in this process, closed in the end.
+
+    One that is left open asks for its server for ever, and warns of that in the logs of whatever test runs by then.
+    """
+    import tinker
+
+    client = tinker.ServiceClient(base_url=address, api_key=key)
+    try:
+        yield client
+    finally:
+        with contextlib.suppress(tinker.TinkerError):  # what the server says of it is not the test's matter
+            client.close("success").result(timeout=60)
 
 
 def ask(address: str, path: str, key: str, body: Any = None) -> Any:

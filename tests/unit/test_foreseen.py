@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.logs import messages
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
 from tuft_jupyter_server.host import Host
@@ -26,11 +27,6 @@ TWO_MODELS = [
 def alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     caplog.set_level(logging.WARNING, "tuft_jupyter")
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Ours; clients of other tests may still be saying something."""
-    return [record.getMessage() for record in caplog.records if record.name.startswith("tuft_jupyter")]
 
 
 def host(home: Path, given: Mapping[str, Any]) -> Host:
@@ -65,11 +61,11 @@ def test_a_run_whose_model_left_the_configuration_is_told_with_its_name(
             made = await service.runs.create_model(owner, session, number, model, {"rank": 8}, {}, b"c")
             assert await service.retrieve(owner, made, 5.0)
         await first.stop()
-        assert not warnings(caplog)
+        assert not messages(caplog)
         await start_and_stop(host(tmp_path, {"supported_models": TWO_MODELS[:1]}))
 
     asyncio.run(body())
-    (told,) = warnings(caplog)
+    (told,) = messages(caplog)
     assert told.startswith("1 of the runs on record")
     assert "'gone'" in told
     assert "supported_models" in told
@@ -90,7 +86,7 @@ def test_a_sampler_that_is_not_installed_is_told_but_for_a_cluster(
         if cluster:
             monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listener.getsockname()[1]}")
         asyncio.run(start_and_stop(host(tmp_path, {"supported_models": models})))
-    told = warnings(caplog)
+    told = messages(caplog)
     assert len(told) == (0 if cluster else 1)
     assert all(text.startswith("kept cannot be sampled") for text in told)
     assert all('pip install "tuft-jupyter[vllm]"' in text for text in told)
@@ -102,7 +98,7 @@ def test_a_cluster_that_does_not_answer_is_told(tmp_path: Path, caplog: pytest.L
         free.bind(("127.0.0.1", 0))  # and nobody listens
         address = f"127.0.0.1:{free.getsockname()[1]}"
         asyncio.run(start_and_stop(host(tmp_path, {"ray_address": address})))
-    (told,) = warnings(caplog)
+    (told,) = messages(caplog)
     assert "no worker can be started yet" in told
     assert address in told
 
@@ -114,8 +110,8 @@ def test_a_port_that_was_chosen_for_weights_and_is_taken_is_told(
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
         asyncio.run(start_and_stop(host(tmp_path, {"backends": {"vllm_group_port": port}})))
-    (told,) = [each for each in warnings(caplog) if "vllm_group_port" in each]
+    (told,) = [each for each in messages(caplog) if "vllm_group_port" in each]
     assert f"VLLM_GROUP_PORT) {port} cannot be had on this machine: Address already in use" in told
     caplog.clear()
     asyncio.run(start_and_stop(host(tmp_path, {"backends": {"vllm_group_port": port}})))
-    assert not [each for each in warnings(caplog) if "vllm_group_port" in each]
+    assert not [each for each in messages(caplog) if "vllm_group_port" in each]

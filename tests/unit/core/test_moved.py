@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.logs import messages
 from tests.support.scripted_engine import ScriptedEngines
 from tests.support.world import ALICE, World, scenario, stepped, world
 from tuft_jupyter.core.errors import NotFound
@@ -123,7 +124,7 @@ def test_checkpoints_that_lie_nowhere_are_told_at_the_start(
             async with world(tmp_path, journal=SqliteJournal(journal)) as second:
                 with pytest.raises(NotFound, match="not on disk any more"):
                     await sampled(second, f"tinker://{run}/weights/s", 0)
-        (told,) = caplog.messages
+        (told,) = messages(caplog)
         assert "1 of 1 checkpoints" in told
         assert "set checkpoint_dir" in told
 

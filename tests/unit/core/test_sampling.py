@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.logs import messages
 from tests.support.scripted_engine import ScriptedEngines, ScriptedSampler
 from tests.support.world import ALICE, BOB, World, scenario, until, world
 from tuft_jupyter.core import sampling
@@ -133,6 +134,6 @@ def test_a_stop_while_a_sampler_loads_is_no_error(tmp_path: Path, caplog: pytest
             await opened(w, ALICE)
             await until(lambda: slow.starts == 1)
         await asyncio.sleep(0)
-        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert not messages(caplog, logging.WARNING)
 
     scenario(body)
