@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,29 @@ def adapter_parameters(peft: PeftModel) -> dict[str, torch.nn.Parameter]:
     return {n.replace(".default", ""): p for n, p in peft.named_parameters() if "lora_" in n}
 
 
+LIMIT = 2e-6
+"""Relative L2 in fp32, over all of a tenant's gradients."""
+OWN_ERROR = 4.0
+"""Where PEFT itself is further than that from the gradient in fp64 (attention is sharp, or terms of a large alpha over
+a small rank cancel), ours may be this many times as far as PEFT; both are draws from the same roundings."""
+
+
+def assert_as_peft(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], exact: Callable[[], Mapping[str, Tensor]]
+) -> None:
+    """Gradients equal PEFT's; ``exact`` says those in fp64, where that has to be known."""
+    if distance(ours, theirs) > LIMIT:
+        truth = exact()
+        assert distance(ours, truth) <= max(LIMIT, OWN_ERROR * distance(theirs, truth))
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Relative L2 between two gradients over all tensors of the other."""
+    gap = torch.cat([(one[name].double() - gradient).flatten() for name, gradient in other.items()])
+    size = torch.cat([gradient.double().flatten() for gradient in other.values()])
+    return float(gap.norm() / size.norm()) if gap.any() else 0.0
+
+
 def target_logprobs(peft: PeftModel, datum: Datum) -> Tensor:
     """Log-probabilities of the datum's target_tokens, shaped like them."""
     logits = peft(input_ids=torch.from_numpy(datum.tokens.astype(np.int64))[None], use_cache=False).logits[0]
@@ -75,7 +98,7 @@ def cross_entropy(peft: PeftModel, data: Sequence[Datum]) -> tuple[float, list[T
     for datum in data:
         logprobs = target_logprobs(peft, datum)
         weights = torch.from_numpy(datum.inputs.get("weights", np.ones(logprobs.shape, np.float32)))
-        loss = -(logprobs * weights).sum()
+        loss = -(logprobs * weights.to(logprobs.dtype)).sum()
         loss.backward()
         total += float(loss.detach())
         all_logprobs.append(logprobs.detach())

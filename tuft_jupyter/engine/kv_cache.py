@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tuft_jupyter.engine import fused
 from tuft_jupyter.engine.attention import CausalAttention
 
 SMALLEST = 128  # positions of a slot
@@ -292,10 +293,13 @@ class DecodeAttention:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        q_CHD, k_CGD, v_CGD = (t[0].transpose(0, 1) for t in (q_1HND, k_1GND, v_1GND))
+        q_NHD, k_NGD, v_NGD = (t[0].transpose(0, 1) for t in (q_1HND, k_1GND, v_1GND))
+        scale = q_NHD.shape[-1] ** -0.5 if scaling is None else scaling
+        if fused.serves(q_NHD):
+            return self._fused(layer, q_NHD, k_NGD, v_NGD, scale, window)[None]
+        q_CHD, k_CGD, v_CGD = q_NHD, k_NGD, v_NGD
         if not self._in_order:
             q_CHD, k_CGD, v_CGD = (t.index_select(0, self._rows_C) for t in (q_CHD, k_CGD, v_CGD))
-        scale = q_CHD.shape[-1] ** -0.5 if scaling is None else scaling
         # The query heads that share keys stand as R queries of one head: nothing has to be repeated.
         q_CGRD = (q_CHD * scale).unflatten(1, (k_CGD.shape[1], -1))
         outputs = []
@@ -307,6 +311,17 @@ class DecodeAttention:
             outputs.append(self._attend(bucket, q_CGRD[at], k_CGSD, v_CGSD, at, window))
         o_CHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return (o_CHD if self._in_order else o_CHD.index_select(0, self._order_N))[None]
+
+    def _fused(
+        self, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        o_NHD = q_NHD.new_empty(q_NHD.shape)
+        for bucket, at in self._stretches():
+            stored = bucket.layers[layer]
+            fused.attend(
+                q_NHD, k_NGD, v_NGD, *stored, self._rows_C[at], self._positions_C[at], scale, window, o_NHD
+            )
+        return o_NHD
 
     def _stretches(self) -> Iterator[tuple[Bucket, slice]]:
         start = 0

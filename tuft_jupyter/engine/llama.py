@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuft_jupyter.engine import frozen
+from tuft_jupyter.engine import frozen, fused
 from tuft_jupyter.engine.attention import Back, CausalAttention
 from tuft_jupyter.engine.grouped import Groups, groups_of
 from tuft_jupyter.engine.linears import Linears, StackedPart, only_rows
@@ -71,7 +71,7 @@ class LlamaDecoder:
         decoder: Any = hf.base_model
         self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
         self._layers = [_Layer(layer, copies) for layer in decoder.layers]
-        self._norm = _Norm.of(decoder.norm)
+        self._norm = Norm.of(decoder.norm)
         self._copies = copies
         self.grouped = hf.device.type == "cuda"
         """Whether adapters that are trained are computed together."""
@@ -86,7 +86,7 @@ class LlamaDecoder:
         if more:  # rows of no sequence, so that there are few numbers of rows
             ids_N, positions_1N = F.pad(ids_N, (0, more)), F.pad(positions_1N, (0, more))
         x_ND = F.embedding(ids_N, self._embed.weight)
-        rope = _Rope(*self._rotary(x_ND, positions_1N))
+        rope = Rope(*self._rotary(x_ND, positions_1N))
         tape: list[_Kept | Tensor] = []  # of each layer what its backward pass reads, or only its input
         for layer in self._layers:
             again = x_ND
@@ -161,20 +161,20 @@ class _Layer:
         self.head_size: int = attention.head_dim
         self.queries: int = attention.q_proj.out_features // self.head_size
         self.keys: int = attention.k_proj.out_features // self.head_size
-        self.norm1, self.norm2 = _Norm.of(module.input_layernorm), _Norm.of(module.post_attention_layernorm)
-        self.head_norm: _Norm | None = None
+        self.norm1, self.norm2 = Norm.of(module.input_layernorm), Norm.of(module.post_attention_layernorm)
+        self.head_norm: Norm | None = None
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm, attention.k_norm
             weight_JE = torch.cat(
                 [q.weight.expand(self.queries, -1), k.weight.expand(self.keys, -1)]
             ).detach()
-            self.head_norm = _Norm(weight_JE, q.variance_epsilon)
+            self.head_norm = Norm(weight_JE, q.variance_epsilon)
         self.qkv = Linears(attention, "q_proj", "k_proj", "v_proj", copies=copies)
         self.out = Linears(attention, "o_proj", copies=copies)
         self.gate_up = Linears(mlp, "gate_proj", "up_proj", copies=copies)
         self.down = Linears(mlp, "down_proj", copies=copies)
 
-    def __call__(self, x_ND: Tensor, packed: Packed, rope: _Rope, keep: bool) -> tuple[Tensor, _Kept]:
+    def __call__(self, x_ND: Tensor, packed: Packed, rope: Rope, keep: bool) -> tuple[Tensor, _Kept]:
         n, h, j = len(x_ND), self.queries, self.queries + self.keys
         parts = packed.memo.get(self)
         if parts is None:
@@ -184,10 +184,10 @@ class _Layer:
         n1_ND, unit1, scale1 = self.norm1(x_ND)
         qkv_NX, h_qkv = self.qkv(n1_ND, parts[0])
         qkv_NCE = qkv_NX.view(n, -1, self.head_size)
-        qk_NJE, unit_heads, scale_heads = qkv_NCE[:, :j], None, None
+        qk_NJE, unit_heads, scale_heads = qkv_NCE, None, None
         if self.head_norm is not None:
-            qk_NJE, unit_heads, scale_heads = self.head_norm(qk_NJE)
-        qk_NJE = rope(qk_NJE)
+            qk_NJE, unit_heads, scale_heads = self.head_norm(qkv_NCE)
+        qk_NJE = rope(qk_NJE, j)
         at = slice(packed.tokens)
         qkv = (
             _heads_first(qk_NJE[at, :h]),
@@ -204,8 +204,7 @@ class _Layer:
         x2_ND, h_out = self.out(attended, parts[1], x_ND)
         n2_ND, unit2, scale2 = self.norm2(x2_ND)
         gate_up, h_gate_up = self.gate_up(n2_ND, parts[2])
-        gate_NF, up_NF = gate_up.chunk(2, dim=-1)
-        y_ND, h_down = self.down(F.silu(gate_NF).mul_(up_NF), parts[3], x2_ND)
+        y_ND, h_down = self.down(swiglu(gate_up), parts[3], x2_ND)
         hidden = [h_qkv, h_out, h_gate_up, h_down]
         return y_ND, _Kept(
             packed.tokens,
@@ -223,7 +222,7 @@ class _Layer:
         )
 
     def pull(
-        self, dy_ND: Tensor, kept: _Kept, rope: _Rope, *, first: bool, rows_M: Tensor | None = None
+        self, dy_ND: Tensor, kept: _Kept, rope: Rope, *, first: bool, rows_M: Tensor | None = None
     ) -> Tensor:
         """Gradients into the adapters, and the gradient in x (for the ``first`` layer: nothing anyone needs).
 
@@ -233,13 +232,8 @@ class _Layer:
         if rows_M is not None:
             kept = kept.at(rows_M)
         h_qkv, h_out, h_gate_up, h_down = kept.hidden
-        gate_NF, up_NF = kept.gate_up.chunk(2, dim=-1)
-        silu_NF = F.silu(gate_NF)
-        dact_NF = self.down.pull(dy_ND, silu_NF * up_NF, kept.parts[3], h_down)
-        dgate_up = torch.empty_like(kept.gate_up)
-        dgate_NF, dup_NF = dgate_up.chunk(2, dim=-1)
-        torch.mul(dact_NF, silu_NF, out=dup_NF)
-        torch.ops.aten.silu_backward.grad_input(dact_NF.mul_(up_NF), gate_NF, grad_input=dgate_NF)
+        dact_NF = self.down.pull(dy_ND, swiglu(kept.gate_up), kept.parts[3], h_down)
+        dgate_up = swiglu_back(kept.gate_up, dact_NF)
         dn2_ND = self.gate_up.pull(dgate_up, kept.unit2 * self.norm2.weight, kept.parts[2], h_gate_up)
         dx2_ND = self.norm2.pull(dn2_ND, kept.unit2, kept.scale2).add_(dy_ND)
         dattended = self.out.pull(dx2_ND, kept.attended, kept.parts[1], h_out)
@@ -253,7 +247,7 @@ class _Layer:
         dqkv_NCE[kept.tokens :] = 0
         for heads, grad in zip((slice(h), slice(h, j), slice(j, None)), grads, strict=True):
             dqkv_NCE[: kept.tokens, heads] = grad[0].transpose(0, 1)
-        dqk_NJE = rope.pull(dqkv_NCE[:, :j])
+        dqk_NJE = rope.pull(dqkv_NCE, j)
         if self.head_norm is not None:
             assert kept.unit_heads is not None
             assert kept.scale_heads is not None
@@ -262,6 +256,25 @@ class _Layer:
         n1_ND = kept.unit1 * self.norm1.weight
         dn1_ND = self.qkv.pull(dqkv_NCE.view(n, -1), n1_ND, kept.parts[0], h_qkv, needs_dx=not first)
         return dx2_ND if first else self.norm1.pull(dn1_ND, kept.unit1, kept.scale1).add_(dx2_ND)
+
+
+def swiglu(gate_up_NX: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer 2020, arXiv 2002.05202)."""
+    if fused.serves(gate_up_NX):
+        return fused.swiglu(gate_up_NX)
+    gate_NF, up_NF = gate_up_NX.chunk(2, dim=-1)
+    return F.silu(gate_NF).mul_(up_NF)
+
+
+def swiglu_back(gate_up_NX: Tensor, dy_NF: Tensor) -> Tensor:
+    """The gradient in ``gate_up``, new memory; ``dy`` is used up."""
+    if fused.serves(gate_up_NX):
+        return fused.swiglu_back(gate_up_NX, dy_NF)
+    (gate_NF, up_NF), dgate_up_NX = gate_up_NX.chunk(2, dim=-1), torch.empty_like(gate_up_NX)
+    dgate_NF, dup_NF = dgate_up_NX.chunk(2, dim=-1)
+    torch.mul(dy_NF, F.silu(gate_NF), out=dup_NF)
+    torch.ops.aten.silu_backward.grad_input(dy_NF.mul_(up_NF), gate_NF, grad_input=dgate_NF)
+    return dgate_up_NX
 
 
 def _longer(t_NX: Tensor, more: int) -> Tensor:
@@ -275,18 +288,27 @@ def _heads_first(t_NHE: Tensor) -> Tensor:
 
 
 @dataclass(slots=True)
-class _Norm:
-    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), in fp32 as the models do it."""
+class Norm:
+    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), in fp32 as the models do it.
+
+    With ``weight`` [J, E] of the first J heads of rows [N, C, E], else of rows [N, D].
+    """
 
     weight: Tensor
     eps: float
 
     @classmethod
-    def of(cls, module: Any) -> _Norm:
+    def of(cls, module: Any) -> Norm:
         return cls(module.weight.detach(), module.variance_epsilon)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``weight * unit``, ``unit`` and ``scale``, where ``unit = x * scale`` has mean square 1."""
+        if fused.serves(x):
+            shape = len(x), *self.weight.shape
+            y, unit, scale = fused.rms_norm(*self._in_heads(x), self.eps)
+            return y.view(shape), unit.view(shape), scale.view(*shape[:-1], 1)
+        if self.weight.dim() == 2:
+            x = x[:, : len(self.weight)]
         x32 = x.float()
         scale = x32.square().sum(-1, keepdim=True).div_(x.shape[-1]).add_(self.eps).rsqrt_()
         unit = (x32 * scale).to(x.dtype)
@@ -294,22 +316,37 @@ class _Norm:
 
     def pull(self, dy: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
         """The gradient in x, new memory."""
+        if fused.serves(dy):
+            dy_NJE, weight_JE = self._in_heads(dy)
+            dx = fused.rms_norm_back(dy_NJE, weight_JE, unit.view(dy_NJE.shape), scale.view(len(dy), -1))
+            return dx.view(dy.shape)
         g, unit = (dy * self.weight).float(), unit.float()
         total = (g * unit).sum(-1, keepdim=True)
         return g.addcmul_(unit, total, value=-1 / dy.shape[-1]).mul_(scale).to(dy.dtype)
 
+    def _in_heads(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows, and the weight, as of heads; a row that is normalized whole is one."""
+        return (t, self.weight) if self.weight.dim() == 2 else (t[:, None], self.weight[None])
 
-class _Rope:
+
+class Rope:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) for the tokens of one row."""
 
     def __init__(self, cos_1NE: Tensor, sin_1NE: Tensor) -> None:
         self.half = cos_1NE.shape[-1] // 2
-        self.cos_N1E = cos_1NE[0][:, None]
-        self.sin_N1E = sin_1NE[0][:, None].clone()
-        self.sin_N1E[..., : self.half].neg_()  # so that a half turn of x is a roll
+        self.cos_NE, self.sin_NE = cos_1NE[0], sin_1NE[0].clone()
+        self.sin_NE[:, : self.half].neg_()  # so that a half turn of x is a roll
+        self.back_NE = self.sin_NE.roll(self.half, -1)
 
-    def __call__(self, x_NJE: Tensor) -> Tensor:
-        return (x_NJE * self.cos_N1E).addcmul_(x_NJE.roll(self.half, -1), self.sin_N1E)
+    def __call__(self, x_NCE: Tensor, heads: int) -> Tensor:
+        """Of the first ``heads`` of each row, [N, J, E]."""
+        return self._rotated(x_NCE, heads, self.sin_NE)
 
-    def pull(self, dy_NJE: Tensor) -> Tensor:
-        return (dy_NJE * self.cos_N1E).add_((dy_NJE * self.sin_N1E).roll(self.half, -1))
+    def pull(self, dy_NCE: Tensor, heads: int) -> Tensor:
+        return self._rotated(dy_NCE, heads, self.back_NE)
+
+    def _rotated(self, x_NCE: Tensor, heads: int, sin_NE: Tensor) -> Tensor:
+        if fused.serves(x_NCE):
+            return fused.rotate(x_NCE, heads, self.cos_NE, sin_NE)
+        x_NJE = x_NCE[:, :heads]
+        return (x_NJE * self.cos_NE[:, None]).addcmul_(x_NJE.roll(self.half, -1), sin_NE[:, None])

@@ -148,7 +148,9 @@ class EngineActor:
 
     def prepare(self) -> None:
         """Import what ``load`` needs, which is most of the time it takes; no model, no device."""
-        from tuft_jupyter.engine import trainer  # noqa: F401
+        from tuft_jupyter.engine import fused, trainer  # noqa: F401
+
+        fused.kernels()
 
     def address(self) -> str:
         """This node's IP and a port that is free on it, as ``tcp://IP:PORT``."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tuft_jupyter.engine import kv_cache
+from tuft_jupyter.engine import fused, kv_cache
 from tuft_jupyter.engine.kv_cache import (
     DecodeAttention,
     KVCache,
@@ -96,9 +96,17 @@ class World:
             attention.advance()
 
 
+@pytest.mark.parametrize("how", ["one pass", "matmuls"])
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_attention_over_the_cache_equals_attention_over_the_whole_past(data: st.DataObject) -> None:
+def test_attention_over_the_cache_equals_attention_over_the_whole_past(how: str, data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        if how == "matmuls":
+            patched.setattr(fused, "serves", lambda t: False)
+        come_and_go(data)
+
+
+def come_and_go(data: st.DataObject) -> None:
     world = World(data.draw(st.integers(0, 1000)))
     window = data.draw(st.sampled_from([None, 2, 50]))
     for _ in range(data.draw(st.integers(1, 4))):

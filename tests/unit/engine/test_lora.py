@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from tests.support.plain_peft import adapter_parameters, plain_peft
+from tests.support.plain_peft import adapter_parameters, assert_as_peft, in_double, plain_peft
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import LoraSpec
 from tuft_jupyter.engine import packing
@@ -74,25 +76,31 @@ def test_hidden_states_and_gradients_of_mixed_adapters_equal_peft_alone(
     pull(gradient, gradient.any(1).nonzero()[:, 0] if sparse else None)
     for name, spec in SPECS.items():
         adapter = bank[name]
-        peft = plain_peft(directory, spec, bank.state_dict(name))
+        own = [at for at, n in enumerate(names) if n == name]
+        alone = partial(
+            peft_alone,
+            plain_peft(directory, spec, bank.state_dict(name)),
+            [(ids[at], slopes[at]) for at in own],
+        )
+        states, theirs = alone()
+        ours = torch.cat([hidden.split(lengths)[at] for at in own])
+        assert float((ours - states).norm() / states.norm()) <= 1e-5
         assert adapter.grads is not None
-        ours = adapter.split(adapter.grads)
-        for n, i, slope, h in zip(names, ids, slopes, hidden.split(lengths), strict=True):
-            if n == name:
-                alone = peft.base_model.model.model(i[None]).last_hidden_state[0]
-                assert_close(h, alone.detach())
-                alone.backward(slope)
-        for tensor, parameter in adapter_parameters(peft).items():
-            assert_close(ours[tensor], parameter.grad)
+        assert_as_peft(adapter.split(adapter.grads), theirs, lambda alone=alone: alone(double=True)[1])
 
 
-def assert_close(ours: Tensor, theirs: Tensor | None) -> None:
-    assert theirs is not None
-    if not theirs.any():
-        assert not ours.any()
-        return
-    # These weights make attention sharp: PEFT's own fp32 gradients are 2e-6 from those in fp64.
-    assert float((ours - theirs).norm() / theirs.norm()) <= 1e-5
+def peft_alone(
+    peft: PeftModel, rows: list[tuple[Tensor, Tensor]], *, double: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The hidden states of (tokens, slopes), and the gradients."""
+    if double:
+        in_double(peft)
+    peft.zero_grad()
+    states = [peft.base_model.model.model(ids[None]).last_hidden_state[0] for ids, _ in rows]
+    for state, (_, slope) in zip(states, rows, strict=True):
+        state.backward(slope.to(state.dtype))
+    gradients = {name: p.grad for name, p in adapter_parameters(peft).items() if p.grad is not None}
+    return torch.cat(states).detach(), gradients
 
 
 def test_the_bank_gives_tensors_peft_names_and_takes_them_back(qwen3: Path) -> None:

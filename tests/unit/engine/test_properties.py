@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.datums import ask, make_datum, make_policy_datum
-from tests.support.plain_peft import adapter_parameters, in_double, plain_peft, target_logprobs
+from tests.support.plain_peft import (
+    LIMIT,
+    adapter_parameters,
+    assert_as_peft,
+    in_double,
+    plain_peft,
+    target_logprobs,
+)
 from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import Datum, ForwardBackward, LoraSpec
@@ -30,11 +37,6 @@ TARGETS = (
     (True, False, True),
     (True, True, True),
 )
-LIMIT = 2e-6
-"""Relative L2 in fp32, of the sum of a tenant's gradients."""
-OWN_ERROR = 4.0
-"""Where PEFT itself is further than that from the gradient in fp64 (a large alpha over a small rank: terms cancel),
-ours may be this many times as far as PEFT; both are draws from the same roundings."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,14 @@ def test_tenants_at_random_get_their_own_numbers(model: Path, drawn: list[Tenant
         assert result.loss_sum == pytest.approx(total, rel=1e-5, abs=1e-6 * terms)
         for ours, expected in zip(result.logprobs, logprobs, strict=True):
             assert float((torch.from_numpy(ours) - expected).norm()) <= LIMIT * float(expected.norm())
-        ours_ = adapter.split(adapter.grads)
-        if distance(ours_, theirs) > LIMIT:
-            *_, exact = alone(model, tenant.spec, trainer.bank.state_dict(str(i)), request, double=True)
-            assert distance(ours_, exact) <= max(LIMIT, OWN_ERROR * distance(theirs, exact))
+        exact = partial(in_fp64, model, tenant.spec, trainer.bank.state_dict(str(i)), request)
+        assert_as_peft(adapter.split(adapter.grads), theirs, exact)
 
 
-def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Relative L2 between two gradients over all tensors of the other."""
-    gap = torch.cat([(one[name].double() - gradient).flatten() for name, gradient in other.items()])
-    size = torch.cat([gradient.double().flatten() for gradient in other.values()])
-    return float(gap.norm() / size.norm()) if gap.any() else 0.0
+def in_fp64(
+    model: Path, spec: LoraSpec, weights: dict[str, Tensor], request: ForwardBackward
+) -> dict[str, Tensor]:
+    return alone(model, spec, weights, request, double=True)[-1]
 
 
 def alone(
