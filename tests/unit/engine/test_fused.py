@@ -82,6 +82,30 @@ def test_what_is_no_number_stays_none(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(mine[others], before[others])
 
 
+@pytest.mark.parametrize("where", ["query", "key", "value", "past"])
+def test_attention_of_a_sequence_that_diverged_is_no_number_and_others_keep_theirs(
+    where: str, dtype: torch.dtype
+) -> None:
+    rows, groups, slots = 3, 2, 16
+    q, k, v = (drawn(rows, heads, SIZE, dtype=dtype) for heads in (4, groups, groups))
+    keys, values = (drawn(rows, groups, slots, SIZE, dtype=dtype) for _ in range(2))
+
+    def attended() -> Tensor:
+        o = torch.empty_like(q)
+        order, lengths = torch.tensor([2, 0, 1]), torch.tensor([3, 7, 11])
+        fused.attend(q, k, v, keys.clone(), values.clone(), order, lengths, 0.3, None, o)
+        return o
+
+    clean = attended()
+    if where == "past":
+        keys[1, :, 5] = torch.nan  # of the sequence in slot 1, whose token is in row 0
+    else:
+        {"query": q, "key": k, "value": v}[where][0] = torch.nan
+    found = attended()
+    assert found[0].isnan().all()
+    assert torch.equal(found[1:], clean[1:])
+
+
 def test_the_largest_and_smallest_numbers_are_those_of_torch(dtype: torch.dtype) -> None:
     gate = torch.tensor(
         [-3e38, -1e30, -200.0, -88.5, -87.0, -1e-30, 0.0, 1e-38, 87.0, 88.5, 1e30, 3e38], dtype=dtype
