@@ -130,29 +130,39 @@ def killing(
             made.stop()
 
     def trial(made: Bench, rng: Random) -> str:
-        made.spare = standby(f"{made.server.url}tuft", key_of(made.home)) if spared else 0
+        while True:
+            made.spare = standby(f"{made.server.url}tuft", key_of(made.home)) if spared else 0
+            struck, seconds = strike(made, rng)
+            if struck:
+                return f"{max(0.0, seconds - made.seconds):.1f}"
+            made.seconds = min(made.seconds, seconds)  # the machine was busier when that was measured
+
+    def strike(made: Bench, rng: Random) -> tuple[bool, float]:
+        """Whether the blow fell while the run was trained, and the seconds that took."""
         moment = rng.uniform(0.0, made.seconds)
         failed: list[Exception] = []
+        fell: list[float] = []
 
-        def strike() -> None:
+        def blow() -> None:
             try:
                 time.sleep(moment)
+                fell.append(time.monotonic())
                 blows(made, rng)
             except Exception as error:  # noqa: BLE001 - told to the trial
                 failed.append(error)
 
-        striking = threading.Thread(target=strike)
+        striking = threading.Thread(target=blow)
         striking.start()
         began = time.monotonic()
         path = made.train()
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
         striking.join()
         assert not failed, failed
         seen = made.look(path)
         assert seen == made.calm, (
             f"{json.dumps(seen)} is not {json.dumps(made.calm)}, killed after {moment:.2f} s"
         )
-        return f"{max(0.0, seconds - made.seconds):.1f}"
+        return fell[0] < ended, ended - began
 
     return bench
 
