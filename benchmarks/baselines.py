@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from tuft_jupyter.core.types import Datum, ForwardBackward, Int32Array
 
+PREFERRED = "as ours, which this CPU prefers"
+"""Rows of a baseline in another precision than that of the model's files."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -23,12 +25,21 @@ class SequentialPeft:
     """``set_adapter`` for each tenant in turn, then its batch and its optimizer step.
 
     ``padded``: a tenant's rows go through the model as one padded batch, as most code does; else one row at a time.
+    ``dtype`` "auto" is that of the model's files.
     """
 
-    def __init__(self, model: Path, tenants: int, *, rank: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Path,
+        tenants: int,
+        *,
+        rank: int,
+        device: str = "cpu",
+        dtype: torch.dtype | Literal["auto"] = "auto",
+    ) -> None:
         disable_progress_bar()
         warnings.filterwarnings("ignore", module="peft")
-        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
         self._model = get_peft_model(base, config, adapter_name="tenant0")
         for i in range(1, tenants):
@@ -90,8 +101,14 @@ def write_adapters(home: Path, model: Path, count: int, rank: int) -> list[Path]
 class PeftGenerate:
     """transformers' ``generate`` over PEFT adapters; sequence i of n belongs to adapter ``i * k // n``."""
 
-    def __init__(self, model: Path, adapters: Sequence[Path], new_tokens: int) -> None:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    def __init__(
+        self,
+        model: Path,
+        adapters: Sequence[Path],
+        new_tokens: int,
+        dtype: torch.dtype | Literal["auto"] = "auto",
+    ) -> None:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self._model = PeftModel.from_pretrained(base, adapters[0], adapter_name="0").eval()
         for i, path in enumerate(adapters[1:], 1):
             self._model.load_adapter(path, adapter_name=str(i))

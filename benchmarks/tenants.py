@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from baselines import SequentialPeft
+from baselines import PREFERRED, SequentialPeft
 from shapes import SMALL, TINY, Shape, batches, tokens_in
 from table import Row, held, show
 
@@ -84,21 +84,30 @@ def compare(shape: Shape, model: Path) -> list[Row]:
     a, b = theirs.step(warm), ours.step(warm)
     if abs(a - b) > 2e-2 * abs(a):
         raise RuntimeError(f"the loops differ: PEFT's loss {a:.4f}, ours {b:.4f}")
+    dtype = ours.trainer.base.dtype
+    alike = None if dtype is shape.dtype else SequentialPeft(model, TENANTS, rank=RANK, dtype=dtype)
     rows = []
     for load in (SHORT, LONG):
         requests = batches(shape, TENANTS, *load)
-        seconds: dict[str, list[float]] = {"padded": [], "single": [], "ours": []}
+        seconds: dict[str, list[float]] = {"padded": [], "single": [], "alike": [], "ours": []}
         for _ in range(ROUNDS[shape.name, load]):
             seconds["padded"].append(cpu(partial(theirs.step, requests)))
             seconds["ours"].append(cpu(partial(ours.step, requests)))
         if load[0] > 1:
             seconds["single"].append(cpu(partial(theirs.step, requests, padded=False)))
+        if alike is not None:
+            alike.step(warm)
+            seconds["alike"].append(cpu(partial(alike.step, requests)))
         tokens = tokens_in(requests)
         what = f"{TENANTS} tenants x {load[0]} datums of {load[1][0]}..{load[1][1]} tokens, {shape.name}"
         rows.append(Row(f"{what}: ours", f"{tokens / statistics.median(seconds['ours']):.0f} tokens/CPU-s"))
         rows.append(held(f"tenants {NAMES[load]} {shape.name}", ratio(seconds, "padded")))
-        if seconds["single"]:
-            rows.append(Row(f"{what}: over PEFT row by row", f"{ratio(seconds, 'single'):.2f} x"))
+        for way, words in (
+            ("single", "row by row"),
+            ("alike", f"in {dtype}, {PREFERRED}"),
+        ):
+            if seconds[way]:
+                rows.append(Row(f"{what}: over PEFT {words}", f"{ratio(seconds, way):.2f} x"))
     return rows
 
 

@@ -23,6 +23,7 @@ QUOTAS = {
 }
 """Our settings, which are the seeds' words, and what they limit."""
 SAMPLERS = ("auto", "torch", "vllm")
+DTYPES = ("auto", "float32", "bfloat16")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 """vLLM's words: log-probabilities of the model itself, or of what was drawn from: after temperature and filters."""
 MODES = {
@@ -103,7 +104,8 @@ class ModelSettings:
     ``actor_env`` in its environment.
     Training takes sequences of ``max_train_len`` tokens; None: of ``max_model_len``. ``training_queue`` and
     ``sampling_queue`` bound what a tenant asks of either engine. ``enable_lora`` false: only the model itself is
-    sampled. ``logprobs_mode`` None: raw, as the protocol has it.
+    sampled. ``logprobs_mode`` None: raw, as the protocol has it. ``dtype`` is what the frozen weights compute in;
+    ``auto``: as their files are, or on a CPU in fp32 where that is faster.
     """
 
     model_name: str
@@ -133,6 +135,7 @@ class ModelSettings:
     sampling_queue: QueueSettings = field(default_factory=QueueSettings)
     enable_lora: bool = True
     logprobs_mode: str | None = None
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.model_name:
@@ -154,6 +157,7 @@ class ModelSettings:
         _divides("sampling_gpus", self.sampling_gpus, "sampling_replicas", self.sampling_replicas)
         at_least("max_train_len", self.max_train_len, 1)
         one_of("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
+        one_of("dtype", self.dtype, DTYPES)
         if self.sampler_type is not None:
             check_sampler(self.sampler_type)
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.engine import frozen, llama, memory, packing
+from tuft_jupyter.engine import frozen, llama, memory, packing, precision
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.llama import LlamaDecoder
 from tuft_jupyter.engine.pretrained import reading, refusal
@@ -68,8 +68,9 @@ def load_base(
 ) -> BaseModel:
     """Load a local model directory, frozen, for packed use.
 
-    ``name`` None calls it by its path; ``dtype`` None keeps the dtype of the files; ``device`` None takes
-    CUDA if there is one. UserError says why a directory or a model family cannot be served.
+    ``name`` None calls it by its path; ``dtype`` None is the :mod:`~tuft_jupyter.engine.precision` that suits the
+    device; ``device`` None takes CUDA if there is one. UserError says why a directory or a model family cannot be
+    served.
     """
     path = str(path)
     disable_progress_bar()
@@ -80,7 +81,7 @@ def load_base(
         raise refusal(path, "read", error) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"base model {path!r} is quantized; use its unquantized weights")
-    _check_memory(path, dtype, device)
+    dtype = _checked(path, dtype, device)
     try:
         hf: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -111,9 +112,10 @@ def load_base(
     )
 
 
-def _check_memory(path: str, dtype: torch.dtype | None, device: torch.device) -> None:
-    """UserError if the weights alone exceed the free memory: loading them would make the whole machine swap."""
+def _checked(path: str, dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """The dtype to load. UserError if the weights alone exceed the free memory: the whole machine would swap."""
     try:
+        dtype = dtype or precision.chosen(Path(path), device.type)
         need, free = memory.weights(Path(path), dtype), memory.available(device)
     except (OSError, SafetensorError) as error:
         raise UserError(f"base model {path!r}: its weights cannot be read: {error}") from error
@@ -122,6 +124,7 @@ def _check_memory(path: str, dtype: torch.dtype | None, device: torch.device) ->
             f"base model {path!r} takes {need / 1e9:.1f} GB of memory on {device.type}, and {free / 1e9:.1f} GB are "
             "free: end other work, or serve a smaller model"
         )
+    return dtype
 
 
 def _fingerprint(hf: PreTrainedModel) -> str:

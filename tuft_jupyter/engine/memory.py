@@ -90,6 +90,15 @@ def weights(directory: Path, dtype: torch.dtype | None) -> int:
     return total
 
 
+def stored(directory: Path) -> set[str]:
+    """The dtypes of the tensors in a model directory, by safetensors' names (``BF16``)."""
+    found = set()
+    for path in directory.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - not a mapping
+    return found
+
+
 def roomy(hf: PreTrainedModel) -> bool:
     """Whether two more copies of a model's weights would take no more than an eighth of the free memory."""
     return 2 * sum(parameter.nbytes for parameter in hf.parameters()) <= available(hf.device) // 8

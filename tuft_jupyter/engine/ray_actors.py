@@ -89,11 +89,13 @@ class ActorOptions:
     """``threads`` for torch on the CPU; ``options`` are further keywords of the trainer or sampler.
 
     ``vllm`` is there if that is the sampler, ``rank`` if the trainer is several processes. ``adapters``: whether a
-    sampler may be asked for any; ``text_workers``: its threads that turn text into tokens.
+    sampler may be asked for any; ``text_workers``: its threads that turn text into tokens. ``dtype`` is
+    :class:`~tuft_jupyter.config.ModelSettings`'.
     """
 
     card: ModelCard
     threads: int
+    dtype: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     vllm: VllmOptions | None = None
     rank: RankOptions | None = None
@@ -201,10 +203,12 @@ class EngineActor:
 
     def model_options(self) -> dict[str, Any]:
         """The keywords that trainer and sampler share."""
+        from tuft_jupyter.engine import precision
+
         return {
             "name": self.options.card.name,
             "device": self.device,
-            "dtype": self._dtype(),
+            "dtype": precision.NAMED.get(self.options.dtype),
             **self.options.options,
         }
 
@@ -215,17 +219,6 @@ class EngineActor:
         import torch
 
         return int(torch.cuda.memory_reserved())
-
-    def _dtype(self) -> Any:
-        """On a CPU fp32, which it computes fastest and exactly, unless the model would fill the machine with it."""
-        import psutil
-        import torch
-
-        if self.device != "cpu":
-            return None
-        on_disk = sum(path.stat().st_size for path in Path(self.options.card.path).glob("*.safetensors"))
-        fits = 2 * on_disk < psutil.virtual_memory().total / 4
-        return torch.float32 if fits else None
 
     def _check_device(self) -> None:
         """Raises if the device is beyond use: after some CUDA errors every later call fails."""

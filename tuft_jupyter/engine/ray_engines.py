@@ -177,9 +177,10 @@ class RayEngines:
         demands = self._demanded(card).training
         ranks = len(demands)
         threads = max(1, (settings.trainer_threads or cpus() - 1) // ranks)
+        model = settings.model(card.name)
         options = {
             "max_rank": settings.rank_limit(card.name),
-            "max_length": settings.model(card.name).max_train_len or card.max_context_length,
+            "max_length": model.max_train_len or card.max_context_length,
             "micro_batch_tokens": settings.micro_batch_tokens,
             "custom_loss": settings.custom_loss_server_side,
             "spill": settings.home,
@@ -187,7 +188,7 @@ class RayEngines:
         if ranks == 1:
             alone = RayTrainingEngine(
                 self._runtime,
-                ActorOptions(card, threads, options),
+                ActorOptions(card, threads, model.dtype, options),
                 demands[0],
                 standby=settings.standby_worker,
             )
@@ -198,7 +199,9 @@ class RayEngines:
         made = [
             RayTrainingEngine(
                 self._runtime,
-                ActorOptions(card, threads, options, rank=RankOptions(rank, ranks, section.dist_timeout)),
+                ActorOptions(
+                    card, threads, model.dtype, options, rank=RankOptions(rank, ranks, section.dist_timeout)
+                ),
                 demand,
                 meeting=meeting,
             )
@@ -229,6 +232,7 @@ class RayEngines:
         options = ActorOptions(
             card,
             threads=1,
+            dtype=model.dtype,
             options={
                 "max_context": card.max_context_length,
                 "kv_tokens": self.settings.kv_tokens,

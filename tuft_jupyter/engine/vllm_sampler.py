@@ -34,7 +34,7 @@ import psutil
 from tuft_jupyter.core.engine import EngineDied, Listener
 from tuft_jupyter.core.errors import ServerError, TuftError, UserError
 from tuft_jupyter.core.types import SampleRequest, SampleResult
-from tuft_jupyter.engine import checkpoint, vllm_scoring, vllm_values
+from tuft_jupyter.engine import checkpoint, precision, vllm_scoring, vllm_values
 from tuft_jupyter.engine.ray_local import Guard
 from tuft_jupyter.engine.sample_job import Limits
 from tuft_jupyter.engine.vllm_adapters import NO_ADAPTERS, Named, NamedAdapters
@@ -120,7 +120,7 @@ class VllmSampler:
             loras = held + 1
         arguments: dict[str, Any] = {
             "model": self._path,
-            "dtype": dtype or "auto",
+            "dtype": dtype or precision.chosen(Path(model_path), device or "cuda") or "auto",
             "max_model_len": max_context,
             "enable_lora": enable_lora,
             "logprobs_mode": logprobs_mode or "raw_logprobs",

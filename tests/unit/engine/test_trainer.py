@@ -332,7 +332,7 @@ def test_training_lowers_the_loss_it_is_trained_on(qwen3: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_bfloat16_models_train_with_fp32_adapters(tmp_path: Path, tied: bool) -> None:
-    trainer = PeftTrainer(make_model(tmp_path / "m", tied=tied, dtype=torch.bfloat16))
+    trainer = PeftTrainer(make_model(tmp_path / "m", tied=tied, dtype=torch.bfloat16), dtype=torch.bfloat16)
     warmed(trainer, "run", LoraSpec(rank=4, alpha=8, seed=1))
     exact = PeftTrainer(tmp_path / "m", dtype=torch.float32)
     exact.create("run", LoraSpec(rank=4, alpha=8, seed=1))
