@@ -26,7 +26,8 @@ binder:  ## build what a Binder builds, in a clean environment, and run its tour
 
 test: $(STAMPS)/installed system  ## run every test: Python, TypeScript, real servers, a real browser
 	npm test -- --silent
-	$(BIN)/python tests/support/to_the_end.py -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q -n 2 tests/unit
+	$(BIN)/python tests/support/to_the_end.py -m pytest -q --durations=15 --ignore tests/unit
 	if [ -e $(VLLM)/ready ]; then $(MAKE) --no-print-directory vllm-test; fi
 
 unit: $(STAMPS)/installed  ## run the fast tests only (about a minute)
