@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.tiny_models import make_model
-from tuft_jupyter.config import ConfigError, ModelSettings
+from tuft_jupyter.config import ConfigError, ModelSettings, Settings
+from tuft_jupyter.core.types import ModelCard
 from tuft_jupyter.engine import precision
 from tuft_jupyter.engine.base import load_base
 from tuft_jupyter.engine.precision import bf16_pays, chosen
+from tuft_jupyter.engine.ray_actors import SamplingActor, TrainingActor
+from tuft_jupyter.engine.ray_engines import RayEngines
+from tuft_jupyter.engine.supervision import RayEngine
 
 
 @pytest.fixture
@@ -74,3 +79,19 @@ def test_only_precisions_that_train_can_be_named() -> None:
         assert precision.NAMED[ModelSettings("m", dtype=name).dtype] is getattr(torch, name)
     with pytest.raises(ConfigError, match="dtype must be one of auto, float32, bfloat16, not 'float16'"):
         ModelSettings("m", dtype="float16")
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_trainer_and_sampler_of_a_server_compute_as_its_configuration_says(
+    name: str, bf16: Path, tmp_path: Path
+) -> None:
+    """Whatever the CPU prefers: of two names one is not it."""
+    served = ModelSettings("m", str(bf16), dtype=name)
+    engines = RayEngines(Settings(tmp_path, tmp_path / "checkpoints", supported_models=(served,)))
+    card = ModelCard("m", str(bf16), 64, 512, "qwen3")
+    for made, actor in ((engines.training(card), TrainingActor), (engines.sampling(card), SamplingActor)):
+        assert isinstance(made, RayEngine)
+        loaded = actor(replace(made.actor_options(on_gpu=False), threads=torch.get_num_threads()))
+        loaded.setup_device()
+        engine = loaded.trainer() if isinstance(loaded, TrainingActor) else loaded.sampler()
+        assert engine.base.dtype is precision.NAMED[name]
