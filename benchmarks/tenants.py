@@ -93,7 +93,7 @@ def compare(shape: Shape, model: Path) -> list[Row]:
         for _ in range(ROUNDS[shape.name, load]):
             seconds["padded"].append(cpu(partial(theirs.step, requests)))
             seconds["ours"].append(cpu(partial(ours.step, requests)))
-        if load[0] > 1:
+        if load[0] > 1 and alike is None:
             seconds["single"].append(cpu(partial(theirs.step, requests, padded=False)))
         if alike is not None:
             alike.step(warm)
