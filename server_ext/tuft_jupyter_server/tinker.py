@@ -21,7 +21,6 @@ from tornado.web import HTTPError, stream_request_body
 from tuft_jupyter.core.access import TOKEN_PREFIX, ActiveKey, KeyRing
 from tuft_jupyter.core.errors import (
     Elsewhere,
-    Forbidden,
     NotFound,
     TooLarge,
     TuftError,
@@ -107,10 +106,7 @@ class TinkerHandler(BaseHandler):
                 )  # or what was there would seem to be gone
             self.route = await self._route()
             if self.route.access is Access.KEY:
-                key = self._key()
-                self.key = await self.keys.authenticate(key)
-                self.principal = self.key.principal
-                self.credential = "" if not key or key.startswith(TOKEN_PREFIX) else self.key.digest
+                await self._authenticate()
             self.limit = self.max_upload if self.route.upload else min(self.route.max_body, self.max_body)
             announced = self.request.headers.get("Content-Length", "0")
             if announced.isdecimal() and int(announced) > self.limit:
@@ -162,14 +158,26 @@ class TinkerHandler(BaseHandler):
         """Serve, and break off when the caller's key ends, also where a poll is parked or bytes are on their way."""
         if self.key is None:
             await self._serve(parts)
-        else:
-            with self.key.in_use(self._key_ended):
-                await self._serve(parts)
+            return
+        try:
+            key = await self._authenticate()  # again: the body may have taken an hour to arrive
+        except TuftError as error:
+            self.send(error_reply(error, self.dialect))
+            return
+        with key.in_use(self._key_ended):
+            await self._serve(parts)
 
-    def _key_ended(self) -> None:
+    async def _authenticate(self) -> ActiveKey:
+        presented = self._key()
+        self.key = key = await self.keys.authenticate(presented)
+        self.principal = key.principal
+        self.credential = "" if not presented or presented.startswith(TOKEN_PREFIX) else key.digest
+        return key
+
+    def _key_ended(self, why: TuftError) -> None:
         if self._working is asyncio.current_task():
             return  # the request that gives up its own key is told so
-        self.refused = Forbidden("Invalid API key: it was revoked or expired")
+        self.refused = why
         if self._headers_written:
             self.request.connection.stream.close()  # type: ignore[union-attr]
         elif self._working is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from examples.run_on_server import Server as JupyterServer
-from tests.support.http_server import BOB_KEY, Server, on_server, refusal
+from tests.support.http_server import BOB_KEY, ROOT, Server, on_server, refusal
 from tests.support.live import environment, python
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 
@@ -74,6 +74,43 @@ def test_a_key_that_expires_ends_parked_polls_too(tmp_path: Path) -> None:
         assert time.monotonic() - began < 1.2
         assert {answer.code for answer in answers} == {403}
         server.host.engines.trainer.gate.set()
+
+    on_server(tmp_path, body)
+
+
+@pytest.mark.parametrize("asked", ["GET /tuft/feed", "POST /create_session"])
+def test_a_key_that_ends_while_its_request_is_still_arriving_gets_nothing(asked: str, tmp_path: Path) -> None:
+    """T7: a body may take an hour; whoever was let in by the head is asked again when it is there."""
+    method, path = asked.split()
+
+    async def body(server: Server) -> None:
+        made = await server.post("/tuft/keys", {"tenant": "carol"})
+        head = f"{method} {ROOT}{path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {made['key']}\r\nContent-Length: 2\r\n\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head.encode() + b"{")
+        while not server.host.service.state.keys:  # noqa: ASYNC110 - until the journal has the key
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # the head is read by now; were it not, the answer would be the same
+        assert (await server.ask("DELETE", f"/tuft/keys/{made['id']}")).code == 200
+        before = server.host.ledger.state.n
+        writer.write(b"}")
+        answer = await reader.readuntil(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 403")
+        assert server.host.ledger.state.n == before
+        writer.close()
+
+    on_server(tmp_path, body)
+
+
+def test_a_key_that_is_revoked_while_its_end_is_moved_stays_revoked(tmp_path: Path) -> None:
+    """T7: for good, whoever asks for what meanwhile."""
+
+    async def body(server: Server) -> None:
+        made = await server.post("/tuft/keys", {"tenant": "carol"})
+        path = f"/tuft/keys/{made['id']}"
+        moved = {"ttl_seconds": 3600}
+        await asyncio.gather(server.ask("DELETE", path), *(server.ask("PUT", path, moved) for _ in range(20)))
+        assert (await server.ask("GET", "/sessions", key=made["key"])).code == 403
 
     on_server(tmp_path, body)
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
-from tuft_jupyter.core.errors import Forbidden, NotFound, Unauthenticated
+from tuft_jupyter.core.errors import Forbidden, NotFound, Overloaded, TuftError, Unauthenticated
 from tuft_jupyter.core.types import Principal
 
 TOKEN_PREFIX = "eyJ"
@@ -28,6 +28,9 @@ class Owned(Protocol):
 
 
 T = TypeVar("T", bound=Owned)
+
+OnEnd = Callable[[TuftError], None]
+"""Told why what is being served ends."""
 
 
 def digest(key: str) -> str:
@@ -42,11 +45,11 @@ class ActiveKey:
         self.digest = known
         self.principal = principal
         self.expires = expires
-        self._listeners: set[Callable[[], None]] = set()
+        self._listeners: set[OnEnd] = set()
 
     @contextlib.contextmanager
-    def in_use(self, on_end: Callable[[], None]) -> Iterator[None]:
-        """Within the block, ``on_end`` is called if the key is revoked or expires."""
+    def in_use(self, on_end: OnEnd) -> Iterator[None]:
+        """Within the block, ``on_end`` is called if the key is revoked or expires, or may do less than before."""
         self._listeners.add(on_end)
         try:
             yield
@@ -57,9 +60,9 @@ class ActiveKey:
     def busy(self) -> bool:
         return bool(self._listeners)
 
-    def end(self) -> None:
+    def end(self, why: TuftError) -> None:
         for on_end in tuple(self._listeners):
-            on_end()
+            on_end(why)
 
 
 class KeyRing:
@@ -84,13 +87,19 @@ class KeyRing:
         self.admit(digest(key), principal)
 
     def admit(self, known: str, principal: Principal, expires: float | None = None) -> None:
-        """Accept the key with this digest; one that is accepted already keeps who is served under it."""
+        """Accept the key with this digest.
+
+        One that is accepted already keeps who is served under it, unless it speaks for somebody else from now on, or
+        for an admin no longer: then what is being served was granted to another, and has to be asked for again.
+        """
         name = self._name(known)
         found = self._active.get(name)
         if found is None:
             self._active[name] = ActiveKey(known, principal, expires)
         else:
-            found.principal, found.expires = principal, expires
+            was, found.principal, found.expires = found.principal, principal, expires
+            if was.tenant != principal.tenant or (was.admin and not principal.admin):
+                found.end(Overloaded("what this API key may do has changed: ask again"))
 
     def revoke(self, key: str) -> None:
         self.forget(digest(key))
@@ -99,7 +108,7 @@ class KeyRing:
         """Revoke the key with this digest, and tell whoever is served under it."""
         found = self._active.pop(self._name(known), None)
         if found is not None:
-            found.end()
+            found.end(Forbidden("Invalid API key: it was revoked or expired"))
 
     def expire(self) -> None:
         """Forget the keys whose time has come."""

@@ -119,6 +119,8 @@ class KeyBook:
             )
         data = {"id": known[:ID_LENGTH], "digest": known, "expires": self._end(seconds)}
         await self.ledger.record("key_changed", kept.tenant, data)
+        if known in self.ledger.state.revoked:  # meanwhile: it must not come back
+            raise UserError(f"key {key!r} was just revoked, so it cannot be changed: create a new one")
         self.ring.admit(known, Principal(kept.tenant, kept.admin), kept.expires)
         self.ring.expire()
         return next(each for each in self.listed(principal) if each.id == known[:ID_LENGTH])

@@ -103,7 +103,7 @@ def test_a_key_ends_when_its_time_comes_and_an_end_can_be_moved() -> None:
     async def body(book: Book) -> None:
         key, kept = await book.book.create(OWNER, "bob", seconds=60)
         told: list[str] = []
-        with book.ring.active(key).in_use(lambda: told.append("ended")):
+        with book.ring.active(key).in_use(lambda _: told.append("ended")):
             book.now += 59
             book.ring.expire()
             assert not told
