@@ -18,7 +18,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
@@ -55,6 +55,9 @@ class Hub(Protocol):
     async def user(self, token: str) -> HubUser | None:
         """Whom a token speaks for, None if it may not use this service; OSError if the Hub does not answer."""
 
+    async def groups(self, name: str) -> frozenset[str]:
+        """The groups of a user, none for a name that is no user's; OSError if the Hub does not answer."""
+
 
 class JupyterHub:
     """The Hub this service belongs to, by its REST API.
@@ -69,7 +72,7 @@ class JupyterHub:
     async def user(self, token: str) -> HubUser | None:
         try:
             model = await self.auth.user_for_token(token, use_cache=False, sync=False)
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, ValueError) as error:  # no JSON: the page of a proxy in the Hub's place
             raise OSError(f"JupyterHub does not answer: {error}") from None
         if not model or model.get("kind") != "user":
             return None
@@ -79,6 +82,9 @@ class JupyterHub:
         admin = bool(known.get("admin")) or ADMIN_SCOPE in model.get("scopes", ())
         return HubUser(model["name"], admin, frozenset(known.get("groups", ())))
 
+    async def groups(self, name: str) -> frozenset[str]:
+        return frozenset((await self._known(name)).get("groups", ()))
+
     async def _known(self, name: str) -> Mapping[str, Any]:
         """What the Hub tells the service of a user; nothing without the scope ``read:users``."""
         tls = {
@@ -87,7 +93,7 @@ class JupyterHub:
             "client_cert": self.auth.certfile,
         }
         request = HTTPRequest(
-            f"{self.auth.api_url}/users/{quote(name)}",
+            f"{self.auth.api_url}/users/{quote(name, safe='')}",
             headers={"Authorization": f"token {self.auth.api_token}"},
             **{option: path for option, path in tls.items() if path},
         )
@@ -97,17 +103,27 @@ class JupyterHub:
             raise OSError(f"JupyterHub does not answer: {error}") from None
         if answer.code >= 500:
             raise OSError(f"JupyterHub answers {answer.code}")
+        if answer.code == 404:
+            log.info("JupyterHub tells nothing of %s: no user of it, or none that the service may read", name)
+            return {}
         if answer.code != 200:
             log.warning(
                 "JupyterHub does not tell groups and admins (%s): give the service read:users", answer.code
             )
             return {}
-        found: Mapping[str, Any] = json.loads(answer.body)
+        try:
+            found: Mapping[str, Any] = json.loads(answer.body)
+        except ValueError:
+            raise OSError("JupyterHub does not answer: what came in its place is no JSON") from None
         return found
 
 
 class HubKeys(KeyRing):
-    """Keys issued here, and the Hub's tokens. ``groups`` is kept up to date with the groups a tenant is in."""
+    """Keys issued here, and the Hub's tokens.
+
+    ``groups`` is kept up to date with the groups a tenant is in, whichever of the two it comes with: limits are a
+    tenant's, not a key's.
+    """
 
     def __init__(
         self,
@@ -125,19 +141,26 @@ class HubKeys(KeyRing):
         self._vouched: OrderedDict[str, tuple[str, float]] = OrderedDict()
         """digest of the key -> the Hub's token, and when the Hub last vouched for it"""
         self._refused: OrderedDict[str, float] = OrderedDict()
+        self._grouped: OrderedDict[str, float] = OrderedDict()
+        """tenant with a key that was issued here -> when the Hub last told its groups"""
         self._asking: dict[str, asyncio.Task[None]] = {}
 
     async def authenticate(self, key: str | None) -> ActiveKey:
         known = digest(key or "")
         if known not in self._vouched:
             try:
-                return await super().authenticate(key)
+                found = await super().authenticate(key)
             except Forbidden:
                 if self._refused.get(known, -1e9) > self._now() - REFUSED_SECONDS:
                     raise
+            else:
+                known = found.digest  # a signed token stands for a key, which may be one of the Hub's
+                if known not in self._vouched:
+                    await self._group(found.principal)
+                    return self.active(key)
         token, since = self._vouched.get(known, ((key or "").removeprefix(KEY_PREFIX), -1e9))
         if self._now() - since > self.max_age:
-            await self._ask(known, token)
+            await self._ask(known, self._learn(known, token))
         return self.active(key)
 
     async def look_again(self) -> None:
@@ -149,17 +172,34 @@ class HubKeys(KeyRing):
             for known, token in stale:
                 if self.serving(known):
                     try:
-                        await self._ask(known, token)
+                        await self._ask(known, self._learn(known, token))
                     except Overloaded as error:
                         log.warning("%s", error.message)
+                    except Exception:  # one that ended this loop would keep every token good that is in use
+                        log.exception("JupyterHub could not be asked about a token")
 
-    async def _ask(self, known: str, token: str) -> None:
-        """One question at a time for each token, however many requests come with it."""
-        task = self._asking.get(known)
+    async def _ask(self, about: str, question: Coroutine[Any, Any, None]) -> None:
+        """One question at a time about each token or tenant, however many requests come with it."""
+        task = self._asking.get(about)
         if task is None:
-            task = self._asking[known] = asyncio.get_running_loop().create_task(self._learn(known, token))
-            task.add_done_callback(lambda _: self._asking.pop(known, None))
+            task = self._asking[about] = asyncio.get_running_loop().create_task(question)
+            task.add_done_callback(lambda _: self._asking.pop(about, None))
+        else:
+            question.close()
         await asyncio.shield(task)
+
+    async def _group(self, principal: Principal) -> None:
+        """Know the groups of a tenant who comes with a key that was issued here; of admins nothing is asked."""
+        since = self._grouped.get(principal.tenant, -1e9)
+        if not principal.admin and self._now() - since > self.max_age:
+            await self._ask(f"user {principal.tenant}", self._learn_groups(principal.tenant))
+
+    async def _learn_groups(self, tenant: str) -> None:
+        try:
+            self.groups[tenant] = await self.hub.groups(tenant)
+        except OSError as error:  # the key is good all the same; the groups of a moment ago hold
+            log.warning("%s; the limits of %s stay as they were", error, tenant)
+        _remember(self._grouped, tenant, self._now())
 
     async def _learn(self, known: str, token: str) -> None:
         now = self._now()

@@ -46,6 +46,9 @@ class Tokens:
         name = self.users.get(token)
         return None if name is None else HubUser(name)
 
+    async def groups(self, name: str) -> frozenset[str]:
+        return frozenset()
+
 
 class World:
     """A server with a tenant, carol, who owns one object of each kind, another, bob, and keys that are no good.

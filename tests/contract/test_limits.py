@@ -99,6 +99,9 @@ def test_a_group_of_the_hub_has_limits_of_its_own_and_the_hub_s_word_changes_the
         async def user(self, token: str) -> HubUser | None:
             return HubUser(tenants[token], groups=frozenset({members[token]})) if token in tenants else None
 
+        async def groups(self, name: str) -> frozenset[str]:
+            return frozenset(members[token] for token in tenants if tenants[token] == name)
+
     async def body(server: Server) -> None:
         assert await server.new_run("tml-5d1")
         (session,) = json.loads((await server.ask("GET", "/sessions", key="tml-5d2")).body)["sessions"]
