@@ -38,12 +38,19 @@ class Coming:
 
 
 class Checkpoints:
-    def __init__(self, ledger: Ledger, root: Path, quotas: Quotas | None = None) -> None:
+    """``over`` says whether a session's client is gone, at a time in seconds since the epoch."""
+
+    def __init__(
+        self, ledger: Ledger, root: Path, over: Callable[[Session, float], bool], quotas: Quotas
+    ) -> None:
         self.ledger = ledger
         self.root = root
-        self._quotas = quotas or Quotas()
+        self._over = over
+        self._quotas = quotas
         self._coming: dict[str, Coming] = {}
         """by the directory of a checkpoint that is not on record yet"""
+        self._weighed: dict[str, int] = {}
+        """bytes of directories that outlive their checkpoints"""
 
     @contextlib.contextmanager
     def room(self, tenant: str, directory: str, more: int | None) -> Iterator[Callable[[str], None]]:
@@ -56,8 +63,9 @@ class Checkpoints:
         accepted = self.ledger.state.accepted
         self._coming = {at: one for at, one in self._coming.items() if not one.op or one.op in accepted}
         coming = [one.size for one in self._coming.values() if one.tenant == tenant]
-        kept = (c.size_bytes for c in self.ledger.state.checkpoints.values() if c.tenant == tenant)
-        self._quotas.check_storage(tenant, sum(kept) + sum(size or 0 for size in coming), more or 0)
+        kept = sum(c.size_bytes for c in self.ledger.state.checkpoints.values() if c.tenant == tenant)
+        kept += self._outliving(tenant)
+        self._quotas.check_storage(tenant, kept + sum(size or 0 for size in coming), more or 0)
         if more is None and None in coming and self._quotas.of(tenant).checkpoint_bytes:
             raise Overloaded(
                 "the first checkpoint of this shape is still being saved, and its size decides whether another fits: "
@@ -74,6 +82,26 @@ class Checkpoints:
         finally:
             if not held.op:
                 del self._coming[directory]
+
+    def _outliving(self, tenant: str) -> int:
+        """Bytes of what was deleted or overwritten, and stays because the tenant samples from it."""
+        if not self._quotas.of(tenant).checkpoint_bytes:
+            return 0
+        outliving = self._sampled(tenant) & self.ledger.state.garbage
+        for directory in outliving - self._weighed.keys():
+            self._weighed[directory] = sum(f.stat().st_size for f in Path(directory).glob("*"))
+        return sum(self._weighed[directory] for directory in outliving)
+
+    def _sampled(self, tenant: str | None = None) -> set[str]:
+        """The directories that connected clients sample from, of one tenant or of all."""
+        state, now = self.ledger.state, self.ledger.clock()
+        return {
+            s.directory
+            for s in state.samplers.values()
+            if s.directory is not None
+            and tenant in (None, s.tenant)
+            and not self._over(state.sessions[s.session], now)
+        }
 
     def expected(self, run: Run, kind: CheckpointKind) -> int | None:
         """The bytes that a checkpoint of a run will take: those of its tenant's last one of the same shape."""
@@ -219,13 +247,13 @@ class Checkpoints:
 
     async def collect(self) -> None:
         """Remove the files of checkpoints that were deleted or overwritten, once nobody may read them any more."""
-        state = self.ledger.state
-        used = {s.directory for s in state.samplers.values() if state.sessions[s.session].finished is None}
+        state, used = self.ledger.state, self._sampled()
         used.update(directory for run in state.runs.values() for directory in run.sources)
         spent = sorted(state.garbage - used)
         if spent:
             for directory in spent:
                 await asyncio.to_thread(shutil.rmtree, directory, True)
+                self._weighed.pop(directory, None)
             await self.ledger.record("files_removed", "", {"directories": spent})
 
 

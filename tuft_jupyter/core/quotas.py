@@ -242,7 +242,7 @@ class Quotas:
         if allowed and (used >= allowed or used + more > allowed):
             raise UserError(
                 f"Checkpoint storage is full: {used} of {allowed} bytes are used: delete checkpoints, "
-                "or let them expire (ttl_seconds)"
+                "or let them expire (ttl_seconds); deleted ones count while a connected client samples from them"
             )
 
     def check_sessions(self, tenant: str, live: int) -> None:

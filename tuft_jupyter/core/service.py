@@ -79,7 +79,7 @@ class Service:
         self.ephemeral = Ephemeral(ledger, self.sessions, self.limits, self.quotas)
         self.history = History(ledger, self.sessions, self.ephemeral, self.limits)
         self.lifetimes = Lifetimes(ledger, self.sessions, self.limits)
-        self.checkpoints = Checkpoints(ledger, checkpoint_dir, self.quotas)
+        self.checkpoints = Checkpoints(ledger, checkpoint_dir, self.sessions.over, self.quotas)
         self.runs = Runs(
             ledger,
             self.sessions,

@@ -263,6 +263,40 @@ def test_copies_at_once_share_the_room_that_is_left(tmp_path: Path) -> None:
     scenario(body)
 
 
+def test_what_was_deleted_and_is_still_sampled_from_counts(tmp_path: Path) -> None:
+    """T12: saving, sampling, deleting, over and over, fills no disk; once the client is gone, the files are too."""
+
+    async def body() -> None:
+        async with world(tmp_path, quotas=Quotas(Quota(checkpoint_bytes=2))) as here:
+            run, service = await here.connect(ALICE), here.service
+            sampling, card = await service.sessions.open(ALICE, {"tags": []}), service.catalog.resolve("tiny")
+
+            async def save_sample_delete(n: int) -> Path:
+                saved = await service.runs.save_weights(
+                    ALICE, run, 50 + n, "c", CheckpointKind.TRAINING, b"%d" % n
+                )
+                await here.answer(saved)
+                (made,) = service.state.checkpoints.values()
+                files = Path(made.directory)
+                os.truncate(
+                    files / "run.json", made.size_bytes
+                )  # what the scripted engine says that it takes
+                await service.sampling.open(ALICE, sampling, n, card, made)
+                await service.checkpoints.delete(ALICE, made.path)
+                return files
+
+            kept = [await save_sample_delete(n) for n in range(2)]
+            assert all(files.is_dir() for files in kept)
+            with pytest.raises(UserError, match=r"2 of 2 bytes .* while a connected client samples"):
+                await save_sample_delete(2)
+            service.sessions._seen[sampling] -= 2 * service.limits.idle_timeout  # its kernel is gone
+            await service.sweep(service.ledger.clock())
+            assert not any(files.exists() for files in kept)
+            await save_sample_delete(2)
+
+    scenario(body)
+
+
 def test_what_waits_is_bounded_in_number_and_in_bytes_and_others_have_room(tmp_path: Path) -> None:
     """H4, L6, T12: over all runs of a tenant; "later" (429), never an error; one alone always fits."""
     limits = Limits(queued_ops_per_tenant=4, queued_bytes_per_tenant=100)
