@@ -166,6 +166,13 @@ HUGE: list[tuple[str, Callable[[Scene], Any], str]] = [
     ("save_weights", lambda s: {**s.world.body("save_weights"), "ttl_seconds": 1e300}, "ttl_seconds"),
     ("save_weights", lambda s: {**s.world.body("save_weights"), "path": "a/b"}, "checkpoint name"),
     ("load_weights", lambda s: {**s.world.body("load_weights"), "path": "weights/n"}, "tinker://"),
+    ("create_session", lambda _: {"display_name": "x" * 10**6}, "length <= 1000 - at `display_name`"),
+    ("create_session", lambda _: {"project_id": "x" * 10**6}, "length <= 1000 - at `project_id`"),
+    ("create_session", lambda _: {"sdk_version": "x" * 10**6}, "length <= 1000 - at `sdk_version`"),
+    ("create_session", lambda _: {"tags": ["x"] * 10**5}, "length <= 100 - at `tags`"),
+    ("create_session", lambda _: {"user_metadata": {"x": "x" * 10**6}}, "user_metadata.*16384"),
+    ("create_model", lambda s: {**s.world.body("create_model"), "user_metadata": {"x" * 10**6: ""}}, "user_metadata"),
+    ("save_weights", lambda s: {**s.world.body("save_weights"), "user_metadata": {"x": "x" * 10**6}}, "user_metadata"),
 ]  # fmt: skip
 
 

@@ -18,6 +18,11 @@ from tuft_jupyter.core.types import AdamParams
 
 T = TypeVar("T", bound="Message")
 
+Text = Annotated[str, msgspec.Meta(max_length=1000)]
+"""What a client calls something: kept, and shown to whoever sees it."""
+METADATA = 16_384
+"""Characters of one ``user_metadata``, which is kept too."""
+
 
 class Message(msgspec.Struct, kw_only=True):
     """A request body. Sizes and ranges that need no look at the state are checked while decoding.
@@ -32,11 +37,11 @@ class ClientConfig(Message):
 
 
 class CreateSession(Message):
-    tags: list[str] = []
+    tags: Annotated[list[Text], msgspec.Meta(max_length=100)] = []
     user_metadata: dict[str, str] | None = None
-    sdk_version: str = ""
-    project_id: str | None = None
-    display_name: str | None = None
+    sdk_version: Text = ""
+    project_id: Text | None = None
+    display_name: Text | None = None
 
 
 class SessionOnly(Message):
@@ -44,7 +49,7 @@ class SessionOnly(Message):
 
 
 class FinishReason(Message):
-    type: str
+    type: Text
 
 
 class FinishSession(Message):
@@ -53,7 +58,7 @@ class FinishSession(Message):
 
 
 class Project(Message):
-    project_id: str
+    project_id: Text
 
 
 class TelemetryEvent(Message, gc=False):
@@ -278,7 +283,7 @@ class CopyWeights(Message):
     source_path: str
     session_id: str | None = None
     model_seq_id: int | None = None
-    destination_project_id: str | None = None
+    destination_project_id: Text | None = None
     ttl_seconds: float | None = None
 
 
@@ -315,6 +320,12 @@ def decode(message: type[T], body: bytes) -> T:
         raise UserError(f"request body: {_plain(str(error))}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"request body is not JSON: {error}") from None
+    notes = getattr(found, "user_metadata", None) or {}
+    size = sum(len(name) + len(note) for name, note in notes.items())
+    if size > METADATA:
+        raise UserError(
+            f"user_metadata: {size} characters are more than {METADATA}: keep the rest elsewhere, and note where"
+        )
     return found
 
 

@@ -12,6 +12,8 @@ from tuft_jupyter.wire.openapi import document
 EVENTS = frozenset(("SESSION_START", "SESSION_END", "UNHANDLED_EXCEPTION", "GENERIC_EVENT"))
 MAX_EVENTS = 10_000
 """In one request; the SDK sends 100."""
+DETAIL = 10_000
+"""Characters kept of what a client says of its end."""
 SEVERITIES = frozenset(("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
 
 
@@ -112,9 +114,8 @@ class SessionEndpoints(Endpoints):
 
     async def finish_session(self, call: Call) -> Reply:
         asked = m.decode(m.FinishSession, call.body)
-        await self.service.finish_session(
-            call.principal, call.path["session"], asked.reason.type, asked.detail
-        )
+        detail = asked.detail and asked.detail[:DETAIL]  # a traceback, say: no reason to keep a session open
+        await self.service.finish_session(call.principal, call.path["session"], asked.reason.type, detail)
         return reply({})
 
     async def telemetry(self, call: Call) -> Reply:
