@@ -125,6 +125,9 @@ def test_sessions_are_found_by_what_is_known_of_them_page_by_page(tmp_path: Path
             cursor = page["next_cursor"]
         assert (seen, cursor) == ([4, 3, 2, 1, 0], None)
         assert (await server.ask("POST", "/sessions/search", {"limit": 0})).code == 400
+        for year, listed in (("0001", []), ("9999", [4, 3, 2, 1, 0])):  # without a zone, as the rest: UTC
+            other = {"last_created_at": f"{year}-01-01T00:00:00", "last_session_id": "forgotten"}
+            assert await found(cursor=other) == listed
 
     on_server(tmp_path, body)
 

@@ -20,6 +20,8 @@ T = TypeVar("T", bound="Message")
 
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 """What a client calls something: kept, and shown to whoever sees it."""
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""What a client counts up from 0 or 1; numbers below are the server's own."""
 METADATA = 16_384
 """Characters of one ``user_metadata``, which is kept too."""
 
@@ -110,7 +112,7 @@ class OptimizerConfig(Message):
 
 class CreateModel(Message):
     session_id: str
-    model_seq_id: int
+    model_seq_id: Number
     base_model: str
     lora_config: LoraConfig
     user_metadata: dict[str, str] | None = None
@@ -151,14 +153,14 @@ class Adam(Message):
 
 class OptimStep(Message):
     model_id: str
-    seq_id: int = 0
+    seq_id: Number = 0
     adam_params: Adam | None = None
     optimizer_params: dict[str, Any] | None = None
 
 
 class SaveWeights(Message):
     model_id: str
-    seq_id: int = 0
+    seq_id: Number = 0
     path: str | None = None
     ttl_seconds: float | None = None
     overwrite: bool = True
@@ -167,9 +169,9 @@ class SaveWeights(Message):
 
 class SaveWeightsForSampler(Message):
     model_id: str
-    seq_id: int = 0
+    seq_id: Number = 0
     path: str | None = None
-    sampling_session_seq_id: int | None = None
+    sampling_session_seq_id: Number | None = None
     ttl_seconds: float | None = None
     user_metadata: dict[str, str] | None = None
 
@@ -177,7 +179,7 @@ class SaveWeightsForSampler(Message):
 class SaveWeightsExternal(Message):
     model_id: str
     path: str
-    seq_id: int = 0
+    seq_id: Number = 0
     ttl_seconds: float | None = None
     age_encryption_recipients: list[str] | None = None
 
@@ -188,9 +190,9 @@ class LoadWeights(Message):
     path: str
     optimizer: bool = False
     model_id: str | None = None
-    seq_id: int = 0
+    seq_id: Number = 0
     session_id: str | None = None
-    model_seq_id: int | None = None
+    model_seq_id: Number | None = None
     base_model: str | None = None
     user_metadata: dict[str, str] | None = None
     optimizer_config: OptimizerConfig | None = None
@@ -198,7 +200,7 @@ class LoadWeights(Message):
 
 class CreateSamplingSession(Message):
     session_id: str
-    sampling_session_seq_id: int
+    sampling_session_seq_id: Number
     base_model: str | None = None
     model_path: str | None = None
 
@@ -211,7 +213,7 @@ class SampleEnvelope(Message):
     """The few fields of a sample request that are needed to route it; the worker decodes the rest."""
 
     sampling_session_id: str
-    seq_id: int = 0
+    seq_id: Number = 0
     num_samples: int = 1
 
 
@@ -282,7 +284,7 @@ class CopyWeights(Message):
 
     source_path: str
     session_id: str | None = None
-    model_seq_id: int | None = None
+    model_seq_id: Number | None = None
     destination_project_id: Text | None = None
     ttl_seconds: float | None = None
 

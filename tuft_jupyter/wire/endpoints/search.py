@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import Any
 
 from tuft_jupyter.core.state import Session
@@ -36,7 +37,9 @@ class SearchEndpoints(Endpoints):
             if cursor.last_session_id in ids:
                 found = found[ids.index(cursor.last_session_id) + 1 :]
             else:
-                found = [s for s in found if s.created < cursor.last_created_at.timestamp()]
+                before = cursor.last_created_at
+                before = before if before.tzinfo else before.replace(tzinfo=UTC)
+                found = [s for s in found if s.created < before.timestamp()]
         page = found[: asked.limit]
         more = len(found) > len(page)
         after = (
