@@ -185,8 +185,7 @@ class Driver:
         self.status, self.detail = "idle", "restarting the training worker"
         for lane in self.lanes.by_run.values():
             lane.resident = False
-            for entry in lane.queue:
-                entry.sent, entry.done = False, 0
+            lane.send_anew()
 
     async def _fail_all(self, category: str, error: str) -> None:
         for lane in list(self.lanes.by_run.values()):
@@ -313,6 +312,7 @@ class Driver:
                 await self._fail_lane(lane, "server", text)
             raise
         lane.resident, lane.deaths = True, 0
+        lane.send_anew()
         self.snapshots.stepped(run.id, len(run.replay) // 2)
         return True
 

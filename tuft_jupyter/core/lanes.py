@@ -63,6 +63,11 @@ class Lane:
     resident: bool = False
     deaths: int = 0
 
+    def send_anew(self) -> None:
+        """The worker holds nothing of what waits: it gets each op from its beginning."""
+        for entry in self.queue:
+            entry.sent, entry.done = False, 0
+
 
 @dataclass(slots=True)
 class Activity:

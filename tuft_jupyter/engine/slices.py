@@ -54,10 +54,6 @@ class Sliced:
         self.engine_ms += engine_ms
         self.parts.append(result)
 
-    def restart(self) -> None:
-        """Forget what was worked off."""
-        self.cursor, self.tokens, self.engine_ms, self.parts = 0, 0, 0.0, []
-
     def joined(self) -> ForwardBackwardResult:
         """The answer for the whole op."""
         if len(self.parts) == 1:

@@ -56,7 +56,7 @@ class TrainingWorker:
         """Run the tasks; one outcome each, in order.
 
         After a failure that left a run half changed, its other tasks come back unfinished until the run is made or
-        loaded again.
+        loaded again; then they are to be sent again, whole.
         """
         outcomes: dict[int, Outcome] = {}
         queues: dict[str, Queue] = {}
@@ -230,11 +230,11 @@ class TrainingWorker:
             case OpKind.CREATE_MODEL:
                 self.trainer.remove(run)  # a run that is rebuilt may still be here
                 self.trainer.create(run, LoraSpec(**args["lora"]))
-                self._rebuilt(run)
+                self._forget(run)
                 return {"model_id": run, "type": "create_model"}, {}
             case OpKind.LOAD_WEIGHTS:
                 self.trainer.load(run, Path(args["directory"]), optimizer=args["optimizer"])
-                self._rebuilt(run)
+                self._forget(run)
                 return {"path": args.get("path"), "model_id": run, "type": "load_weights"}, {}
             case OpKind.SAVE_WEIGHTS:
                 size = self.trainer.save(run, Path(args["directory"]), optimizer=args["optimizer"])
@@ -252,14 +252,8 @@ class TrainingWorker:
                 return {"model_id": run, "type": "unload_model"}, {}
         raise ServerError(f"the training worker does not know {task.kind.value}")
 
-    def _rebuilt(self, run: str) -> None:
-        """What is unfinished begins anew: the gradients of its first parts are gone."""
-        self._dirty.discard(run)
-        for sliced in self._unfinished.values():
-            if sliced.run == run:
-                sliced.restart()
-
     def _forget(self, run: str) -> None:
+        """The run is made anew or gone, and with it the gradients of what is unfinished."""
         self._dirty.discard(run)
         for request_id in [key for key, sliced in self._unfinished.items() if sliced.run == run]:
             del self._unfinished[request_id]

@@ -150,6 +150,24 @@ def test_an_op_that_fails_leaves_the_numbers_of_its_run_and_of_others_alone(
 
 
 @on_a_loop
+async def test_a_pass_that_fails_in_its_last_part_holds_up_nothing_behind_it(tmp_path: Path) -> None:
+    """P4: the pass behind it was begun in the same batch, and the run is rebuilt with that one unfinished."""
+    engines = FakeEngines(Faults(refuse_on=POISON))
+    async with served(tmp_path, engines) as service:
+        alice, bob = [await Client.connect(service, who) for who in TENANTS]
+        for request_id in (await alice.forward_backward([1]), await alice.optim_step()):
+            await alice.answer(request_id)
+        bad = alice.forward_backward(*[[1] * 100] * 6, [POISON])
+        behind = alice.forward_backward(*[[2] * 100] * 6)
+        failed, begun = await asyncio.gather(bad, behind)
+        last = await alice.optim_step()
+        assert (await alice.answer(failed)).category == "server"
+        assert not [a.error for a in [await alice.answer(r) for r in (begun, last)] if a.category]
+        assert not (await bob.answer(await bob.forward_backward([1]))).category
+        assert engines.trainer.trainer.runs[alice.run].weight == -(2 + 3 * 600) / 64 * 2.0**-10
+
+
+@on_a_loop
 async def test_an_op_that_kills_its_worker_fails_after_two_tries_and_alone(tmp_path: Path) -> None:
     """F11: the others, and the poisonous run itself, go on from where they were."""
     engines = FakeEngines(Faults(kill_on=POISON))

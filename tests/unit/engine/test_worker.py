@@ -258,7 +258,7 @@ def test_nothing_happens_to_a_dirty_run_before_it_is_rebuilt() -> None:
     ]
     late = forward_backward("a", datum(5), key="late")
     assert not any(outcome.finished for outcome in worker.step([optim_step("a"), late]))
-    outcomes = worker.step([create("a"), again(late), optim_step("a")])
+    outcomes = worker.step([create("a"), late, optim_step("a")])
     assert [outcome.error for outcome in outcomes] == ["", "", ""]
     assert trainer.runs["a"].weight == -0.5 * 6 / 64
 
@@ -270,14 +270,15 @@ def test_a_task_that_the_worker_does_not_hold_fails() -> None:
     assert "does not hold" in gone.error
 
 
-def test_an_unfinished_op_of_a_rebuilt_run_begins_anew() -> None:
+def test_an_unfinished_op_of_a_rebuilt_run_is_in_the_way_of_no_other_and_begins_anew() -> None:
     worker, trainer = worker_with("a")
     task = forward_backward("a", datum(1), datum(2), grant=1)
     assert not worker.step([task])[0].finished
     worker.step([create("a")])
-    outcomes = [*worker.step([again(task, grant=1)]), *worker.step([again(task, grant=1)])]
+    assert worker.step([forward_backward("a", datum(0), key="replayed")])[0].finished
+    outcomes = [*worker.step([task]), *worker.step([again(task, grant=1)])]
     assert [outcome.finished for outcome in outcomes] == [False, True]
-    assert trainer.runs["a"].grad == 5 / 64
+    assert trainer.runs["a"].grad == 6 / 64
 
 
 # ---- the other kinds
