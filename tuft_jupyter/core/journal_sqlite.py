@@ -8,6 +8,7 @@ what was found, and whoever removes that file goes on with what is left.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import logging
@@ -41,6 +42,13 @@ CREATE TABLE IF NOT EXISTS blobs (n INTEGER PRIMARY KEY, blob BLOB NOT NULL, crc
 CREATE TABLE IF NOT EXISTS image (n INTEGER PRIMARY KEY, data TEXT NOT NULL, crc INTEGER NOT NULL);
 """
 """A crc is NULL in rows of version 0.1, which had none."""
+
+_PASSING = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR,
+}  # fmt: skip
+_UNREADABLE = {sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS}
+"""Errors of reading and writing that are about what is on the disk."""
 
 _Job = Callable[[sqlite3.Connection], Any]
 
@@ -80,7 +88,14 @@ class SqliteJournal:
         self._loop = asyncio.get_running_loop()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _take_lock(self.path)
-        self._thread = threading.Thread(target=self._write, name="tuft-journal", daemon=True)
+        try:
+            db = await asyncio.to_thread(self._connect)
+        except (OSError, sqlite3.Error, MemoryError) as error:
+            self._lock.close()
+            raise Unavailable(
+                f"the journal {self.path} cannot be opened now ({error}); it is tried again"
+            ) from None
+        self._thread = threading.Thread(target=self._write, args=(db,), name="tuft-journal", daemon=True)
         self._thread.start()
         for record in await self._ask(self._read_all):
             sink(record)
@@ -145,9 +160,8 @@ class SqliteJournal:
 
     # ---- the writer thread --------------------------------------------------------------------------------------
 
-    def _write(self) -> None:
+    def _write(self, db: sqlite3.Connection) -> None:
         """Everything that waits goes into one transaction, one sync, one hop back."""
-        db = self._connect()
         closing = False
         while not closing:
             batch = [self._jobs.get()]
@@ -168,10 +182,14 @@ class SqliteJournal:
         db.close()
 
     def _connect(self) -> sqlite3.Connection:
-        """The database; where it is damaged, ``problem`` says so, and a journal in memory stands in if it must."""
+        """The database; where it is damaged, ``problem`` says so, and a journal in memory stands in if it must.
+
+        An error if it cannot be opened now, which says nothing of what it holds.
+        """
         damaged = self.path.with_name(self.path.name + ".damaged")
         before = wal.frames(self.path)
-        db = sqlite3.connect(self.path, isolation_level=None)
+        # Made here, and from then on used by the writer thread alone.
+        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
             db.executescript(_SCHEMA)
             for table in ("records", "blobs"):
@@ -188,13 +206,17 @@ class SqliteJournal:
             if check != ["ok"]:
                 self._damaged(check[0])
         except sqlite3.DatabaseError as error:
+            if _passing(error):
+                db.close()
+                raise
             self._damaged(str(error))
             if not _readable(db):
                 db.close()
-                db = sqlite3.connect(":memory:", isolation_level=None)
+                db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
                 db.executescript(_SCHEMA)
-        if damaged.exists():
-            self.problem = damaged.read_text(encoding="utf-8")
+        if damaged.exists() and not self.problem:
+            # It may be empty: the disk was full when it was written.
+            self.problem = damaged.read_text(encoding="utf-8") or f"{damaged} says that it was found damaged"
         return db
 
     def _damaged(self, what: str) -> None:
@@ -250,9 +272,14 @@ class SqliteJournal:
                 else:
                     answers.append(_try(job, db))
             db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
+        except Exception as error:  # whatever it is (MemoryError is one): who waits must hear of it
+            if not isinstance(error, sqlite3.Error):
+                log.exception("the journal %s could not be written", self.path)
+            with contextlib.suppress(
+                sqlite3.Error, MemoryError
+            ):  # then the next BEGIN fails, and rolls it back
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
             reason = Overloaded(
                 f"the journal {self.path} cannot be written ({error}): the request was not accepted; "
                 "free disk space, then try again",
@@ -282,6 +309,12 @@ def _try(job: _Job, db: sqlite3.Connection) -> Any:
         return job(db)
     except TuftError as error:
         return error
+
+
+def _passing(error: sqlite3.Error) -> bool:
+    """Whether an error is about the moment (no space, no memory, no access, in use) and not about what was written."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code not in _UNREADABLE and code & 0xFF in _PASSING
 
 
 def _readable(db: sqlite3.Connection) -> bool:
@@ -337,7 +370,7 @@ def _take_lock(path: Path) -> IO[str]:
             f"the journal {path} is in use by {holder}: stop that server, connect to it, or choose another "
             "file (persistence.file_path) or TUFT_HOME"
         ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    with contextlib.suppress(OSError):  # a full disk: then nobody can say who holds it
+        os.truncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import pytest
 
 from tests.support.redis_server import RedisServer
 from tuft_jupyter.core.errors import Overloaded, ServerError
-from tuft_jupyter.core.journal import Journal, MemoryJournal
+from tuft_jupyter.core.journal import Journal, MemoryJournal, ReadOnly, Unavailable
 from tuft_jupyter.core.journal_redis import RedisJournal
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.types import Record
@@ -37,6 +40,17 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
         return lambda: SqliteJournal(tmp_path / "journal.sqlite")
     server: RedisServer = request.getfixturevalue("redis")
     return lambda: RedisJournal(server.url, tmp_path.name, tmp_path / "markers")
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """In this process no file can be made longer, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def line(i: int, blob: bytes | None = None) -> Record:
@@ -190,6 +204,75 @@ def test_a_record_that_cannot_be_written_leaves_nothing_and_the_next_one_goes_on
         await journal.close()
 
     asyncio.run(scenario())
+
+
+def test_a_start_without_room_is_tried_again_and_says_nothing_of_damage(tmp_path: Path) -> None:
+    """F6: what a crash left in the log has no room in the file now; when there is some, all of it is there."""
+    live, crashed = tmp_path / "live", tmp_path / "crashed"
+    live.mkdir()
+
+    async def scenario() -> None:
+        journal = SqliteJournal(live / "j.sqlite")
+        await journal.open(lambda record: None)
+        for i in range(9):
+            await journal.append(line(i, blob=b"x" * 5000))
+        shutil.copytree(live, crashed)
+        await journal.close()
+        again = SqliteJournal(crashed / "j.sqlite")
+        with files_of_at_most(20_000), pytest.raises(Unavailable, match="cannot be opened now"):
+            await again.open(lambda record: None)
+        told: list[int] = []
+        await again.open(lambda record: told.append(record.n))
+        assert (told, again.problem) == (list(range(1, 10)), "")
+        await again.close()
+
+    asyncio.run(scenario())
+
+
+def test_damage_that_there_was_no_room_to_note_is_damage_all_the_same(tmp_path: Path) -> None:
+    """F5, F6: the note beside the file is empty."""
+
+    async def scenario() -> None:
+        (tmp_path / "j.sqlite").write_bytes(b"no database at all" * 300)
+        journal = SqliteJournal(tmp_path / "j.sqlite")
+        with files_of_at_most(0):
+            await journal.open(lambda record: None)
+        assert "not a database" in journal.problem
+        with pytest.raises(ReadOnly):
+            await journal.append(line(1))
+        await journal.close()
+
+    asyncio.run(scenario())
+
+
+OUT_OF_MEMORY = """
+import asyncio, sqlite3, sys
+from pathlib import Path
+from tuft_jupyter.core.errors import Overloaded
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
+from tuft_jupyter.core.types import Record
+
+async def main():
+    journal = SqliteJournal(Path(sys.argv[1]))
+    await journal.open(lambda record: None)
+    await journal.append(Record("kind", "alice", {}))
+    sqlite3.connect(":memory:").execute("PRAGMA hard_heap_limit=3000000")
+    try:
+        await asyncio.wait_for(journal.append(Record("kind", "alice", {}, blob=bytes(5_000_000))), 20)
+    except Overloaded:
+        print((await asyncio.wait_for(journal.append(Record("kind", "alice", {})), 20)).n)
+
+asyncio.run(main())
+"""
+
+
+def test_a_record_that_memory_does_not_suffice_for_is_refused_and_the_next_one_goes_on(
+    tmp_path: Path,
+) -> None:
+    """P4: whoever appends gets an answer."""
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path / "j.sqlite")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.stdout == "2\n", ended.stderr[-500:]
 
 
 def test_a_record_with_a_number_that_json_lacks_fails_alone(tmp_path: Path) -> None:
