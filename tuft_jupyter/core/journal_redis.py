@@ -119,6 +119,8 @@ class RedisJournal:
             await self._look_at_durability()
             await self._tell_everything(sink)
         except BaseException:
+            with contextlib.suppress(Overloaded):
+                await self._run(RELEASE, self._token)
             await self._redis.aclose()
             self._redis = None
             raise
@@ -166,6 +168,7 @@ class RedisJournal:
                 f"{self._marker}"
             )
         self._epoch, self._id, self._n = int(answer[1]), answer[2].decode(), int(answer[3])
+        self._imaged, self._uncertain, self.problem = 0, False, ""
 
     def _remember(self) -> None:
         """Leave a mark on this machine, so that an empty Redis is not taken for a new one."""

@@ -57,7 +57,11 @@ class Ledger:
         self._spent: list[int] = []
 
     async def open(self) -> None:
-        """Read the journal; afterwards ``state``, ``promises`` and ``seen`` are as they were."""
+        """Read the journal; afterwards ``state``, ``promises`` and ``seen`` are as they were.
+
+        It may be tried again after it failed.
+        """
+        self.state, self.promises, self.seen = fold.State(), Promises(), SeenRequests()
         await self.journal.open(self._follow)
 
     async def close(self) -> None:

@@ -7,6 +7,7 @@ ledger, the drivers of the base models, recovery at the start and an orderly end
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import shutil
@@ -19,9 +20,9 @@ from tuft_jupyter.core.counters import Counters
 from tuft_jupyter.core.driver import Driver
 from tuft_jupyter.core.engine import Catalog, Engines
 from tuft_jupyter.core.ephemeral import Ephemeral
-from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.core.errors import Overloaded, UserError
 from tuft_jupyter.core.history import History
-from tuft_jupyter.core.journal import Damaged
+from tuft_jupyter.core.journal import Damaged, ReadOnly, Unavailable
 from tuft_jupyter.core.lanes import Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.lifetimes import Lifetimes
@@ -35,7 +36,7 @@ from tuft_jupyter.core.sessions import Sessions
 from tuft_jupyter.core.snapshots import SnapshotRule, Snapshots
 from tuft_jupyter.core.state import State
 from tuft_jupyter.core.text import Text
-from tuft_jupyter.core.types import ModelCard, Principal
+from tuft_jupyter.core.types import ModelCard, Op, Principal
 from tuft_jupyter.core.watchdog import Watchdog
 
 log = logging.getLogger("tuft_jupyter.service")
@@ -103,17 +104,29 @@ class Service:
     # ---- life -------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Read the journal and queue again what was accepted but has no outcome."""
-        await self.ledger.open()
-        self.places.settle(self.ledger.state)
-        for n in sorted(self.ledger.state.accepted.values()):
-            await self._resume(n)
+        """Read the journal and queue again what was accepted but has no outcome.
+
+        Unavailable, with nothing begun, if the journal cannot be read now; then it may be tried again.
+        """
+        try:
+            await self.ledger.open()
+            self.places.settle(self.ledger.state)
+            waiting = [(n, await self._accepted(n)) for n in sorted(self.ledger.state.accepted.values())]
+        except BaseException as error:
+            await self.ledger.close()
+            if isinstance(error, Overloaded):
+                raise Unavailable(f"the journal cannot be read now: {error.message}") from error
+            raise
+        for n, op in waiting:
+            driver = None if op is None else self._driver_of(op.run)
+            if op is not None and driver is not None:
+                driver.lanes.push(op, n)
         self._spawn(self._maintain(), "maintenance")
 
-    async def _resume(self, n: int) -> None:
-        """Queue again what record ``n`` accepted; if its body rotted on disk, it fails alone."""
+    async def _accepted(self, n: int) -> Op | None:
+        """What record ``n`` accepted; if its body rotted on disk, it fails alone, and there is none."""
         try:
-            op = await self.ledger.op(n)
+            return await self.ledger.op(n)
         except Damaged as damage:
             if damage.record is None:
                 raise
@@ -121,11 +134,9 @@ class Service:
             error = f"this request was not finished and cannot be run again: {damage.message}. Send it anew"
             log.error("%s of %s: %s", told["op"], told["run"], error)
             told |= {"category": "server", "error": error}
-            await self.ledger.record("op_failed", damage.record.tenant, told)
-            return
-        driver = self._driver_of(op.run)
-        if driver is not None:
-            driver.lanes.push(op, n)
+            with contextlib.suppress(ReadOnly):  # then nothing else is recorded either
+                await self.ledger.record("op_failed", damage.record.tenant, told)
+            return None
 
     async def stop(self) -> None:
         """Finish the steps under way, leave a snapshot of every run, end the workers, close the journal.
