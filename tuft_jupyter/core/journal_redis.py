@@ -37,7 +37,7 @@ from urllib.parse import urlsplit
 from tuft_jupyter.core import lease
 from tuft_jupyter.core.errors import Overloaded, ServerError
 from tuft_jupyter.core.journal import FOLDED, Durability, ReadOnly, Sink, Unavailable, hand_over
-from tuft_jupyter.core.redis_scripts import ACQUIRE, APPEND, COMPACT, RELEASE, RENEW
+from tuft_jupyter.core.redis_scripts import ACQUIRE, APPEND, COMPACT, DROP, RELEASE, RENEW
 from tuft_jupyter.core.types import Record
 
 if TYPE_CHECKING:
@@ -255,19 +255,16 @@ class RedisJournal:
 
     async def drop_blobs(self, numbers: Iterable[int]) -> None:
         gone = [str(n) for n in numbers]
-        if gone:
-            async with self._ask().pipeline(transaction=True) as pipe:
-                pipe.unlink(*(self.key(kind, n) for kind in ("op", "future") for n in gone))
-                pipe.zrem(self.key("journal", "ops"), *gone)
-                await self._call(pipe.execute())
+        if gone and not self.problem:
+            async with self._writing:
+                await self._change(DROP, *gone)
 
     async def compact(self, n: int, image: str, keep: Collection[int]) -> None:
         if self.problem:
             return
         async with self._writing:
             text = f'{{"n":{n},"data":{image}}}'
-            answer = await self._run(COMPACT, self._id, self._epoch, n, text, *keep)
-            self._check(answer)
+            await self._change(COMPACT, n, text, *keep)
             share = (self._n - n) / max(1, self._n - self._imaged)  # of the records since the last image
             self._weight, self._imaged = (round(self._weight[0] * share), len(text)), n
 
@@ -285,17 +282,11 @@ class RedisJournal:
 
     async def _commit(self, batch: Sequence[_Waiting]) -> None:
         try:
-            if self._uncertain:
-                await self._undo()
             arguments: list[Any] = []
             for record, text, _ in batch:
                 kept = "" if record.blob is None else "future" if record.kind == "op_done" else "op"
                 arguments += [record.kind, record.tenant, repr(record.time), text, kept, record.blob or b""]
-            self._uncertain = True
-            ttl = -1 if self._ttl is None else self._ttl
-            answer = await self._run(APPEND, self._id, self._epoch, self._n, ttl, *arguments)
-            self._uncertain = False
-            self._check(answer)
+            await self._change(APPEND, self._n, -1 if self._ttl is None else self._ttl, *arguments)
         except Overloaded as reason:
             for _, _, written in batch:
                 if not written.done():
@@ -305,6 +296,15 @@ class RedisJournal:
             self._n += 1
             self._weight = (self._weight[0] + len(text), self._weight[1])
             hand_over(self._sink, replace(record, n=self._n, blob=None), written)
+
+    async def _change(self, script: str, *arguments: Any) -> None:
+        """Run a script that changes the journal, once it is certain that none before it can land any more."""
+        if self._uncertain:
+            await self._undo()
+        self._uncertain = True
+        answer = await self._run(script, self._id, self._epoch, *arguments)
+        self._uncertain = False
+        self._check(answer)
 
     async def _undo(self) -> None:
         """Take back what a write may have done whose answer did not come; nobody was told that it was done."""
@@ -320,9 +320,11 @@ class RedisJournal:
             await asyncio.sleep(LEASE_SECONDS / 3)
             with contextlib.suppress(Overloaded):
                 async with self._writing:
-                    if not self._uncertain:
-                        ms = int(LEASE_SECONDS * 1000)
-                        self._check(await self._run(RENEW, self._id, self._epoch, self._token, ms, -1))
+                    if self._uncertain:
+                        await self._undo()
+                        continue
+                    ms = int(LEASE_SECONDS * 1000)
+                    self._check(await self._run(RENEW, self._id, self._epoch, self._token, ms, -1))
 
     def _check(self, answer: Sequence[Any]) -> None:
         """Overloaded unless the script did its work; what cannot get better by itself stays as ``problem``."""

@@ -110,3 +110,15 @@ return {'OK'}
 """
 )
 """id, epoch, n, image, numbers to keep"""
+
+DROP = (
+    _MINE
+    + """
+for at = 4, #ARGV do
+  redis.call('UNLINK', ns .. '::op::' .. ARGV[at], ns .. '::future::' .. ARGV[at])
+  redis.call('ZREM', ops, ARGV[at])
+end
+return {'OK'}
+"""
+)
+"""id, epoch, numbers of the blobs to forget"""
