@@ -124,7 +124,8 @@ class Driver:
         try:
             if self.status == "ready":
                 for lane in list(self.lanes.by_run.values()):
-                    if lane.resident and not lane.queue:
+                    # Nothing pending: what was done and could not be recorded would be in it, and is done again.
+                    if lane.resident and not self.ledger.state.runs[lane.run].pending:
                         await self._snapshot(lane)
         except (EngineDied, TuftError) as error:
             log.warning("no last snapshot of %s: %s", self.card.name, error)
