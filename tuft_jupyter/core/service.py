@@ -95,6 +95,8 @@ class Service:
         )
         self.sampling = Sampling(ledger, catalog, engines.sampling, samples)
         self.text = Text(self.sampling, self.checkpoints)
+        self._waiting: list[tuple[int, Op]] = []
+        """accepted before the start, of base models that are not on offer now; by the record that accepted each"""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -117,10 +119,12 @@ class Service:
             if isinstance(error, Overloaded):
                 raise Unavailable(f"the journal cannot be read now: {error.message}") from error
             raise
-        for n, op in waiting:
-            driver = None if op is None else self._driver_of(op.run)
-            if op is not None and driver is not None:
-                driver.lanes.push(op, n)
+        self._waiting = [(n, op) for n, op in waiting if op is not None]
+        for base_model in {self.ledger.state.runs[op.run].base_model for _, op in self._waiting}:
+            try:
+                self.driver(base_model)
+            except UserError as error:
+                log.warning("requests that were accepted wait: %s", error.message)
         self._spawn(self._maintain(), "maintenance")
 
     async def _accepted(self, n: int) -> Op | None:
@@ -156,7 +160,10 @@ class Service:
         await self.ledger.close()
 
     def driver(self, base_model: str) -> Driver:
-        """The driver of a base model, set up when first asked for (the worker comes with the first op)."""
+        """The driver of a base model, set up when first asked for (the worker comes with the first op).
+
+        What was accepted before a restart is queued in it first: nothing that comes later may overtake it.
+        """
         card = self.catalog.resolve(base_model)
         driver = self.drivers.get(card.name)
         if driver is None:
@@ -166,19 +173,15 @@ class Service:
             engine = Watchdog(self.engines.training(card), card.max_context_length)
             driver = Driver(card, engine, lanes, self.ledger, self._snapshots())
             self.drivers[card.name] = driver
+            mine = [one for one in self._waiting if self.state.runs[one[1].run].base_model == card.name]
+            self._waiting = [one for one in self._waiting if one not in mine]
+            for n, op in mine:
+                lanes.push(op, n)
             self._spawn(driver.run(), f"driver {card.name}")
         return driver
 
     def _snapshots(self) -> Snapshots:
         return Snapshots(self.home / SNAPSHOTS, self.rule, self.ledger.clock)
-
-    def _driver_of(self, run: str) -> Driver | None:
-        """The driver a recovered run belongs to; None while its base model is not on offer any more."""
-        try:
-            return self.driver(self.ledger.state.runs[run].base_model)
-        except UserError as error:
-            log.warning("run %s waits: %s", run, error)
-            return None
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.get_running_loop().create_task(work, name=name)
@@ -288,8 +291,10 @@ class Service:
         promise: Promise = self.ledger.promises.get(principal, request_id)
         run = self.ledger.state.runs.get(promise.owner)
         driver = self.drivers.get(run.base_model) if run is not None else None
-        if run is None or driver is None:
+        if run is None:
             return await self.sampling.reason(promise.owner, request_id)
+        if driver is None:
+            return f"{run.base_model} is not on offer here any more: it goes on when the server's owner adds it again"
         if driver.status != "ready":
             return driver.detail or "the training worker is starting"
         ahead, busy = driver.lanes.position(run.id, request_id)

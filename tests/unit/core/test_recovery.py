@@ -10,11 +10,13 @@ import pytest
 
 from tests.support.redis_journals import journal
 from tests.support.redis_server import RedisServer
-from tests.support.scripted_engine import ScriptedEngines
-from tests.support.world import SnapshotRule, World, scenario, world
+from tests.support.scripted_engine import OneModel, ScriptedEngines
+from tests.support.world import ALICE, SnapshotRule, World, scenario, until, world
 from tuft_jupyter.core import journal_redis
+from tuft_jupyter.core.errors import Overloaded, UserError
 from tuft_jupyter.core.journal import Unavailable
-from tuft_jupyter.core.types import Record
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
+from tuft_jupyter.core.types import ModelCard, Record
 
 
 @pytest.fixture
@@ -67,5 +69,59 @@ def test_a_redis_that_falls_silent_while_it_is_read_is_read_again_from_the_begin
         assert again.service.state.runs[run].step == 3
         assert again.trained == [passes[0], "step", passes[1], "step", waiting[0], "step"]
         await again.service.stop()
+
+    scenario(body)
+
+
+def test_what_was_accepted_for_a_model_that_is_not_on_offer_is_told_why_and_comes_first_when_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P1, P4: its operator took it out of the configuration; the owner adds it again."""
+
+    async def body() -> None:
+        path = tmp_path / "journal.sqlite"
+        async with world(tmp_path, journal=SqliteJournal(path)) as w:
+            run = await w.connect()
+            w.engines.trainer.gate.clear()
+            first = await w.forward_backward(run, text="first:8")
+        resolve = OneModel.resolve
+
+        def withdrawn(self: OneModel, name: str) -> ModelCard:
+            raise UserError(f"Base model {name!r} is not supported")
+
+        monkeypatch.setattr(OneModel, "resolve", withdrawn)
+        async with world(tmp_path, journal=SqliteJournal(path)) as w:
+            assert "tiny is not on offer" in await w.service.queue_reason(ALICE, first)
+            monkeypatch.setattr(OneModel, "resolve", resolve)
+            w.seq = 1
+            second = await w.forward_backward(run, text="second:8")
+            for request_id in (second, first):
+                assert not (await w.answer(request_id)).category
+            assert w.trained == [first, second]
+
+    scenario(body)
+
+
+def test_a_step_whose_outcome_could_not_be_recorded_before_a_stop_is_in_no_snapshot(tmp_path: Path) -> None:
+    """P1, F6: it is done again by the next server, so that it must not be there already."""
+
+    async def body() -> None:
+        path = tmp_path / "journal.sqlite"
+        async with world(tmp_path, journal=SqliteJournal(path), rule=SnapshotRule(99, 1e9)) as w:
+            run = await w.connect()
+            await w.answer(await w.optim_step(run))
+            append = w.service.ledger.journal.append
+
+            async def full(record: Record) -> Record:
+                if record.kind == "op_done":
+                    raise Overloaded("the disk is full", retry_after=30.0)
+                return await append(record)
+
+            w.service.ledger.journal.append = full  # type: ignore[method-assign]
+            last = await w.optim_step(run)
+            await until(lambda: w.trained == ["step", "step"])
+        async with world(tmp_path, journal=SqliteJournal(path)) as w:
+            assert not (await w.answer(last)).category
+            assert w.trained == ["step", "step"]
 
     scenario(body)
