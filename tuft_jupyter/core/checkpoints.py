@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tuft_jupyter.core.access import owned
+from tuft_jupyter.core.durable import sync, sync_all
 from tuft_jupyter.core.errors import NotFound, Overloaded, UserError
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.quotas import Quotas
@@ -272,7 +273,7 @@ def _size_of(lora: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same files under another directory; written again where the file system cannot link."""
+    """The same files under another directory, on the disk; written again where the file system cannot link."""
 
     def link(one: str, other: str) -> None:
         try:
@@ -282,5 +283,7 @@ def _link(source: Path, target: Path) -> None:
 
     try:
         shutil.copytree(source, target, copy_function=link)
+        sync_all(target)
+        sync(target.parent)
     except FileNotFoundError:
         raise NotFound(f"the files of the checkpoint in {source.name} were deleted: save it again") from None

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tuft_jupyter._version import __version__
+from tuft_jupyter.core.durable import make, sync, sync_all
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import LoraSpec
 from tuft_jupyter.engine.base import BaseModel
@@ -101,7 +101,10 @@ def write(
     ``durable``: it is on the disk when the call returns. Without, a power failure may leave a directory that
     :func:`read` refuses.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if durable:
+        make(target.parent)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename stays in one file system; dotted, so that no listing shows it.
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     temporary.mkdir()
@@ -302,22 +305,14 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
 
 def _publish(temporary: Path, target: Path, durable: bool) -> None:
     """Make the finished directory durable, then give it its name."""
-    for path in (*temporary.iterdir(), temporary) if durable else ():
-        _sync(path)
+    if durable:
+        sync_all(temporary)
     replaced = None
     if target.exists():
         replaced = temporary.with_name(f"{temporary.name}.old")
         target.rename(replaced)
     temporary.rename(target)
     if durable:
-        _sync(target.parent)
+        sync(target.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tuft_jupyter.core.durable import make, sync, sync_all
 from tuft_jupyter.core.errors import UserError
 
 NOTE = "kept_there.json"
@@ -55,14 +56,16 @@ def write(directory: Path, note: KeptThere) -> None:
 def beside(directory: Path) -> Path:
     """Where a directory is made before it gets its name, whole or not at all."""
     made = directory.parent / f".{uuid.uuid4().hex}.part"
-    made.mkdir(parents=True)
+    make(made)
     return made
 
 
 def finish(made: Path, directory: Path) -> int:
-    """Give it its name; returns the size of its files in bytes."""
+    """Give it its name, when it is on the disk; returns the size of its files in bytes."""
+    sync_all(made)
     shutil.rmtree(directory, ignore_errors=True)
     made.rename(directory)
+    sync(directory.parent)
     return sum(file.stat().st_size for file in directory.iterdir())
 
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 from tuft_jupyter.core import adapters
 from tuft_jupyter.core.adapters import CONFIG, CONFIG_BYTES, WEIGHTS, Foreign
 from tuft_jupyter.core.checkpoints import check_name
+from tuft_jupyter.core.durable import sync, sync_all
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import ModelCard, run_id
 from tuft_jupyter.wire import unpack
@@ -72,12 +73,12 @@ def receive(archive: BinaryIO, directory: Path, base: ModelCard, max_rank: int) 
             continue
         with (directory / WEIGHTS).open("xb") as file:
             file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
     if missing := sorted({CONFIG, WEIGHTS} - found):
         raise UserError(f"archive: {' and '.join(missing)} missing; {HOW}, saved by PEFT as safetensors")
     foreign = adapters.examine(config, directory / WEIGHTS, base, max_rank)
     (directory / CONFIG).write_text(foreign.config, encoding="utf-8")
+    sync_all(directory)
+    sync(directory.parent)
     return foreign, sum(file.stat().st_size for file in directory.iterdir())
 
 
