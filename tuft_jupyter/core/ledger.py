@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from tuft_jupyter.core.types import JSON, Op, OpKind, Record
 RESULT_SECONDS = 86400.0
 """How long a result waits for its client."""
 FETCHED_SECONDS = 600.0
-"""How long a result stays after its client had it: the answer may have been lost on its way."""
+"""How long a result stays after its client had it: the answer may have been lost on its way, to a client that sleeps."""
 SLACK = 2**20
 """Characters of records below which the journal is not compacted."""
 
@@ -53,6 +54,8 @@ class Ledger:
         """called with each new record and the seconds until it was durable"""
         self.relocate: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda args: args
         """an op's arguments, with the directories of today"""
+        self.heard: Callable[[str], float] = lambda owner: math.inf
+        """when the client of a run or sampler was last heard of"""
         self._answers: dict[str, Answer] = {}
         self._spent: list[int] = []
 
@@ -118,7 +121,7 @@ class Ledger:
 
     async def tidy(self) -> None:
         """Let go of results and bodies that nobody needs, and compact the journal when it has grown enough."""
-        gone = self.promises.expire(self.clock(), self.result_seconds, FETCHED_SECONDS)
+        gone = self.promises.expire(self.clock(), self.result_seconds, FETCHED_SECONDS, self.heard)
         spent, self._spent = self._spent, []
         try:
             await self.journal.drop_blobs([*gone, *spent])

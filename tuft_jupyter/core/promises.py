@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tuft_jupyter.core.errors import Lost
@@ -91,10 +92,13 @@ class Promises:
                 return None
         return promise.answer
 
-    def expire(self, now: float, unfetched: float | None, fetched: float) -> list[int]:
+    def expire(
+        self, now: float, unfetched: float | None, fetched: float, heard: Callable[[str], float]
+    ) -> list[int]:
         """Forget answers that wait for longer than that many seconds (None: for ever), or were fetched so long ago.
 
-        Returns the records of those that the journal may forget as well.
+        ``heard`` says when an owner's client was last heard of: while it was not since an answer went out, the answer
+        may not have arrived, and counts as fetched now. Returns the records that the journal may forget as well.
         """
         gone = []
         for promise in list(self._promises.values()):
@@ -102,6 +106,8 @@ class Promises:
             if answer is None:
                 continue
             answer.time = answer.time or now
+            if promise.fetched is not None and heard(promise.owner) < promise.fetched:
+                promise.fetched = now
             late = unfetched is not None and now - answer.time > unfetched
             if late or (promise.fetched is not None and now - promise.fetched > fetched):
                 self._drop(promise.request_id)

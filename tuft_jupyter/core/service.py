@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import shutil
 from collections.abc import Coroutine
@@ -77,6 +78,7 @@ class Service:
         self.drivers: dict[str, Driver] = {}
         self.quotas = quotas or Quotas()
         self.sessions = Sessions(ledger, self.limits, self.quotas)
+        ledger.heard = self._heard
         self.ephemeral = Ephemeral(ledger, self.sessions, self.limits, self.quotas)
         self.history = History(ledger, self.sessions, self.ephemeral, self.limits)
         self.lifetimes = Lifetimes(ledger, self.sessions, self.limits)
@@ -274,6 +276,14 @@ class Service:
             return None
         promise.fetched = promise.fetched or self.ledger.clock()
         return await self.ledger.answer(answer)
+
+    def _heard(self, owner: str) -> float:
+        """When the client of a run or sampler was last heard of."""
+        run = self.state.runs.get(owner)
+        found = run or self.state.samplers.get(owner)
+        if found is None:
+            return math.inf
+        return max(self.sessions.last_seen(found.session), run.last_request if run else 0.0)
 
     def answered(self, principal: Principal, owner: str, body: bytes) -> str:
         """A promise that is kept already: its request id, for clients that ask for every answer by one."""

@@ -153,6 +153,33 @@ def test_a_result_waits_a_day_for_its_client_and_ten_minutes_after_it_was_fetche
     scenario(body)
 
 
+def test_a_client_that_slept_when_its_answer_came_still_gets_it(tmp_path: Path) -> None:
+    """P1: a laptop's lid is closed while its request is held; the answer went to a connection that nobody read."""
+
+    async def body() -> None:
+        clock = [1000.0]
+        async with world(tmp_path) as w:
+            w.service.ledger.clock = lambda: clock[0]
+            run = await w.connect()
+            w.service.sessions.heartbeat(ALICE, w.service.state.runs[run].session)
+            slept = await w.forward_backward(run)
+            clock[0] += 1.0
+            await w.answer(slept)
+            for _ in range(8):
+                clock[0] += 3600.0
+                await w.service.ledger.tidy()
+            w.service.sessions.heartbeat(ALICE, w.service.state.runs[run].session)
+            clock[0] += 300.0
+            await w.service.ledger.tidy()
+            assert not (await w.answer(slept)).category
+            clock[0] += 700.0
+            await w.service.ledger.tidy()
+            with pytest.raises(Lost):
+                await w.answer(slept)
+
+    scenario(body)
+
+
 def test_beyond_the_cap_samples_are_dropped_and_training_results_read_back() -> None:
     """L8: the oldest first; what the journal holds is only let out of memory."""
     promises = Promises(capacity=100)
