@@ -182,11 +182,14 @@ class RedisJournal:
         """Say how much of what Redis acknowledges it would still have after a crash of its machine."""
         self.durability = Durability.PROCESS
         try:
-            told: Any = await self._call(self._ask().config_get("appendonly", "appendfsync", "save"))
+            told: Any = await self._call(self._ask().config_get("append*", "save", "maxmemory*"))
         except Overloaded:  # hosted servers often refuse the question
             weakness = "it does not say how it keeps its data on disk"
         else:
-            if told.get("appendonly") == "yes" and told.get("appendfsync") == "always":
+            evicts = told.get("maxmemory-policy", "")
+            if evicts.startswith("allkeys") and told.get("maxmemory") != "0":
+                weakness = f"it throws records away when it is full (its maxmemory-policy is {evicts}, not noeviction)"
+            elif told.get("appendonly") == "yes" and told.get("appendfsync") == "always":
                 self.durability = Durability.MACHINE
                 weakness = ""
             elif told.get("appendonly") == "yes" and told.get("appendfsync") == "everysec":

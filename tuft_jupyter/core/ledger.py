@@ -26,7 +26,7 @@ from tuft_jupyter.core.types import JSON, Op, OpKind, Record
 RESULT_SECONDS = 86400.0
 """How long a result waits for its client."""
 FETCHED_SECONDS = 600.0
-"""How long a result stays after its client had it: the answer may have been lost on its way, to a client that sleeps."""
+"""How long a result stays after its client had it: its answer may have been lost on the way."""
 SLACK = 2**20
 """Characters of records below which the journal is not compacted."""
 

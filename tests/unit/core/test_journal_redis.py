@@ -128,12 +128,17 @@ def test_an_emptied_redis_is_never_taken_for_a_new_one(redis: RedisServer, tmp_p
         ({"appendfsync": "everysec"}, Durability.PROCESS, "the last second"),
         ({"appendfsync": "no"}, Durability.PROCESS, "half minute"),
         ({"appendonly": "no"}, Durability.PROCESS, "restart of Redis loses everything"),
+        (
+            {"maxmemory": "64mb", "maxmemory-policy": "allkeys-lru"},
+            Durability.PROCESS,
+            "throws records away",
+        ),
     ],
 )
 def test_how_much_redis_keeps_is_said_aloud(
     tmp_path: Path, options: dict[str, str], level: Durability, words: str
 ) -> None:
-    """F7: an fsync weaker than always is told at the start and shown."""
+    """F7: an fsync weaker than always, or a cache, is told at the start and shown."""
     server = RedisServer(tmp_path / "redis", **options).start()
 
     async def scenario() -> None:
