@@ -170,7 +170,7 @@ class Soak:
     def live(self) -> int:
         """Bytes of what is alive: the state, and answers that wait for their clients."""
         ledger = self.host.ledger
-        promises = [[p.request_id, p.tenant, p.owner] for p in ledger.promises.kept()]
+        promises = [[p.request_id, p.tenant, p.owner] for p in ledger.promises.kept(ledger.state.accepted)]
         return len(json.dumps([plain(ledger.state), ledger.seen.image(set(ledger.state.runs)), promises]))
 
 

@@ -134,7 +134,7 @@ class Ledger:
 
     async def compact(self) -> None:
         """Put an image of all that is known into the place of the records that told it."""
-        promises = self.promises.kept()
+        promises = self.promises.kept(self.state.accepted)
         at = self.state.n
         keep = set(self.state.accepted.values()) | {p.answer.record for p in promises if p.answer is not None}
         for run in self.state.runs.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from tuft_jupyter.core.errors import Lost
@@ -115,9 +115,13 @@ class Promises:
                     gone.append(answer.record)
         return gone
 
-    def kept(self) -> list[Promise]:
-        """The promises that outlive a restart: not those of samples."""
-        return [p for p in self._promises.values() if p.answer is None or p.answer.record]
+    def kept(self, accepted: Collection[str]) -> list[Promise]:
+        """The promises that outlive a restart, ``accepted`` being what is run again after it: not those of samples."""
+        return [
+            promise
+            for promise in self._promises.values()
+            if (promise.request_id in accepted if promise.answer is None else promise.answer.record)
+        ]
 
     def restore(self, promise: Promise) -> None:
         self._promises[promise.request_id] = promise

@@ -13,7 +13,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.scripted_engine import OneModel, ScriptedEngines
 from tests.support.world import ALICE, SnapshotRule, World, scenario, until, world
 from tuft_jupyter.core import journal_redis
-from tuft_jupyter.core.errors import Overloaded, UserError
+from tuft_jupyter.core.errors import Lost, Overloaded, UserError
 from tuft_jupyter.core.journal import Unavailable
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.types import ModelCard, Record
@@ -123,5 +123,27 @@ def test_a_step_whose_outcome_could_not_be_recorded_before_a_stop_is_in_no_snaps
         async with world(tmp_path, journal=SqliteJournal(path)) as w:
             assert not (await w.answer(last)).category
             assert w.trained == ["step", "step"]
+
+    scenario(body)
+
+
+def test_a_sample_that_was_under_way_at_a_compaction_is_lost_in_a_restart_and_not_waited_for(
+    tmp_path: Path,
+) -> None:
+    """P4: the SDK asks anew for what is lost (410); what is never drawn it would ask for without end (408)."""
+
+    async def body() -> None:
+        path = tmp_path / "journal.sqlite"
+        async with world(tmp_path, journal=SqliteJournal(path)) as w:
+            session = await w.service.sessions.open(ALICE, {"tags": []})
+            card = w.service.catalog.resolve("tiny")
+            sampler = await w.service.sampling.open(ALICE, session, 0, card, None)
+            w.engines.sampler.gate.clear()
+            sample = w.service.sampling.submit(ALICE, sampler.id, 0, b"{}")
+            await w.service.ledger.compact()
+            await w.service.ledger.close()  # as after a kill -9: nothing is written down at the end
+        async with world(tmp_path, journal=SqliteJournal(path)) as w:
+            with pytest.raises(Lost):
+                await w.service.retrieve(ALICE, sample, 0.01)
 
     scenario(body)
