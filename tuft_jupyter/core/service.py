@@ -33,7 +33,7 @@ from tuft_jupyter.core.quotas import Limits, Quotas
 from tuft_jupyter.core.runs import Runs
 from tuft_jupyter.core.samples import Samples
 from tuft_jupyter.core.sampling import Sampling
-from tuft_jupyter.core.sessions import Sessions
+from tuft_jupyter.core.sessions import LEAST_SILENCE, Sessions
 from tuft_jupyter.core.snapshots import SnapshotRule, Snapshots
 from tuft_jupyter.core.state import State
 from tuft_jupyter.core.text import Text
@@ -193,7 +193,10 @@ class Service:
     async def _maintain(self) -> None:
         """Once in a while: drop expired checkpoints, and let idle adapters leave the workers."""
         while True:
-            await asyncio.sleep(self._tick())
+            began, tick = self.ledger.clock(), self._tick()
+            await asyncio.sleep(tick)
+            if self.ledger.clock() - began > tick + LEAST_SILENCE:
+                self.sessions.listen_again()  # this process was stopped: it heard nobody, whoever was there
             try:
                 await self.sweep(self.ledger.clock())
             except Exception:
@@ -205,6 +208,19 @@ class Service:
         return min([SWEEP_SECONDS, *(max(span / 4, 0.25) for span in spans)])
 
     async def sweep(self, now: float) -> None:
+        if (
+            not self.ledger.journal.problem
+        ):  # else nothing is recorded, and the files may be another server's by now
+            await self._clear_away(now)
+        for driver in self.drivers.values():
+            for lane in list(driver.lanes.by_run.values()):
+                run = self.ledger.state.runs.get(lane.run)
+                if run is not None and lane.resident and not lane.queue and self.lifetimes.idle(run, now):
+                    driver.release(run.id)
+        await self._rest_idle(now)
+
+    async def _clear_away(self, now: float) -> None:
+        """End what is over, on record and on disk."""
         await self.checkpoints.expire(now)
         await self.runs.close_over(now)
         await self.checkpoints.collect()
@@ -216,12 +232,7 @@ class Service:
         self.sampling.forget(samplers)
         await self.ledger.tidy()
         for driver in self.drivers.values():
-            for lane in list(driver.lanes.by_run.values()):
-                run = self.ledger.state.runs.get(lane.run)
-                if run is not None and lane.resident and not lane.queue and self.lifetimes.idle(run, now):
-                    driver.release(run.id)
             await driver.forget_idle()
-        await self._rest_idle(now)
 
     async def _rest_idle(self, now: float) -> None:
         """End workers that nobody used for as long as an idle adapter stays: what they hold of a GPU is free then."""

@@ -79,6 +79,10 @@ class Sessions:
         """When the session was last heard of, in seconds since the epoch."""
         return self._seen.setdefault(session, self.ledger.clock())
 
+    def listen_again(self) -> None:
+        """Every session counts as just seen, as after a restart."""
+        self._seen.clear()
+
     def over(self, session: Session, now: float) -> bool:
         """Whether it was finished, or has fallen silent: then its client is gone, or asleep."""
         return session.finished is not None or now - self.last_seen(session.id) > self._silence
