@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ from tuft_jupyter.core.types import CheckpointKind, Principal, checkpoint_path
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 PATH = re.compile(r"tinker://[^/]{1,200}/(weights|sampler_weights)/[^/]{1,128}\Z")
+
+CUT_SHORT = re.compile(r"\.[0-9a-f]{32}(\.[0-9a-f]{32}(\.old)?|\.part)\Z")
+"""What a directory of weights is called before it is whole, and as it is replaced."""
+CUT_SHORT_SECONDS = 86400.0
+"""After which nobody writes in one any more."""
 
 
 @dataclass(slots=True)
@@ -246,6 +252,10 @@ class Checkpoints:
         await self.ledger.record("checkpoint_changed", checkpoint.tenant, data)
         await self.collect()
 
+    async def clear(self, root: Path) -> None:
+        """Remove from a directory what saves left there whose worker died; nobody comes back to it."""
+        await asyncio.to_thread(_remove_cut_short, root, time.time() - CUT_SHORT_SECONDS)
+
     async def collect(self) -> None:
         """Remove the files of checkpoints that were deleted or overwritten, once nobody may read them any more."""
         state, used = self.ledger.state, self._sampled()
@@ -287,3 +297,10 @@ def _link(source: Path, target: Path) -> None:
         sync(target.parent)
     except FileNotFoundError:
         raise NotFound(f"the files of the checkpoint in {source.name} were deleted: save it again") from None
+
+
+def _remove_cut_short(root: Path, before: float) -> None:
+    for directory in root.iterdir() if root.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):  # just now it was given its name
+            if CUT_SHORT.match(directory.name) and directory.stat().st_mtime < before:
+                shutil.rmtree(directory, ignore_errors=True)

@@ -224,6 +224,8 @@ class Service:
         await self.checkpoints.expire(now)
         await self.runs.close_over(now)
         await self.checkpoints.collect()
+        for root in (self.places.checkpoints, self.places.ephemeral):
+            await self.checkpoints.clear(root)
         await self.sampling.usage.flush()
         await asyncio.to_thread(_remove, self.home / EPHEMERAL, self.ephemeral.spent(now))
         runs, samplers = await self.history.forget(now)

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.datums import ask, make_datum
 from tests.support.plain_peft import adapter_parameters, target_logprobs
-from tests.support.power import Power
 from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import TuftError, UserError
 from tuft_jupyter.core.types import AdamParams, ForwardBackwardResult, LoraSpec
@@ -87,16 +86,6 @@ def test_peft_loads_every_tensor_and_says_the_same(
     assert all(torch.equal(loaded[name], tensor) for name, tensor in in_file.items())
     theirs = target_logprobs(peft, make_datum(20)).detach().numpy()
     np.testing.assert_allclose(logprobs(trainer, "run"), theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_a_checkpoint_is_on_the_disk_when_it_is_saved_names_and_all(
-    trainer: PeftTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """P1: a snapshot is the first in its run's directory, and the ops it stands for are dropped from the journal."""
-    power = Power(monkeypatch)
-    directory = tmp_path / "snapshots" / "run" / "one"
-    trainer.save("run", directory, optimizer=True)
-    assert power.lost(directory, tmp_path) == []
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_and_not_a_cold_one(
