@@ -73,9 +73,8 @@ class RedisJournal:
         clock: Callable[[], float] = time.time,
     ) -> None:
         parts = urlsplit(url)
-        self.place = (
-            f"{parts.hostname or 'localhost'}:{parts.port or 6379}{parts.path}"  # without the password
-        )
+        # without the password
+        self.place = f"{parts.hostname or 'localhost'}:{parts.port or 6379}{parts.path}"
         self.description = f"Redis {self.place}, namespace {namespace}"
         self.durability = Durability.PROCESS
         self.problem = ""
@@ -290,6 +289,9 @@ class RedisJournal:
                 kept = "" if record.blob is None else "future" if record.kind == "op_done" else "op"
                 arguments += [record.kind, record.tenant, repr(record.time), text, kept, record.blob or b""]
             await self._change(APPEND, self._n, -1 if self._ttl is None else self._ttl, *arguments)
+        except asyncio.CancelledError:
+            self._waiting[:0] = batch  # whoever closes the journal tells them
+            raise
         except Overloaded as reason:
             for _, _, written in batch:
                 if not written.done():
@@ -311,9 +313,8 @@ class RedisJournal:
 
     async def _undo(self) -> None:
         """Take back what a write may have done whose answer did not come; nobody was told that it was done."""
-        answer = await self._run(
-            RENEW, self._id, self._epoch, self._token, int(LEASE_SECONDS * 1000), self._n
-        )
+        ms = int(LEASE_SECONDS * 1000)
+        answer = await self._run(RENEW, self._id, self._epoch, self._token, ms, self._n)
         self._check(answer)
         self._epoch, self._uncertain = int(answer[1]), False
 

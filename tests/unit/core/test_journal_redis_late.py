@@ -12,7 +12,7 @@ import pytest
 from tests.support.redis_journals import journal, line, numbers
 from tests.support.redis_server import RedisServer
 from tuft_jupyter.core import journal_redis
-from tuft_jupyter.core.errors import Overloaded
+from tuft_jupyter.core.errors import Overloaded, ServerError
 from tuft_jupyter.core.journal import FOLDED, ReadOnly
 from tuft_jupyter.core.journal_redis import RedisJournal
 from tuft_jupyter.core.types import Record
@@ -117,5 +117,24 @@ def test_a_server_that_was_outlived_drops_nothing_of_its_heir(redis: RedisServer
         await heir.close()
         await asleep.close()
         assert await numbers(journal(redis, tmp_path)) == [1, 2]
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_for_a_write_under_way_is_told_when_the_journal_is_closed(
+    redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P4: nobody is left waiting, and the record is there or not as after a crash."""
+    monkeypatch.setattr(journal_redis, "PATIENCE", 0.5)
+
+    async def scenario() -> None:
+        kept = journal(redis, tmp_path)
+        await kept.open(lambda record: None)
+        redis.pause()
+        waiting = asyncio.ensure_future(kept.append(line(0)))
+        await asyncio.sleep(0.1)
+        await kept.close()
+        with pytest.raises(ServerError, match="closed"):
+            await asyncio.wait_for(waiting, 5)
 
     asyncio.run(scenario())
