@@ -27,14 +27,16 @@ class Mark:
 
 
 _MATMUL = (
-    "no AMX here: cores multiply bf16 at 210 GFLOP/s, twice fp32, and most of our time is the frozen matrices, which "
-    "PEFT multiplies as well: 500 tokens/CPU-s is what they allow, whoever runs them. Tried: weights in the kernels' "
+    "AMD's cores multiply bf16 at 210 GFLOP/s, twice fp32, and most of our time is the frozen matrices, which PEFT "
+    "multiplies as well: 500 tokens/CPU-s is what they allow, whoever runs them. Tried: weights in the kernels' "
     "order, small operations in one pass (kept), other micro-batches, grouped matmuls, kernel caches (no gain)"
 )
 _CACHE = (
-    "the base model's matmuls are half of the time, at 80 to 100 of a core's 118 GFLOP/s, adapters an eighth; keys and "
-    "values do not fit in its cache: the speed of memory. Tried: attention and small operations in one pass, weights "
-    "in the kernels' order, adapters side by side (kept); adapters and drawing in one pass, flash kernels (no gain)"
+    "the base model's matmuls are half of the time, at 80 to 100 of the 118 GFLOP/s of AMD's cores, adapters an "
+    "eighth; keys and values do not fit in a cache: the speed of memory. Where a CPU prefers fp32, one sequence at a "
+    "time is still faster in bf16, for its weights are half as large. Tried: attention and small operations in one "
+    "pass, weights in the kernels' order, adapters side by side (kept); adapters and drawing in one pass, flash "
+    "kernels (no gain)"
 )
 
 MARKS = {
