@@ -68,7 +68,7 @@ MARKS = {
         "GFLOP/s; the notebook server and Ray are 5 %. Tried: small operations in one pass, huge pages (kept)",
     ),
     "scaling": Mark("64 tenants over 1, tokens per CPU-second of the whole server", 0.9),
-    "memory": Mark("activation memory of a step, 16 tenants, over sequential PEFT", 0.5, most=True),
+    "memory": Mark("activation memory of a step in bf16, 16 tenants, over sequential PEFT", 0.5, most=True),
     "restart": Mark(
         "trainer killed with -9 to the next answered op, demo model",
         10,

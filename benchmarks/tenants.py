@@ -37,8 +37,16 @@ NAMES = {LONG: "long", SHORT: "short"}
 class Tenants:
     """Our trainer with one run per tenant."""
 
-    def __init__(self, model: Path, tenants: int, *, rank: int, device: str = "cpu") -> None:
-        self.trainer = PeftTrainer(model, device=device)
+    def __init__(
+        self,
+        model: Path,
+        tenants: int,
+        *,
+        rank: int,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.trainer = PeftTrainer(model, device=device, dtype=dtype)
         self._runs = [f"tenant{i}" for i in range(tenants)]
         for i, run in enumerate(self._runs):
             spec = LoraSpec(rank=rank, alpha=2 * rank, seed=i, train_unembed=False)
@@ -122,7 +130,7 @@ def cpu(work: Callable[[], object]) -> float:
 
 
 def memory(shape: Shape, model: Path) -> list[Row]:
-    """Peak memory of a step above what is held between steps, each in a process of its own."""
+    """Peak memory of a step above what is held between steps, each in a process of its own, both in the same dtype."""
     theirs, ours = (in_a_process(peak_mb, name, shape, model) for name in ("theirs", "ours"))
     return [held("memory", ours / theirs, f" ({ours:.0f} / {theirs:.0f} MB)")]
 
@@ -133,7 +141,7 @@ def peak_mb(which: str, shape: Shape, model: Path) -> float:
     from torch.profiler import ProfilerActivity, profile
 
     torch.set_num_threads(1)
-    loop = (SequentialPeft if which == "theirs" else Tenants)(model, TENANTS, rank=RANK)
+    loop = (SequentialPeft if which == "theirs" else Tenants)(model, TENANTS, rank=RANK, dtype=shape.dtype)
     requests = batches(shape, TENANTS, *LONG)
     loop.step(batches(shape, TENANTS, 1, (8, 8)))  # gradients and moments are there from now on
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
