@@ -15,6 +15,7 @@ from tests.support.power import Power
 from tuft_jupyter.core.checkpoints import Checkpoints
 from tuft_jupyter.core.journal import MemoryJournal
 from tuft_jupyter.core.ledger import Ledger
+from tuft_jupyter.core.quotas import Quotas
 from tuft_jupyter.core.types import LoraSpec
 from tuft_jupyter.engine import checkpoint
 from tuft_jupyter.engine.trainer import PeftTrainer
@@ -54,7 +55,7 @@ def test_what_a_save_leaves_that_was_cut_short_is_removed_when_nobody_can_be_wri
     for directory in root.iterdir():
         if directory != new:
             os.utime(directory, (moment - 90_000, moment - 90_000))
-    asyncio.run(Checkpoints(Ledger(MemoryJournal()), root).clear(root))
+    asyncio.run(Checkpoints(Ledger(MemoryJournal()), root, lambda session, now: False, Quotas()).clear(root))
     assert not old.exists()
     assert len(list(root.iterdir())) == 3
     assert new.is_dir()
