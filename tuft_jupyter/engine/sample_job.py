@@ -76,6 +76,13 @@ class Limits:
             k = getattr(request, name)
             if not 0 <= k <= self.vocab_size:
                 raise UserError(f"{name} must be between 0 and {self.vocab_size} (the vocabulary), got {k}")
+        drawn = request.topk_sample_logprobs * request.num_samples * self.longest(request)
+        if drawn > MAX_DRAWN:
+            raise UserError(
+                f"topk_sample_logprobs: {request.topk_sample_logprobs} with each of up to {self.longest(request)} "
+                f"tokens of {request.num_samples} samples are over the limit of {MAX_DRAWN}: ask for fewer, or set "
+                "max_tokens"
+            )
 
     def longest(self, request: SampleRequest) -> int:
         """Tokens that each sample of a request may have."""
@@ -111,6 +118,8 @@ class Limits:
 
 MAX_CELLS = 1 << 22
 """Tokens that one request may be told in place of the prompt's own."""
+MAX_DRAWN = 1 << 23
+"""And in place of those that are drawn, about a gigabyte while they are gathered."""
 
 
 @dataclass(slots=True, eq=False)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import SampleRequest, SamplingParams, StopReason
-from tuft_jupyter.engine.sample_job import Job, Live, shares
+from tuft_jupyter.engine.sample_job import Job, Limits, Live, shares
 
 
 def job(waiting: int, live: int = 0) -> Job:
@@ -67,3 +69,18 @@ def test_a_stop_string_is_found_though_the_tokenizer_drops_the_space_that_opens_
     assert live.stop_reason() is StopReason.STOP
     live.tokens.pop()
     assert live.stop_reason() is None, "half of a character is not a character"
+
+
+def test_what_is_told_of_drawn_tokens_is_bounded_for_all_samples_together() -> None:
+    """Each alternative takes a hundred bytes until the request ends: one request could take all of the memory."""
+    limits = Limits(vocab_size=2000, context=32768, samples=1024)
+
+    def asked(count: int, k: int, tokens: int | None) -> SampleRequest:
+        params = SamplingParams(max_tokens=tokens)
+        return SampleRequest(np.array([1], np.int32), count, params, topk_sample_logprobs=k)
+
+    for fits in (asked(16, 16, None), asked(1024, 1024, 8), asked(1024, 0, None)):
+        limits.check(fits)
+    for too_much in (asked(1024, 1024, 9), asked(16, 20, None)):
+        with pytest.raises(UserError, match=r"topk_sample_logprobs: .* set max_tokens"):
+            limits.check(too_much)
