@@ -145,6 +145,8 @@ def check_adam(params: AdamParams) -> None:
         value = getattr(params, name)
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"adam_params: {name} must be a finite number of at least 0, not {value}")
+    if np.float32(params.eps) == 0:  # the first gradient of A is 0: 0 / (sqrt(0) + 0)
+        raise UserError(f"adam_params: eps must be above 0, not {params.eps}; the default is 1e-12")
     for name in ("beta1", "beta2"):
         value = getattr(params, name)
         if not 0 <= value < 1:

@@ -120,6 +120,8 @@ def test_what_the_limits_allow_is_accepted() -> None:
         (AdamParams(beta1=1.0), "beta1"),
         (AdamParams(beta2=float("nan")), "beta2"),
         (AdamParams(eps=-1e-8), "eps"),
+        (AdamParams(eps=0.0), "eps"),
+        (AdamParams(eps=1e-46), "eps"),
         (AdamParams(weight_decay=float("inf")), "weight_decay"),
         (AdamParams(grad_clip_norm=-1.0), "grad_clip_norm"),
     ],
