@@ -26,6 +26,7 @@ from tuft_jupyter.core.types import NO_TOKEN, SamplingParams
 
 _FIRST_CANDIDATES = 256
 _STRETCH = 128  # tokens
+_LEAST = torch.finfo(torch.float32).tiny  # of a temperature or a nucleus: what is less would be 0 in fp32
 
 
 Top = list[list[tuple[int, float]]]
@@ -59,13 +60,13 @@ class Picker:
         self.all_greedy = len(greedy) == len(params)
         self._greedy = torch.tensor(greedy, device=device) if greedy else None
         self._filtered = torch.tensor(filtered, device=device) if filtered else None
-        temperatures = [p.temperature or 1.0 for p in params]
+        temperatures = [max(p.temperature, _LEAST) if p.temperature else 1.0 for p in params]
         self._temperature_N1 = (
             None if set(temperatures) == {1.0} else torch.tensor(temperatures, device=device)[:, None]
         )
         ks = [params[i].top_k if params[i].top_k > 0 else vocab_size for i in filtered]
         self._k_M1 = torch.tensor(ks, device=device)[:, None]
-        ps = [params[i].top_p if params[i].top_p < 1 else math.inf for i in filtered]
+        ps = [max(params[i].top_p, _LEAST) if params[i].top_p < 1 else math.inf for i in filtered]
         self._p_M1 = torch.tensor(ps, device=device)[:, None]
         self._largest_k = max(ks, default=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +45,15 @@ def test_tokens_follow_the_tempered_distribution(logits: np.ndarray, temperature
     shares = np.bincount(tokens, minlength=len(logits)) / len(GRID)
     np.testing.assert_allclose(shares, softmax(logits / temperature), atol=1.01 / len(GRID))
     np.testing.assert_allclose(logprobs, np.log(softmax(logits)[tokens]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "least", [{"temperature": 1e-46}, {"top_p": 1e-46}, {"temperature": 5e-324, "top_p": 0.5}]
+)
+def test_what_is_nothing_in_fp32_leaves_the_likeliest_token(least: dict[str, float]) -> None:
+    tokens, logprobs = draw(np.array([1, 3, 2, 0], np.float32), GRID, **least)
+    assert set(tokens.tolist()) == {1}
+    np.testing.assert_allclose(logprobs, np.log(softmax(np.array([1, 3, 2, 0]))[1]), rtol=1e-5)
 
 
 @given(LOGITS, st.integers(1, 45), st.sampled_from([0.5, 1.0]))
