@@ -69,7 +69,7 @@ def context_offered(name: str, env: Mapping[str, str] = os.environ) -> int:
 def context_trained(name: str, env: Mapping[str, str] = os.environ) -> int:
     """Tokens of context that a model's ``config.json`` says it was made for. UserError if it does not say."""
     directory = _place(name, env)[1]
-    return _number(name, _config(name, directory), "max_position_embeddings")
+    return _context(name, _config(name, directory))
 
 
 def without_scheme(name: str) -> str:
@@ -148,7 +148,7 @@ def _card(name: str, directory: Path) -> ModelCard:
     return ModelCard(
         name=name,
         path=str(directory),
-        max_context_length=min(_number(name, config, "max_position_embeddings"), CONTEXT_LIMIT),
+        max_context_length=min(_context(name, config), CONTEXT_LIMIT),
         vocab_size=_number(name, config, "vocab_size"),
         arch=str(architectures[0]),
     )
@@ -168,6 +168,16 @@ def _config(name: str, directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"base model {name!r}: {path} holds no JSON object; save the model again")
     return config
+
+
+def _context(name: str, config: dict[str, Any]) -> int:
+    """Positions; with LongRoPE, whose rotation depends on the longest sequence of a batch, the original ones."""
+    longest = _number(name, config, "max_position_embeddings")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "longrope" not in (rope.get("rope_type"), rope.get("type")):
+        return longest
+    key = "original_max_position_embeddings"
+    return min(longest, rope.get(key) or _number(name, config, key))
 
 
 def _number(name: str, config: dict[str, Any], key: str) -> int:

@@ -67,6 +67,14 @@ def test_context_is_bounded(tmp_path: Path) -> None:
     assert models.resolve(str(tmp_path / "short")).max_context_length == 512
 
 
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_with_longrope_the_original_context_is_offered(key: str, tmp_path: Path) -> None:
+    """As its trainer has it, and vLLM."""
+    make(tmp_path / "phi", {**CONFIG, "original_max_position_embeddings": 4096, key: {"type": "longrope"}})
+    assert models.resolve(str(tmp_path / "phi")).max_context_length == 4096
+    assert models.context_trained(str(tmp_path / "phi")) == 4096
+
+
 def test_sizes_are_found_in_the_text_part_of_the_configuration(tmp_path: Path) -> None:
     text = {"max_position_embeddings": 64, "vocab_size": 100}
     make(tmp_path / "vision", {"architectures": ["X"], "text_config": text})

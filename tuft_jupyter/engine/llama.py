@@ -13,6 +13,7 @@ Shapes: N tokens, D hidden size, H query heads, G key/value heads, J = H + G, C 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +41,11 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def fits(hf: PreTrainedModel) -> bool:
-    """Whether every layer has the modules that :class:`LlamaDecoder` computes, and all attention is full."""
+    """Whether every layer has the modules that :class:`LlamaDecoder` computes, and all attention is full.
+
+    Attention that is told positions beside their rotation makes more of them, perhaps only far into a sequence
+    (Ministral 3 scales its queries from the 16384th on).
+    """
     config: Any = hf.config.get_text_config()
     decoder: Any = hf.base_model
     window = getattr(config, "sliding_window", None)
@@ -49,11 +54,13 @@ def fits(hf: PreTrainedModel) -> bool:
     ]
     return (
         set(kinds) == {"full_attention"}
-        and config.hidden_act in ("silu", "swish")
+        and getattr(config, "hidden_act", None) in ("silu", "swish")
         and _children(decoder) == _DECODER
         and all(
             _children(layer) == _LAYER
             and _children(layer.self_attn) - {"q_norm", "k_norm"} == _ATTENTION
+            and "position_ids" not in inspect.signature(layer.self_attn.forward).parameters
+            and getattr(layer.self_attn, "use_rope", True)
             and _children(layer.mlp) == _MLP
             for layer in decoder.layers
         )
