@@ -36,7 +36,7 @@ def chosen(directory: Path, device: str) -> torch.dtype | None:
         return None
     if memory.weights(directory, torch.float32) > SHARE * psutil.virtual_memory().total:
         return None
-    return None if memory.stored(directory) == {"BF16"} and bf16_pays() else torch.float32
+    return None if "BF16" in memory.stored(directory) and bf16_pays() else torch.float32
 
 
 @cache

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.tiny_models import make_model
 from tuft_jupyter.config import ConfigError, ModelSettings, Settings
@@ -35,6 +36,14 @@ def pays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 def test_a_model_in_bf16_computes_in_fp32_where_the_cpu_is_faster_so(bf16: Path, pays: bool) -> None:
     base = load_base(bf16, device="cpu")
     assert base.dtype is (torch.bfloat16 if pays else torch.float32)
+
+
+def test_a_few_tensors_in_fp32_do_not_make_it_another_model(bf16: Path, pays: bool) -> None:
+    file = bf16 / "model.safetensors"
+    weights = load_file(file)
+    norm = next(name for name in weights if "norm" in name)
+    save_file(weights | {norm: weights[norm].float()}, file, metadata={"format": "pt"})
+    assert load_base(bf16, device="cpu").dtype is (torch.bfloat16 if pays else torch.float32)
 
 
 def test_a_model_in_fp16_always_computes_in_fp32_on_a_cpu(tmp_path: Path, pays: bool) -> None:
