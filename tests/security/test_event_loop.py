@@ -48,7 +48,7 @@ def small_things(head: bytes, one: bytes, tail: bytes, size: int) -> bytes:
 MIB = 2**20
 CROWDED = {
     "telemetry": ("telemetry", small_things(b'{"events":[', b"{}", b"]}", 2 * MIB), (400,)),
-    "metadata": ("create_session", small_things(b'{"tags":[', b'""', b"]}", MIB), (200,)),
+    "tags": ("create_session", small_things(b'{"tags":[', b'""', b"]}", MIB), (400,)),
     "chunks of a prompt": (
         "asample",
         small_things(b'{"sampling_session_id":"x","prompt":{"chunks":[', b'{"tokens":[]}', b"]}}", 8 * MIB),
