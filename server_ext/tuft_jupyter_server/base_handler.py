@@ -24,6 +24,9 @@ log = logging.getLogger("tuft_jupyter.http")
 TAKES_SECONDS = 60.0
 """How long a client may leave a chunk of a stream unread."""
 
+AT_ONCE = ("healthz", "readyz", "status", "metrics")
+"""What is answered while the journal is read, too."""
+
 
 class BaseHandler(RequestHandler):
     """A handler that has the api answer; subclasses say who asks."""
@@ -38,6 +41,11 @@ class BaseHandler(RequestHandler):
         """A client that went away is not waited for; an op it asked about goes on."""
         if self._working is not None:
             self._working.cancel()
+
+    async def recovered(self) -> None:
+        """Wait until the journal is read, as what it holds would seem to be gone; TuftError if that takes too long."""
+        if self.request.path.rpartition("/")[2] not in AT_ONCE:
+            await self.api.host.recovered(self.api.hold_seconds)
 
     async def answer(self, route: Route, call: Call) -> None:
         self._working = asyncio.ensure_future(self._answer(route, call))

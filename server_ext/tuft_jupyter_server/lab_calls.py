@@ -15,7 +15,7 @@ from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
 from tornado import web
 
-from tuft_jupyter.core.errors import TooLarge, UserError
+from tuft_jupyter.core.errors import TooLarge, TuftError, UserError
 from tuft_jupyter.core.types import JSON
 from tuft_jupyter.wire.api import Call, Reply, error_reply
 from tuft_jupyter.wire.endpoints.base import ANYTHING
@@ -79,6 +79,11 @@ class LabCall(BaseHandler, APIHandler):
                 f"the body has {size} bytes, the limit of {route.path} is {limit}: send less at once"
             )
             self.send(error_reply(refusal, self.dialect))
+            return
+        try:
+            await self.recovered()
+        except TuftError as error:
+            self.send(error_reply(error, self.dialect))
             return
         prefix = request.path.partition(TINKER)[0]
         call = Call(

@@ -100,10 +100,7 @@ class TinkerHandler(BaseHandler):
     async def prepare(self) -> None:
         self.set_header("X-Request-Id", begin_request(self.request.headers.get("X-Request-Id")))
         try:
-            if self.request.path.rpartition("/")[2] not in ("healthz", "readyz", "status", "metrics"):
-                await self.api.host.recovered(
-                    self.api.hold_seconds
-                )  # or what was there would seem to be gone
+            await self.recovered()
             self.route = await self._route()
             if self.route.access is Access.KEY:
                 await self._authenticate()

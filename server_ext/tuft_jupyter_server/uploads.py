@@ -92,6 +92,7 @@ class LabUpload(BaseHandler, APIHandler):
     async def post(self) -> None:
         assert self._spool is not None
         try:
+            await self.recovered()
             self._spool.check(self.route.path)
         except TuftError as error:
             self.send(error_reply(error))
