@@ -81,8 +81,9 @@ MARKS = {
         50,
         " ms",
         most=True,
-        note="44 ms on AMD's cores, 55 to 61 on slower ones, nearly half of it in the engine (14 and 25 ms): the step, a "
-        "directory written, verified and read, a prompt; the rest is five HTTP requests of the SDK and calls of actors",
+        note="44 ms on AMD's cores, 55 to 61 on slower ones, nearly half of it in the engine: the step, a directory "
+        "written, verified and read, a prompt; the rest is the SDK's requests and calls of actors. Tried: no sync of "
+        "directories without a name (kept)",
     ),
     "fairness": Mark(
         "light tenant (1 x 16) beside a heavy one (32 x 256, three deep), over alone", 3, most=True
