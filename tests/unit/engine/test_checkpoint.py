@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -153,7 +154,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_beside(
     def no_space(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", no_space)
+    monkeypatch.setattr(safetensors.numpy, "save", no_space)
     with pytest.raises(OSError, match="No space"):
         trainer.save("run", saved, optimizer=True)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
