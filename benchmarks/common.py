@@ -57,13 +57,26 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     }
 
 
-def service_client(started: Server) -> Any:
-    """The unmodified SDK's client of a server."""
+@contextlib.contextmanager
+def service_client(url: str, key: str) -> Iterator[Any]:
+    """The unmodified SDK's client of an API; its session ends with the block, and with it its heartbeat."""
     os.environ["TINKER_TELEMETRY"] = "0"
     import tinker
 
+    client = tinker.ServiceClient(base_url=url, api_key=key)
+    yield client
+    client.close("success").result()
+
+
+def owners_client(started: Server) -> contextlib.AbstractContextManager[Any]:
+    """The same for who started the server."""
     key = (started.work / "tuft" / "credentials").read_text().strip()
-    return tinker.ServiceClient(base_url=f"{started.url.rstrip('/')}/tuft", api_key=key)
+    return service_client(api_of(started.url), key)
+
+
+def api_of(url: str) -> str:
+    """Where a notebook server answers the SDK."""
+    return f"{url.rstrip('/')}/tuft"
 
 
 def tokens_of(rows: int, length: int) -> list[list[int]]:

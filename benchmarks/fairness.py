@@ -16,7 +16,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import MODEL, RANK, Row, SdkLoop, held, median_ms, quantile, sdk_data, server, show, tokens_of
+from common import (
+    MODEL,
+    RANK,
+    Row,
+    SdkLoop,
+    api_of,
+    held,
+    median_ms,
+    quantile,
+    sdk_data,
+    server,
+    service_client,
+    show,
+    tokens_of,
+)
 
 ROUNDS = 3
 CALLS = 12
@@ -29,30 +43,25 @@ persistence: {{mode: file_redis, file_path: journal.sqlite}}
 """
 
 
-def client(url: str, key: str) -> Any:
-    import tinker
-
-    return tinker.ServiceClient(base_url=f"{url.rstrip('/')}/tuft", api_key=key)
-
-
 def be_heavy(url: str) -> None:
     """Keep ``DEPTH`` large batches queued until the standard input ends; say so once they are."""
     from tinker import types
 
-    training = client(url, HEAVY).create_lora_training_client(base_model=MODEL, rank=RANK, seed=2).result()
     data, adam = sdk_data(tokens_of(32, 256)), types.AdamParams(learning_rate=1e-4)
     queued: list[Any] = []
     stop = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
-    while not stop.is_set():
-        while len(queued) < DEPTH:
-            queued.append((training.forward_backward(data, "cross_entropy"), training.optim_step(adam)))
-        for future in queued.pop(0):
-            future.result()
-        print("busy", flush=True)
-    for pair in queued:
-        for future in pair:
-            future.result()
+    with service_client(api_of(url), HEAVY) as client:
+        training = client.create_lora_training_client(base_model=MODEL, rank=RANK, seed=2).result()
+        while not stop.is_set():
+            while len(queued) < DEPTH:
+                queued.append((training.forward_backward(data, "cross_entropy"), training.optim_step(adam)))
+            for future in queued.pop(0):
+                future.result()
+            print("busy", flush=True)
+        for pair in queued:
+            for future in pair:
+                future.result()
 
 
 @contextlib.contextmanager
@@ -81,8 +90,11 @@ def measure() -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:
         config = Path(scratch) / "tuft.yaml"
         config.write_text(CONFIG)
-        with server(TUFT_CONFIG=str(config)) as started:
-            light = SdkLoop(client(started.url, LIGHT), tokens_of(1, 16))
+        with (
+            server(TUFT_CONFIG=str(config)) as started,
+            service_client(api_of(started.url), LIGHT) as client,
+        ):
+            light = SdkLoop(client, tokens_of(1, 16))
             timed(light.step, CALLS)
             alone: list[float] = []
             beside: list[float] = []

@@ -23,8 +23,8 @@ from common import (
     at_most,
     held,
     median_ms,
+    owners_client,
     server,
-    service_client,
     show,
     tokens_of,
 )
@@ -36,15 +36,13 @@ MARK_MS = 50.0
 
 def measure() -> list[Row]:
     rows = engine()
-    with server() as started:
-        client = service_client(started)
+    with server() as started, owners_client(started) as client:
         loop = SdkLoop(client, tokens_of(1, 16))
         alone = median_ms(rounds(loop))
-        other = client.create_sampling_client(base_model=MODEL)
+        other = client.create_sampling_client(base_model=MODEL).result()
         gaps = Others(other)
         quiet = gaps.watch(lambda: time.sleep(2.0))
         busy = gaps.watch(lambda: rounds(loop))
-        client.close("success").result()
     return [
         *rows,
         held("hand-over", alone),
@@ -58,7 +56,7 @@ def rounds(loop: SdkLoop) -> list[float]:
     for _ in range(WARM + ROUNDS):
         loop.step()
         began = time.perf_counter()
-        one_token(loop.training.save_weights_and_get_sampling_client())
+        one_token(loop.training.save_weights_and_get_sampling_client().result())
         seconds.append(time.perf_counter() - began)
     return seconds[WARM:]
 

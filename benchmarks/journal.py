@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import Row, SdkLoop, at_most, median_ms, server, service_client, show, tokens_of
+from common import Row, SdkLoop, at_most, median_ms, owners_client, server, show, tokens_of
 
 STEPS = 10_000
 PART = 1000
@@ -69,8 +69,13 @@ def through_the_sdk() -> tuple[list[float], list[float]]:
     with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:
         config = Path(scratch) / "tuft.yaml"
         config.write_text(CONFIG)  # no persistence section: in memory
-        with server() as kept, server(TUFT_CONFIG=str(config)) as forgetful:
-            loops = [SdkLoop(service_client(started), tokens_of(4, 64)) for started in (kept, forgetful)]
+        with (
+            server() as kept,
+            server(TUFT_CONFIG=str(config)) as forgetful,
+            owners_client(kept) as a,
+            owners_client(forgetful) as b,
+        ):
+            loops = [SdkLoop(client, tokens_of(4, 64)) for client in (a, b)]
             seconds: tuple[list[float], list[float]] = ([], [])
             for _ in range(ROUNDS):
                 for loop, told in zip(loops, seconds, strict=True):

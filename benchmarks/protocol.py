@@ -20,7 +20,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from common import MODEL, Row, SdkLoop, at_most, environment, quantile, server, show, tokens_of
+from common import (
+    MODEL,
+    Row,
+    SdkLoop,
+    at_most,
+    environment,
+    quantile,
+    server,
+    service_client,
+    show,
+    tokens_of,
+)
 
 ROWS, LENGTH = 8, 512
 STEPS, WARM = 60, 10
@@ -122,31 +133,30 @@ def in_another_process(call: Any, *arguments: Any) -> Any:
 
 def sdk_times(address: str, key: str) -> tuple[list[float], int, float]:
     """Seconds of each step; how many samples failed; seconds until all of them were answered."""
-    os.environ.update(TINKER_TELEMETRY="0", NO_PROXY="127.0.0.1")
-    import tinker
+    os.environ["NO_PROXY"] = "127.0.0.1"
     from tinker import types
 
-    client = tinker.ServiceClient(base_url=address, api_key=key)
-    rows = [[token % 1000 for token in row] for row in tokens_of(ROWS, LENGTH)]
-    loop = SdkLoop(client, rows)
-    times = []
-    for _ in range(WARM + STEPS):
+    with service_client(address, key) as client:
+        rows = [[token % 1000 for token in row] for row in tokens_of(ROWS, LENGTH)]
+        loop = SdkLoop(client, rows)
+        times = []
+        for _ in range(WARM + STEPS):
+            began = time.perf_counter()
+            loop.step()
+            times.append(time.perf_counter() - began)
+        sampling = client.create_sampling_client(base_model=MODEL).result()
+        params = types.SamplingParams(max_tokens=8, seed=1)
+        prompt = types.ModelInput.from_ints(list(range(32)))
+        sampling.sample(prompt, 1, params).result()
         began = time.perf_counter()
-        loop.step()
-        times.append(time.perf_counter() - began)
-    sampling = client.create_sampling_client(base_model=MODEL).result()
-    params = types.SamplingParams(max_tokens=8, seed=1)
-    prompt = types.ModelInput.from_ints(list(range(32)))
-    sampling.sample(prompt, 1, params).result()
-    began = time.perf_counter()
-    waiting = [sampling.sample(prompt, 1, params) for _ in range(SAMPLES)]
-    failed = 0
-    for future in waiting:
-        try:
-            failed += len(future.result(timeout=120).sequences[0].tokens) != params.max_tokens
-        except Exception:  # noqa: BLE001 - whatever it is, it is counted
-            failed += 1
-    return times[WARM:], failed, time.perf_counter() - began
+        waiting = [sampling.sample(prompt, 1, params) for _ in range(SAMPLES)]
+        failed = 0
+        for future in waiting:
+            try:
+                failed += len(future.result(timeout=120).sequences[0].tokens) != params.max_tokens
+            except Exception:  # noqa: BLE001 - whatever it is, it is counted
+                failed += 1
+        return times[WARM:], failed, time.perf_counter() - began
 
 
 def small_gets(url: str, key: str) -> float:

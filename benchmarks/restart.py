@@ -10,7 +10,7 @@ import sys
 import time
 
 import psutil
-from common import Row, SdkLoop, held, server, service_client, show, tokens_of, tree
+from common import Row, SdkLoop, held, owners_client, server, show, tokens_of, tree
 
 from tests.support.live import key_of, standby
 
@@ -18,8 +18,7 @@ ROUNDS = 3
 
 
 def measure() -> list[Row]:
-    with server() as started:
-        client = service_client(started)
+    with server() as started, owners_client(started) as client:
         loop = SdkLoop(client, tokens_of(1, 16))
         loop.step()
         seconds = []
@@ -29,7 +28,6 @@ def measure() -> list[Row]:
             began = time.perf_counter()
             loop.step()
             seconds.append(time.perf_counter() - began)
-        client.close("success").result()
     return [held("restart", statistics.median(seconds))]
 
 

@@ -5,14 +5,14 @@ Every tenant has a key, a run and a batch of 2 x 128 tokens of its own, and all 
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Row, SdkLoop, cpu_seconds, held, server, show, tokens_of
-from fairness import client
+from common import Row, SdkLoop, api_of, cpu_seconds, held, server, service_client, show, tokens_of
 
 TENANTS = 64
 ROWS, LENGTH = 2, 128
@@ -31,8 +31,9 @@ def measure() -> list[Row]:
             f"authorized_users: {{{users}}}\n"
             "persistence: {mode: file_redis, file_path: journal.sqlite}\n"
         )
-        with server(TUFT_CONFIG=str(config)) as started:
-            clients = [client(started.url, key) for key in keys]
+        with server(TUFT_CONFIG=str(config)) as started, contextlib.ExitStack() as open_ones:
+            api = api_of(started.url)
+            clients = [open_ones.enter_context(service_client(api, key)) for key in keys]
             loops = [SdkLoop(one, tokens_of(ROWS, LENGTH)) for one in clients]
             train(loops)
             alone, together = [], []
@@ -45,8 +46,6 @@ def measure() -> list[Row]:
                 for _ in range(STEPS_TOGETHER):
                     train(loops)
                 together.append(STEPS_TOGETHER * TENANTS * ROWS * LENGTH / (cpu_seconds(started.pid) - began))
-            for one in clients:
-                one.close("success").result()
     what = f"server tree, {ROWS} x {LENGTH} tokens each"
     return [
         Row(f"{what}: 1 tenant", f"{statistics.median(alone):.0f} tokens/CPU-s"),

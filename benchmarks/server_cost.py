@@ -20,9 +20,9 @@ from common import (
     SdkLoop,
     Server,
     at_most,
+    owners_client,
     quantile,
     server,
-    service_client,
     show,
     tokens_of,
 )
@@ -75,25 +75,24 @@ def measure() -> list[Row]:
 
 def status_while_training(started: Server) -> list[float]:
     """Milliseconds of each answer, while 8 x 256 tokens are trained without pause."""
-    client = service_client(started)
-    loop = SdkLoop(client, tokens_of(8, 256))
-    loop.step()
-    stop = threading.Event()
+    with owners_client(started) as client:
+        loop = SdkLoop(client, tokens_of(8, 256))
+        loop.step()
+        stop = threading.Event()
 
-    def train() -> None:
-        while not stop.is_set():
-            loop.step()
+        def train() -> None:
+            while not stop.is_set():
+                loop.step()
 
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    try:
-        # In a process of its own: here the SDK's threads would hold it up
-        with get_context("spawn").Pool(1) as other:
-            return other.apply(status_latencies, (started.url, started.token))
-    finally:
-        stop.set()
-        trainer.join()
-        client.close("success").result()
+        trainer = threading.Thread(target=train)
+        trainer.start()
+        try:
+            # In a process of its own: here the SDK's threads would hold it up
+            with get_context("spawn").Pool(1) as other:
+                return other.apply(status_latencies, (started.url, started.token))
+        finally:
+            stop.set()
+            trainer.join()
 
 
 def status_latencies(url: str, token: str) -> list[float]:
@@ -127,9 +126,8 @@ def forbidden_imports() -> str:
     Python itself writes every import into the server's log. No kernel is started: it would write there too.
     """
     with server(PYTHONPROFILEIMPORTTIME="1") as started:
-        client = service_client(started)
-        SdkLoop(client, tokens_of(1, 16)).step()
-        client.close("success").result()
+        with owners_client(started) as client:
+            SdkLoop(client, tokens_of(1, 16)).step()
         log = started.log.read_text(errors="replace")
     lines = re.findall(r"^import time:.*\| +(\S+)$", log, re.MULTILINE)
     if not lines:

@@ -14,9 +14,9 @@ from common import (
     SdkLoop,
     at_most,
     median_ms,
+    owners_client,
     same_start,
     server,
-    service_client,
     show,
     tokens_of,
     trainer_threads,
@@ -30,8 +30,7 @@ RATIO = 1.5
 
 def measure() -> list[Row]:
     rows = tokens_of(1, TOKENS)
-    with server() as started:
-        client = service_client(started)
+    with server() as started, owners_client(started) as client:
         served = SdkLoop(client, rows)
         plain = PlainLoop(rows, trainer_threads())
         same_start(plain.step(), served.step())
@@ -41,7 +40,6 @@ def measure() -> list[Row]:
                 began = time.perf_counter()
                 loop.step()
                 times[name].append(time.perf_counter() - began)
-        client.close("success").result()
     plain_ms, served_ms = (median_ms(times[name][WARM:]) for name in ("plain", "served"))
     return [
         Row(f"plain PEFT step, 1 x {TOKENS} tokens, median of {CALLS}", f"{plain_ms:.1f} ms"),

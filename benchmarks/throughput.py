@@ -20,9 +20,9 @@ from common import (
     SdkLoop,
     cpu_seconds,
     held,
+    owners_client,
     same_start,
     server,
-    service_client,
     show,
     tokens_of,
     trainer_threads,
@@ -36,8 +36,7 @@ WARM, ROUNDS, STEPS = 3, 7, 5
 
 def measure() -> list[Row]:
     rows = tokens_of(ROWS, LENGTH)
-    with server() as started:
-        client = service_client(started)
+    with server() as started, owners_client(started) as client:
         served = SdkLoop(client, rows)
         plain = PlainLoop(rows, trainer_threads())
         same_start(plain.step(), served.step())
@@ -49,7 +48,6 @@ def measure() -> list[Row]:
         for _ in range(ROUNDS):
             theirs.append(cost(plain.step, time.process_time))
             ours.append(cost(served.step, lambda: cpu_seconds(started.pid)))
-        client.close("success").result()
     tokens = STEPS * ROWS * LENGTH
     plain_cpu, plain_wall = zip(*theirs, strict=True)
     served_cpu, served_wall = zip(*ours, strict=True)
