@@ -284,7 +284,7 @@ def _tensors(name: str, content: bytes) -> dict[str, Tensor]:
         tensors = {key: tensor.float() for key, tensor in safetensors.torch.load(content).items()}
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint: {name} cannot be read: {error}") from error
-    # A sum is finite only if every number is; those of all tensors are looked at together, which is eight times as fast.
+    # A sum is finite only if every number is; all the sums are looked at together, which is eight times as fast.
     if tensors and not torch.isfinite(torch.stack([tensor.sum() for tensor in tensors.values()])).all():
         for key, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
