@@ -169,7 +169,7 @@ ROUTES: tuple[Route, ...] = (
         m.RetrieveFutures,
     ),
     Route("POST", "/cancel_future", "cancel_future", "Stop drawing for a sample request.", m.RequestOnly),
-    Route("GET", "/training_runs", "list_runs", "The caller's runs, newest first."),
+    Route("GET", "/training_runs", "list_runs", "The caller's runs, newest first (?project_id=)."),
     Route("GET", "/training_runs/{run}", "get_run", "One run."),
     Route("GET", "/training_runs/{run}/checkpoints", "list_run_checkpoints", "A run's checkpoints."),
     Route("GET", "/checkpoints", "list_checkpoints", "The caller's checkpoints, newest first."),
