@@ -121,6 +121,17 @@ def test_checkpoints_are_listed_with_size_and_age(shell: InteractiveShell, told:
     assert "0 checkpoints" in cell(shell, "%tuft checkpoints 9a1c2a52:1")[1]
 
 
+def test_an_archive_that_cannot_be_written_is_said_in_a_sentence(
+    shell: InteractiveShell, told: StubServer, tmp_path: Path
+) -> None:
+    place = f"/training_runs/{ONE.replace(':', '%3A')}/checkpoints/weights/a/archive"
+    told.routes[f"GET {place}"] = lambda _: (200, {"url": f"{told.address}/file"})
+    result, shown = cell(shell, f"%tuft checkpoints --download a --to {tmp_path / 'none'}")
+    assert not result.success
+    assert "cannot be written (No such file or directory); say where the archive goes: --to DIR" in shown
+    assert "Traceback" not in shown
+
+
 def test_an_older_server_is_told_apart_from_a_refusal(shell: InteractiveShell, told: StubServer) -> None:
     del told.routes["GET /tuft/outlook"]
     result, shown = cell(shell, "%tuft runs")
