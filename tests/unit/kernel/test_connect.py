@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 import tuft_jupyter
 from tests.support.stub_server import KEY, StubServer
-from tuft_jupyter.kernel import connect, discovery
+from tuft_jupyter.kernel import connect, discovery, launch
 from tuft_jupyter.kernel.errors import TuftConnectionError
 
 INJECTED = ("TUFT_ADDRESS", "TUFT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY")
@@ -142,6 +143,31 @@ def test_a_tinker_server_of_another_make_is_used_as_it_is(hosted: StubServer, to
     connection = connect.current()
     assert connection is not None
     assert "tells no more" in repr(connection.table())
+
+
+def test_a_server_of_our_own_that_is_busy_is_not_ended(
+    hosted: StubServer, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S0-45: what runs there would be lost with it; a server whose process ended is let go at once."""
+    tuft_jupyter.init(report=told)
+    connection = connect.current()
+    assert connection is not None
+    process = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    connection.server = launch.OwnedServer(
+        hosted.address, process, os.open(os.devnull, os.O_RDONLY), Path("/x")
+    )
+    monkeypatch.setattr(connect, "PROBE_SECONDS", 0.1)
+    healthy = hosted.routes["GET /healthz"]
+    hosted.routes["GET /healthz"] = lambda query: (time.sleep(0.5), healthy(query))[1]
+    tuft_jupyter.init(report=told)
+    assert connect.current() is connection
+    process.kill()
+    process.wait()
+    tuft_jupyter.init(report=told)
+    assert connect.current() is not connection
+    assert f"{hosted.address} no longer answers" in told.of("note")
 
 
 def test_init_is_idempotent(hosted: StubServer, told: Told) -> None:
