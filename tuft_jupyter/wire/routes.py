@@ -55,10 +55,13 @@ class Route:
     dialect: Dialect = Dialect.TINKER
     upload: bool = False
     """the body goes into a file, and the limit is that of uploads"""
+    rest: bool = False
+    """the last part of the path may hold slashes, as the names of models do"""
 
     @property
     def pattern(self) -> str:
-        return pattern_of(self.path)
+        found = pattern_of(self.path)
+        return found.removesuffix("[^/]+)$") + ".+)$" if self.rest else found
 
 
 BULK = 64 * MIB
@@ -313,7 +316,7 @@ OPENAI_ROUTES: tuple[Route, ...] = (
         "The base models and the caller's checkpoints.",
         dialect=Dialect.OPENAI,
     ),
-    Route("GET", "/models/{model}", "oai_model", "One model.", dialect=Dialect.OPENAI),
+    Route("GET", "/models/{model}", "oai_model", "One model.", dialect=Dialect.OPENAI, rest=True),
     Route(
         "POST",
         "/completions",
