@@ -114,6 +114,18 @@ def test_a_run_that_could_be_either_is_asked_back(shell: InteractiveShell, told:
     assert "'abc' could be any of" in shown
 
 
+def test_an_sdk_that_cannot_go_on_with_a_run_leaves_it_where_it_is(
+    shell: InteractiveShell, told: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1-08: SDKs before 0.38 make no client of an existing model."""
+    monkeypatch.delattr("tinker.lib.public_interfaces.training_client.fetch_training_info")
+    result, shown = cell(shell, "%tuft resume 6f1c2a52:0")
+    assert not result.success
+    assert 'cannot go on with a live run: %pip install "tinker>=0.38,<0.39"' in shown
+    assert "Traceback" not in shown
+    assert not [route for route, _ in told.asked if route.endswith("/resume")]
+
+
 def test_checkpoints_are_listed_with_size_and_age(shell: InteractiveShell, told: StubServer) -> None:
     _, shown = cell(shell, "%tuft checkpoints")
     for part in (f"tinker://{ONE}/weights/a", "training", "123 kB", "2 h ago", "for good"):
