@@ -173,6 +173,7 @@ class Client:
             )
             with _opener(self.address).open(request, timeout=timeout) as response:
                 told = response.read(MAX_ANSWER)
+                _whole(response)
         try:
             answer = json.loads(told)
         except ValueError:
@@ -187,8 +188,13 @@ def _chunks(url: str) -> Iterator[bytes]:
     with _failures(), _opener(url).open(url, timeout=CALL_SECONDS) as response:
         while chunk := response.read(CHUNK):
             yield chunk
-        if response.length:  # http.client takes an early end for the end
-            raise http.client.IncompleteRead(b"", response.length)
+        _whole(response)
+
+
+def _whole(response: Any) -> None:
+    """IncompleteRead if something is left of an answer that was read: http.client takes an early end for the end."""
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from tuft_jupyter.kernel.versions import sdk_refusal, sdk_version
 
 Report = Callable[[str, str], None]
 
-PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
 @dataclass(slots=True)

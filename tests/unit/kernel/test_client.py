@@ -47,6 +47,9 @@ def test_a_download_that_breaks_off_leaves_no_file(raw: Raw, tmp_path: Path) -> 
     with pytest.raises(Unreachable):
         list(Client(address).save(f"{address}/file", target))
     assert list(tmp_path.iterdir()) == []
+    address = raw(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"runs": [')
+    with pytest.raises(Unreachable):
+        Client(address).outlook()
 
 
 def test_an_answer_that_breaks_off_is_not_taken_for_a_short_one(raw: Raw) -> None:

@@ -73,12 +73,13 @@ def test_init_points_the_sdk_at_the_server(server: StubServer, told: Told) -> No
     del os.environ["TUFT_API_KEY"]
 
 
+@pytest.mark.parametrize("scheme", ["http", "https", "all"])
 def test_a_proxy_is_not_asked_for_loopback(
-    server: StubServer, told: Told, monkeypatch: pytest.MonkeyPatch
+    scheme: str, server: StubServer, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The SDK honours HTTP_PROXY also for 127.0.0.1, and would hang."""
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    """The SDK honours HTTP_PROXY also for 127.0.0.1, and would hang; a notebook server may speak https there."""
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "intra.example")
     tuft_jupyter.init(address=server.address, api_key=KEY, report=told)
     assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "intra.example,127.0.0.1,localhost"
