@@ -300,7 +300,8 @@ def _minimal(model: str | None, home: Path, env: Mapping[str, str]) -> dict[str,
 def _read(reader: Reader, document: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
     """Either notation; a file with ``applications`` may have keys of our own notation beside them."""
     ours = {key: value for key, value in document.items() if key not in translated.KEYS}
-    chosen = ours.pop("backends", None) or {}
+    chosen = ours.pop("backends", None)
+    chosen = {} if chosen is None else chosen
     values: dict[str, Any] = reader.read(Settings, ours, without=_SET_ELSEWHERE, also=translated.KEYS)
     elsewhere: dict[str, Any] = {}
     if len(ours) + ("backends" in document) < len(document):
