@@ -7,8 +7,10 @@ is loaded from its newest saved state into a new run. The SDK is imported by :fu
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tuft_jupyter.kernel import connect
@@ -80,8 +82,25 @@ def resume(run: str | None = None, report: Report | None = None) -> Any:
     connection = connected()
     client = connection.client
     found = find(client, run)
-    if found["status"] in GONE:
-        return _reload(client, found, report)
+    with _of_the_sdk():
+        return (_reload if found["status"] in GONE else _taken_over)(client, found, report)
+
+
+@contextmanager
+def _of_the_sdk() -> Iterator[None]:
+    """What the SDK raises, in a sentence: the server's own words, where it has some."""
+    try:
+        yield
+    except Exception as error:
+        sdk = sys.modules.get("tinker")
+        if sdk is None or not isinstance(error, sdk.TinkerError):
+            raise
+        said = getattr(error, "body", None)
+        words = said.get("detail") if isinstance(said, dict) else None
+        raise TuftConnectionError(f"The SDK cannot go on with it: {words or error}.") from None
+
+
+def _taken_over(client: Client, found: dict[str, Any], report: Report) -> Any:
     report("run", f"{short(found['id'])} on {found['base_model']}: finding its next step ...")
     make = _maker()  # before the run is taken from where it is
     service = connect.get_service_client()

@@ -126,6 +126,14 @@ def test_an_sdk_that_cannot_go_on_with_a_run_leaves_it_where_it_is(
     assert not [route for route, _ in told.asked if route.endswith("/resume")]
 
 
+def test_what_the_sdk_is_refused_is_said_in_a_sentence(shell: InteractiveShell, told: StubServer) -> None:
+    told.routes["POST /client/config"] = lambda _: (400, {"detail": "this server takes no more sessions"})
+    result, shown = cell(shell, "%tuft resume 6f1c2a52:0")
+    assert not result.success
+    assert "cannot go on with it: this server takes no more sessions." in shown
+    assert "Traceback" not in shown
+
+
 def test_checkpoints_are_listed_with_size_and_age(shell: InteractiveShell, told: StubServer) -> None:
     _, shown = cell(shell, "%tuft checkpoints")
     for part in (f"tinker://{ONE}/weights/a", "training", "123 kB", "2 h ago", "for good"):
