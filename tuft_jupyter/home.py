@@ -90,6 +90,12 @@ def private_file(path: Path) -> Path:
     return path
 
 
+def reached_at(host: str, port: int | str) -> str:
+    """Where this machine's own programs reach a server that listens on ``host``, or on all addresses there are."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def write_address(home: Path, address: str) -> None:
     """Say where the server that just started listens."""
     private_directory(home)

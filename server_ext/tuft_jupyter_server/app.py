@@ -151,7 +151,8 @@ def tell_kernels(host: Host, serverapp: Any) -> None:
         return
     address, key = shared_service() or (address_of(serverapp), host.key)
     os.environ.update(zip(INJECTED, (address, key, address, key), strict=True))
-    proxies = any(os.environ.get(name) for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"))
+    named = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    proxies = any(os.environ.get(name) or os.environ.get(name.lower()) for name in named)
     exempt = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
     if proxies and "127.0.0.1" not in exempt:  # a proxy would be asked for our own loopback address
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(

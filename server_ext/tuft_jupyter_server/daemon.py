@@ -17,7 +17,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application
 
 from tuft_jupyter.config import Settings
-from tuft_jupyter.home import remove_address, write_address
+from tuft_jupyter.home import reached_at, remove_address, write_address
 from tuft_jupyter_server import logs, tinker
 from tuft_jupyter_server.host import Host
 
@@ -54,8 +54,8 @@ async def serve_host(host: Host, prefix: str) -> None:
         Application(tinker.rules(prefix, host)), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20
     )
     server.add_sockets(sockets)
-    address = f"http://{settings.host}:{sockets[0].getsockname()[1]}"
-    if settings.host not in ("0.0.0.0", "::"):
+    address = reached_at(settings.host, sockets[0].getsockname()[1])
+    if settings.host not in ("", "0.0.0.0", "::"):  # a name that holds from other machines too
         host.answers_at(address if prefix == PREFIX else address + prefix)
     await host.start()
     if host.problem and not host.journal.elsewhere:

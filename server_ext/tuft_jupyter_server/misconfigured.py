@@ -27,8 +27,8 @@ class Why(APIHandler):
     async def get(self) -> None:
         self._answer(self.problem)
 
-    def _answer(self, problem: str) -> None:
-        self.set_status(503)
+    def _answer(self, problem: str, status: int = 503) -> None:
+        self.set_status(status)
         self.finish(
             msgspec.json.encode(
                 {"problem": problem, "detail": problem, "error": problem, "category": "server"}
@@ -37,14 +37,22 @@ class Why(APIHandler):
 
 
 class Unusable(Why):
-    """The same to a client with a key, without what only the owner should read: paths and values."""
+    """The same to a client with a key, without what only the owner should read: paths and values.
+
+    400, because it does not get better by itself: after a 503 the SDK would ask for five minutes, and without a pause
+    for what it waits for. Only who asks for the server's health is told 503.
+    """
 
     def check_xsrf_cookie(self) -> None:
         """Nothing can be done here that another site could want done."""
 
     @allow_unauthenticated
     async def get(self, *_: str) -> None:
-        self._answer("this server's tuft-jupyter configuration cannot be used: its panel and its log say why")
+        health = self.request.path.endswith(("/healthz", "/readyz"))
+        self._answer(
+            "this server's tuft-jupyter configuration cannot be used: its panel and its log say why",
+            503 if health else 400,
+        )
 
     post = put = delete = get
 

@@ -82,6 +82,9 @@ def test_a_copy_is_deleted_by_itself_and_stays_after_a_restart(tmp_path: Path) -
         )
         found = (await server.post("/sessions/search", {"project_ids": ["p"]}, BOB_KEY))["sessions"]
         assert [(s["session_id"], s["checkpoints_count"]) for s in found] == [(session, 2)]
+        runs = await told(server, "/training_runs?project_id=p", BOB_KEY)
+        assert (len(runs["training_runs"]), runs["cursor"]["total_count"]) == (2, 2)
+        assert (await told(server, "/training_runs?project_id=q", BOB_KEY))["training_runs"] == []
         assert (await server.ask("DELETE", of(source))).code == 200
 
     async def after(server: Server) -> None:

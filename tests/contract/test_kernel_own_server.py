@@ -197,7 +197,7 @@ print("children", found, len(psutil.Process().children()))
     assert "children 0 0" in done.stdout
 
 
-@pytest.mark.parametrize("how", ["any free port", "a port of the file"])
+@pytest.mark.parametrize("how", ["any free port", "a port of the file", "every address"])
 def test_a_daemon_is_found_and_stopped_wherever_it_listens(
     how: str, env: dict[str, str], config: Path, port: int, home: Path
 ) -> None:
@@ -206,7 +206,8 @@ def test_a_daemon_is_found_and_stopped_wherever_it_listens(
         config.write_text(f"{config.read_text()}port: {port}\n")
         arguments, wanted = [], port
     else:
-        arguments, wanted = ["--port", "0"], None
+        everywhere = ["--host", "0.0.0.0"] if how == "every address" else []
+        arguments, wanted = [*everywhere, "--port", "0"], None
     import subprocess
 
     with (home / "log").open("wb") as log:
@@ -217,6 +218,7 @@ def test_a_daemon_is_found_and_stopped_wherever_it_listens(
     try:
         until(lambda: homes.read_address(home / "tuft") is not None, 60, "no address file")
         address = str(homes.read_address(home / "tuft"))
+        assert address.startswith("http://127.0.0.1:")
         assert wanted is None or address.endswith(f":{wanted}")
         assert ask(address, "healthz", key_of(home))["status"] == "ok"
         homes.address_path(home / "tuft").unlink()

@@ -162,9 +162,11 @@ def test_a_server_of_another_user_is_neither_found_nor_told_the_key(
     neither the process scan nor an address file leads there."""
     if os.getuid() != 0 and user == "another user":
         pytest.skip("only root can start a process of another user")
-    code = LOOKALIKE.format(uid=NOBODY if user == "another user" else os.getuid(), key=KEY)
+    script = home / "bin" / "tuft"
+    script.parent.mkdir()
+    script.write_text(LOOKALIKE.format(uid=NOBODY if user == "another user" else os.getuid(), key=KEY))
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "tuft", "launch"],
+        [sys.executable, script, "launch"],
         env=environment(home), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.support.http_server import Server, on_server
 from tests.support.live import TO_THE_END
 from tests.support.stub_hub import StubHub
 from tests.support.tiny_models import make_tokenizer
@@ -44,6 +45,26 @@ def test_the_repository_is_the_one_the_sdk_asks_for(name: str) -> None:
     with patch.object(AutoTokenizer, "from_pretrained", return_value="t") as asked:
         sampling_client._load_tokenizer_from_model_info.__wrapped__(name)
     assert asked.call_args.args[0] == repository(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_client_asks_for_the_same_one(name: str, tmp_path: Path) -> None:
+    """S1-35: by what get_info says of the run; the name alone would do for few of them."""
+    from tinker.lib.public_interfaces import sampling_client
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    async def body(server: Server) -> None:
+        session = (await server.post("/create_session", {}))["session_id"]
+        asked = {"session_id": session, "model_seq_id": 0, "base_model": name, "lora_config": {"rank": 4}}
+        await server.post("/create_model", asked)
+        told = (await server.post("/get_info", {"model_id": f"{session}:train:0"}))["model_data"]
+        with patch.object(AutoTokenizer, "from_pretrained", return_value="t") as loading:
+            sampling_client._load_tokenizer_from_model_info.__wrapped__(
+                told["model_name"], told.get("tokenizer_id")
+            )
+        assert loading.call_args.args[0] == repository(name)
+
+    on_server(tmp_path, body, supported_models=[{"model_name": name, "model_path": "tuft/demo"}])
 
 
 SCRIPT = """

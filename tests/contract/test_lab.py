@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tinker
 import websocket
 
 from examples.run_on_server import Server
-from tests.support.live import environment
+from tests.support.live import environment, sdk
 
 PREFIX = "tuft/lab/api/v1"
 
@@ -118,5 +119,11 @@ def test_a_configuration_that_cannot_be_used_is_named_and_jupyter_starts(tmp_pat
         assert "supported_models" in problem
         assert plain(server, "GET", "tuft/lab/state", {})[0] == 403
         status, _, body = plain(server, "POST", "tuft/api/v1/create_session", {}, {})
-        assert status == 503
+        assert status == 400
         assert "suported" not in body.decode()
+        assert plain(server, "GET", "tuft/api/v1/healthz", {})[0] == 503
+        with (
+            sdk(f"{server.url}tuft", "tml-any") as service,
+            pytest.raises(tinker.BadRequestError, match="configuration cannot be used"),
+        ):
+            service.create_lora_training_client("tuft/demo")

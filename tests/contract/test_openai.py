@@ -248,6 +248,14 @@ def test_nobody_samples_what_is_somebody_elses(tmp_path: Path) -> None:
             assert answer.code == 200
         listed = json.loads((await server.ask("/models", X_API_Key=BOB_KEY)).body)["data"]
         assert [model["id"] for model in listed] == ["tuft/demo", own]
+        for name in (
+            "tuft/demo",
+            "tuft%2Fdemo",
+            own,
+            own.replace("/", "%2F"),
+        ):  # not every client encodes a slash
+            found = await server.ask(f"/models/{name}", X_API_Key=BOB_KEY)
+            assert json.loads(found.body)["id"] == name.replace("%2F", "/")
 
     scripted(tmp_path, body)
 

@@ -32,6 +32,10 @@ class StubVllm:
         self.loaded = 0
         self.breaks = 0
         """answers to completions that are cut off"""
+        self.busy = 0
+        """completions that are refused for now"""
+        self.text = "x"
+        """of each token that is drawn"""
         self.hold: threading.Event | None = None
         self.gone = threading.Event()
         """a client went away while it was held"""
@@ -82,6 +86,9 @@ class StubVllm:
             return self._load(body) if path == "/v1/load_lora_adapter" else self._unload(body)
         if path == "/tokenize":
             return 200, {"count": len(str(body.get("prompt") or body.get("messages")))}
+        if self.busy and path.endswith("completions"):
+            self.busy -= 1
+            return 429, error(429, "Too many requests", "RateLimitError")
         if path in ("/v1/completions", "/v1/chat/completions"):
             if body["model"] not in {self.model, *self.adapters}:
                 return 404, error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
@@ -138,7 +145,7 @@ class StubVllm:
         choices = []
         for index in range(body.get("n", 1)):
             token = (prompt[-1] + index + shift) % VOCAB
-            choice: dict[str, Any] = {"index": index, "text": "x" * length, "finish_reason": "length"}
+            choice: dict[str, Any] = {"index": index, "text": self.text * length, "finish_reason": "length"}
             if k is not None:
                 name = f"token_id:{token}"
                 top = {name: -0.5} | {f"token_id:{(token + j) % VOCAB}": -0.5 - j for j in range(1, k)}
@@ -209,7 +216,8 @@ class StubVllm:
                 ]
                 if (body.get("stream_options") or {}).get("include_usage"):
                     lines.append({**value, "choices": []})
-                text = "".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n"
+                told = [json.dumps(line, ensure_ascii=False) for line in lines]  # as vLLM writes it
+                text = "".join(f"data: {line}\n\n" for line in [*told, "[DONE]"])
                 self._send(200, "text/event-stream", text.encode())
 
             def _send(self, status: int, content_type: str, text: bytes) -> None:

@@ -155,7 +155,13 @@ def test_a_local_directory_wins_over_a_hub_id_of_the_same_name(
         (SEED + "persistence: {mod: file}", ["persistence.mod", "did you mean 'mode'"]),
         (SEED + "home: /x", ["unknown key 'home'"]),
         ("- a", ["must hold keys and values"]),
+        (SEED + "authorized_users: {tml-1: ''}", ["authorized_users", "write KEY: NAME"]),
+        (SEED + "public_url: 'http://[::1'", ["public_url must be an address"]),
+        (SEED + "backends: {training_url: 'http://a:99999'}", ["training_url must be an address"]),
+        (SEED + "backends: false", ["backends must hold keys and values, not False"]),
         ("a: [", ["not valid YAML"]),
+        (SEED + SEED, ["'supported_models' is given twice", "line"]),
+        (SEED + "persistence: {mode: file, mode: redis}", ["'mode' is given twice"]),
         ("", ["must hold keys and values"]),
     ],
 )
@@ -330,7 +336,18 @@ def test_a_model_path_in_the_environment_is_served_without_a_file(
     assert load_settings(None, env).supported_models == ()
 
 
-def test_the_file_of_a_server_that_was_named_none(env: dict[str, str], write: Any, tmp_path: Path) -> None:
+def test_merged_keys_may_be_said_again(write: Any, env: dict[str, str]) -> None:
+    """YAML's own way to say what differs is no second saying."""
+    text = "supported_models:\n- &demo {model_name: tuft/demo, max_lora_rank: 4}\n- {<<: *demo, model_name: other}\n"
+    assert [(m.model_name, m.max_lora_rank) for m in load_settings(write(text), env).supported_models] == [
+        ("tuft/demo", 4),
+        ("other", 4),
+    ]
+
+
+def test_the_file_of_a_server_that_was_named_none(
+    env: dict[str, str], write: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """S0-28, S0-31: TUFT_CONFIG, then the Jupyter trait, then the default place."""
     given, trait = write(SEED), tmp_path / "trait.yaml"
     trait.write_text(SEED)
@@ -342,6 +359,7 @@ def test_the_file_of_a_server_that_was_named_none(env: dict[str, str], write: An
     assert config_file(env, str(trait)) == trait
     assert config_file(env | {"TUFT_CONFIG": str(given)}, str(trait)) == given
     assert config_file(env | {"TUFT_CONFIG": "/no/such.yaml"}, "") == default
+    assert "TUFT_CONFIG names /no/such.yaml, which does not exist; looking further" in caplog.text
 
 
 def test_the_sampler_is_chosen_by_what_is_there(write: Any, env: dict[str, str]) -> None:

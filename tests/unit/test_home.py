@@ -6,6 +6,8 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tuft_jupyter import home as homes
 
 
@@ -47,6 +49,19 @@ def test_a_readable_key_is_made_private_again(tmp_path: Path) -> None:
 def test_an_empty_key_file_is_replaced(tmp_path: Path) -> None:
     homes.credentials_path(tmp_path).write_text("\n")
     assert homes.ensure_key(tmp_path).startswith("tml-")
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("gpu.example", "http://gpu.example:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("fe80::1", "http://[fe80::1]:80"),
+    ],
+)
+def test_where_a_server_listens_is_where_this_machine_reaches_it(host: str, address: str) -> None:
+    assert homes.reached_at(host, 80) == address
 
 
 def test_an_address_is_private_and_taken_back_only_by_its_writer(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_torchspecs_sections_are_read_as_they_are(tmp_path: Path) -> None:
         ("placement: {inference_num_gpus: 3, nnodes: 2}", "multiple of the 2 processes"),
         ("placement: {dist_init_addr: somewhere}", "must be IP:PORT"),
         ("placement: {dist_timeout: 0}", "dist_timeout must be more than 0"),
+        ("placement: {dist_timeout: .nan}", "dist_timeout must be more than 0"),
         ("placement: all\ntraining: {training_num_nodes: 2}", "placement must hold keys and values"),
         ("training: {training_gpus: 3}", "unknown key 'training'"),
         ("inference: {sglang: {mem_fraction: 0.3}}", "unknown key 'inference'"),

@@ -10,6 +10,7 @@ Every plain field ``x`` of :class:`Settings` can be given as ``TUFT_X`` in the e
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -31,6 +32,8 @@ from tuft_jupyter.config.sections import ModelSettings as ModelSettings
 from tuft_jupyter.config.sections import PersistenceConfig as PersistenceConfig
 from tuft_jupyter.config.sections import TenantSettings as TenantSettings
 from tuft_jupyter.models import context_offered
+
+log = logging.getLogger("tuft_jupyter.config")
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 10610
 DEFAULT_RANK_LIMIT = 64
@@ -162,6 +165,8 @@ class Settings:
             (self.placement or PlacementConfig()).check(model, sampling_gpus(self.placement, model))
         if "" in self.authorized_users:
             raise ConfigError("authorized_users has an empty key")
+        if "" in self.authorized_users.values():
+            raise ConfigError("authorized_users has a key for nobody; write KEY: NAME")
         if any(name.startswith("tml-") for name in self.authorized_users.values()):
             raise ConfigError("authorized_users has a key where a tenant's name belongs; write KEY: NAME")
 
@@ -246,9 +251,12 @@ def load_settings(
 
 def config_file(env: Mapping[str, str] = os.environ, trait: str = "") -> Path | None:
     """The file a server reads if none is named: ``TUFT_CONFIG``, the Jupyter trait, the default place."""
-    for candidate in (env.get("TUFT_CONFIG"), trait):
-        if candidate and Path(candidate).expanduser().is_file():
-            return Path(candidate).expanduser()
+    for named, candidate in (("TUFT_CONFIG", env.get("TUFT_CONFIG")), ("config_path", trait)):
+        if candidate:
+            path = Path(candidate).expanduser()
+            if path.is_file():
+                return path
+            log.warning("%s names %s, which does not exist; looking further", named, path)
     default = homes.default_config(homes.home_dir(env))
     return default if default.is_file() else None
 
@@ -292,7 +300,8 @@ def _minimal(model: str | None, home: Path, env: Mapping[str, str]) -> dict[str,
 def _read(reader: Reader, document: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
     """Either notation; a file with ``applications`` may have keys of our own notation beside them."""
     ours = {key: value for key, value in document.items() if key not in translated.KEYS}
-    chosen = ours.pop("backends", None) or {}
+    chosen = ours.pop("backends", None)
+    chosen = {} if chosen is None else chosen
     values: dict[str, Any] = reader.read(Settings, ours, without=_SET_ELSEWHERE, also=translated.KEYS)
     elsewhere: dict[str, Any] = {}
     if len(ours) + ("backends" in document) < len(document):
@@ -326,9 +335,26 @@ def _local(model: ModelSettings, base: Path) -> ModelSettings:
     return replace(model, model_path=str(directory)) if directory.is_dir() else model
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is given twice: PyYAML would take the last one, and say nothing of what it drops."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(
             f"Config file not found: {path}; name one that exists, or leave it out to offer tuft/demo"

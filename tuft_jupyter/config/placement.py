@@ -58,7 +58,7 @@ class PlacementConfig:
         for name in (*TRAINING, *INFERENCE[:3]):
             at_least(name, getattr(self, name), 1)
         at_least("wait_seconds", self.wait_seconds, 0)
-        if self.dist_timeout <= 0:
+        if not self.dist_timeout > 0:
             raise ConfigError(f"dist_timeout must be more than 0, not {self.dist_timeout}")
         if self.dist_init_addr is not None and not _is_address(self.dist_init_addr):
             raise ConfigError(f"dist_init_addr must be IP:PORT, not {self.dist_init_addr!r}")

@@ -145,7 +145,12 @@ def usable(name: str, path: Path) -> Iterator[None]:
 
 def web_address(name: str, text: str) -> None:
     """ConfigError unless a text is empty, or an http or https address without a query."""
-    parts = urlsplit(text)
-    plain = text.isascii() and text.isprintable() and " " not in text and not parts.query + parts.fragment
-    if text and not (plain and parts.scheme in ("http", "https") and parts.hostname):
+    plain = text.isascii() and text.isprintable() and " " not in text
+    try:
+        parts = urlsplit(text)
+        plain = plain and not parts.query + parts.fragment and parts.port != 0
+        plain = plain and parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # half of an IPv6 address, a port that is none
+        plain = False
+    if text and not plain:
         raise ConfigError(f"{name} must be an address such as https://gpu.example.org/tuft, not {text!r}")

@@ -20,7 +20,14 @@ import numpy as np
 from tuft_jupyter.core.engine import Listener, Part, TextTask
 from tuft_jupyter.core.errors import TuftError, UserError
 from tuft_jupyter.core.quotas import check_input
-from tuft_jupyter.core.types import Drawn, Int32Array, SampleRequest, SampleResult, SamplingParams
+from tuft_jupyter.core.types import (
+    Drawn,
+    Int32Array,
+    SampleRequest,
+    SampleResult,
+    SamplingParams,
+    StopReason,
+)
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.text import Reader, StopFinder, TextModel
 from tuft_jupyter.wire.openai import Answer, Choice, TextRequest, TokenLogprob, decode_request, usage_of
@@ -270,7 +277,8 @@ class _ChoiceText:
         if drawn.stop_reason is not None:
             if not self._silent:
                 fresh.text += self._stops.push(self._reader.rest()) + self._stops.rest()
-            fresh.finish_reason = drawn.stop_reason.value
+            cut = self._stops.found  # here, where the sampler, which reads other pieces, may have seen none
+            fresh.finish_reason = StopReason.STOP.value if cut else drawn.stop_reason.value
         self.choice.text += fresh.text
         self.choice.tokens += fresh.tokens
         self.choice.finish_reason = fresh.finish_reason

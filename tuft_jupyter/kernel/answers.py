@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tuft_jupyter.kernel.client import Client, Refused
+from tuft_jupyter.kernel.client import Client, Refused, Unreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ def answer(client: Client, model: str, prompt: str, drawing: Drawing) -> Iterato
         if event == "[DONE]":
             return
         yield from _text(json.loads(event))
+    raise Unreachable("the answer broke off")
 
 
 def _text(event: Mapping[str, Any]) -> Iterator[str]:

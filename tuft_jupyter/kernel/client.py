@@ -16,6 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,14 @@ def normal(address: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    host = urllib.parse.urlsplit(address).hostname or ""
+    """Whether it leads to this machine itself; 0.0.0.0, where a server listens everywhere, does so too."""
+    host = ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        host = urllib.parse.urlsplit(address).hostname or ""
+        found = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
+    return found.is_loopback or found.is_unspecified
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,39 +129,35 @@ class Client:
         return self.call(method, f"{route}/{verb}" if verb else route)
 
     def save(self, url: str, target: Path) -> Iterator[int]:
-        """Fetch a signed address of this server into a file, whole or not at all; yields the bytes so far."""
+        """Fetch a signed address of this server into a file, whole or not at all; yields the bytes so far.
+
+        OSError if the file cannot be written.
+        """
         parts = urllib.parse.urlsplit(self.address)
         here = urllib.parse.urlsplit(url)._replace(scheme=parts.scheme, netloc=parts.netloc).geturl()
         fresh = target.with_name(f".{target.name}.part")
         try:
-            with _opener(here).open(here, timeout=CALL_SECONDS) as response, fresh.open("wb") as file:
-                while chunk := response.read(CHUNK):
+            with fresh.open("wb") as file:
+                for chunk in _chunks(here):
                     file.write(chunk)
                     yield file.tell()
             fresh.replace(target)
-        except urllib.error.HTTPError as error:
-            raise Refused(error.code, _words(error)) from None
-        except (http.client.HTTPException, TimeoutError, urllib.error.URLError) as error:
-            raise Unreachable(str(getattr(error, "reason", error))) from None
         finally:
             fresh.unlink(missing_ok=True)
 
     def events(self, path: str, body: dict[str, Any]) -> Iterator[str]:
         """Post to a path below the address, and the data of each server-sent event of the answer, as it comes."""
         headers = {"Content-Type": "application/json", "X-API-Key": self.key}
-        request = urllib.request.Request(
-            f"{self.address}/{path}", data=json.dumps(body).encode(), headers=headers, method="POST"
-        )
-        try:
+        data = json.dumps(body).encode()
+        with _failures():
+            request = urllib.request.Request(
+                f"{self.address}/{path}", data=data, headers=headers, method="POST"
+            )
             with _opener(self.address).open(request, timeout=ANSWER_SECONDS) as response:
                 for line in response:
                     name, _, value = line.decode().rstrip().partition(": ")
                     if name == "data":
                         yield value
-        except urllib.error.HTTPError as error:
-            raise Refused(error.code, _words(error)) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise Unreachable(str(getattr(error, "reason", error) or type(error).__name__)) from None
 
     def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float = CALL_SECONDS
@@ -167,21 +167,47 @@ class Client:
         data = None
         if body is not None:
             data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
-        request = urllib.request.Request(
-            f"{self.address}/api/v1/{path}", data=data, headers=headers, method=method
-        )
-        try:
+        with _failures():
+            request = urllib.request.Request(
+                f"{self.address}/api/v1/{path}", data=data, headers=headers, method=method
+            )
             with _opener(self.address).open(request, timeout=timeout) as response:
-                answer = json.loads(response.read(MAX_ANSWER))
-        except urllib.error.HTTPError as error:
-            raise Refused(error.code, _words(error)) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise Unreachable(str(getattr(error, "reason", error) or type(error).__name__)) from None
+                told = response.read(MAX_ANSWER)
+                _whole(response)
+        try:
+            answer = json.loads(told)
         except ValueError:
             raise Refused(200, "the answer is not JSON") from None
         if not isinstance(answer, dict):
             raise Refused(200, "the answer is not a JSON object")
         return answer
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    """What lies at an address, to its end; Unreachable if the connection breaks before."""
+    with _failures(), _opener(url).open(url, timeout=CALL_SECONDS) as response:
+        while chunk := response.read(CHUNK):
+            yield chunk
+        _whole(response)
+
+
+def _whole(response: Any) -> None:
+    """IncompleteRead if something is left of an answer that was read: http.client takes an early end for the end."""
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """What goes wrong on the way, as one of our two exceptions."""
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        raise Refused(error.code, _words(error)) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise Unreachable(str(getattr(error, "reason", error) or type(error).__name__)) from None
+    except ValueError:  # whose text may hold the key
+        raise Unreachable("the address or the key holds something that HTTP cannot send") from None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -18,8 +18,16 @@ from typing import Any
 from tuft_jupyter import home as homes
 from tuft_jupyter.config import ConfigError, load_settings
 from tuft_jupyter.kernel import launch, models
-from tuft_jupyter.kernel.client import Client, Refused, Unreachable, is_loopback, normal
-from tuft_jupyter.kernel.discovery import Found, check, discover
+from tuft_jupyter.kernel.client import (
+    CALL_SECONDS,
+    PROBE_SECONDS,
+    Client,
+    Refused,
+    Unreachable,
+    is_loopback,
+    normal,
+)
+from tuft_jupyter.kernel.discovery import PATIENCE, Found, check, discover
 from tuft_jupyter.kernel.errors import TuftConnectionError
 from tuft_jupyter.kernel.launch import OwnedServer
 from tuft_jupyter.kernel.report import Progress, Table, status_table
@@ -28,7 +36,7 @@ from tuft_jupyter.kernel.versions import sdk_refusal, sdk_version
 
 Report = Callable[[str, str], None]
 
-PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
 @dataclass(slots=True)
@@ -113,7 +121,7 @@ class _Wish:
 
 def _init(wish: _Wish, again: bool, report: Report) -> None:
     global _connection
-    if _connection is not None and not _connection.client.alive():
+    if _connection is not None and not _answers(_connection):
         report("note", f"{_connection.address} no longer answers; connecting anew")
         shutdown()
     if _connection is None:
@@ -146,6 +154,12 @@ def _init(wish: _Wish, again: bool, report: Report) -> None:
         report("note", f"config={os.fspath(wish.config)} is not used, because {_connection.address} is; "
                        "`%tuft shutdown` first, then init with it")  # fmt: skip
     _finish(_connection, wish.model, report)
+
+
+def _answers(connection: Connection) -> bool:
+    """Whether the server is there; one of our own whose process lives is only busy, and is not ended for that."""
+    runs = connection.server is not None and connection.server.process.poll() is None
+    return connection.client.alive(CALL_SECONDS if runs else PROBE_SECONDS)
 
 
 def is_initialized() -> bool:
@@ -249,7 +263,7 @@ def _start(wish: _Wish, report: Report, note: Callable[[str], None]) -> tuple[Fo
     began = time.monotonic()
     server = launch.start(source.path, env)
     report("started", f"{server.address} in {time.monotonic() - began:.1f} s (ends with this kernel)")
-    offered = check(server.address, key)
+    offered = check(server.address, key, patience=PATIENCE)
     if isinstance(offered, str):
         server.stop()
         raise TuftConnectionError(f"The server that was started at {server.address} is of no use: {offered}.")

@@ -7,14 +7,17 @@ is loaded from its newest saved state into a new run. The SDK is imported by :fu
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tuft_jupyter.kernel import connect
 from tuft_jupyter.kernel.client import Client
 from tuft_jupyter.kernel.errors import TuftConnectionError, in_a_sentence
 from tuft_jupyter.kernel.report import Progress
+from tuft_jupyter.kernel.versions import SDK_REQUIREMENT, sdk_version
 
 GONE = ("failed", "closed")
 Report = Callable[[str, str], None]
@@ -79,32 +82,60 @@ def resume(run: str | None = None, report: Report | None = None) -> Any:
     connection = connected()
     client = connection.client
     found = find(client, run)
-    if found["status"] in GONE:
-        return _reload(client, found, report)
+    with _of_the_sdk():
+        return (_reload if found["status"] in GONE else _taken_over)(client, found, report)
+
+
+@contextmanager
+def _of_the_sdk() -> Iterator[None]:
+    """What the SDK raises, in a sentence: the server's own words, where it has some."""
+    try:
+        yield
+    except Exception as error:
+        sdk = sys.modules.get("tinker")
+        if sdk is None or not isinstance(error, sdk.TinkerError):
+            raise
+        said = getattr(error, "body", None)
+        words = said.get("detail") if isinstance(said, dict) else None
+        raise TuftConnectionError(f"The SDK cannot go on with it: {words or error}.") from None
+
+
+def _taken_over(client: Client, found: dict[str, Any], report: Report) -> Any:
     report("run", f"{short(found['id'])} on {found['base_model']}: finding its next step ...")
+    make = _maker()  # before the run is taken from where it is
     service = connect.get_service_client()
     began = time.monotonic()
     with in_a_sentence(client):
         taken = client.resume(found["id"], service.holder.get_session_id())
-    training = _client_of(service, taken["model_id"], taken["next_seq"])
+    training = make(service, taken["model_id"], taken["next_seq"])
     queued = f"; {taken['pending']} requests of before come first" if taken["pending"] else ""
     report("run", f"{short(found['id'])} on {found['base_model']}")
     report("resumed", f"at step {taken['step']} in {time.monotonic() - began:.1f} s{queued}")
     return training
 
 
-def _client_of(service: Any, model_id: str, next_seq: int) -> Any:
-    """A stock training client of an existing model, whose first request has the number ``next_seq``.
+def _maker() -> Callable[[Any, str, int], Any]:
+    """A function that makes a stock training client of an existing model, whose first request has a given number.
 
     The SDK makes such clients for new models only; what it counts with are these two fields (SDK 0.38).
+    TuftConnectionError if this one is of another make.
     """
-    from tinker.lib.public_interfaces.training_client import TrainingClient, fetch_training_info
+    try:
+        from tinker.lib.public_interfaces.training_client import TrainingClient, fetch_training_info
+    except ImportError:
+        raise TuftConnectionError(
+            f"tinker {sdk_version()} cannot go on with a live run: "
+            f'%pip install "{SDK_REQUIREMENT}", restart the kernel and run the cell again.'
+        ) from None
 
-    holder = service.holder
-    info = holder.run_coroutine_threadsafe(fetch_training_info(holder, model_id)).result()
-    training = TrainingClient(holder, holder.get_training_client_id(), model_id, info=info)
-    training._request_id_counter = training._turn_counter = next_seq - 1
-    return training
+    def make(service: Any, model_id: str, next_seq: int) -> Any:
+        holder = service.holder
+        info = holder.run_coroutine_threadsafe(fetch_training_info(holder, model_id)).result()
+        training = TrainingClient(holder, holder.get_training_client_id(), model_id, info=info)
+        training._request_id_counter = training._turn_counter = next_seq - 1
+        return training
+
+    return make
 
 
 def _reload(client: Client, run: dict[str, Any], report: Report) -> Any:

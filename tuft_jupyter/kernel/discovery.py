@@ -6,14 +6,15 @@
 else is tried. The value that the notebook server itself puts into ``TINKER_BASE_URL`` equals ``TUFT_ADDRESS``
 and does not count as the user's own.
 
-It promises to wait at most two seconds for each place, and to hand the user's generated key to no process of
-another user on this machine.
+It promises to wait at most two seconds for each place where nothing is alive, and to hand the user's generated key to
+no process of another user on this machine.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from tuft_jupyter.kernel.errors import TuftConnectionError
 
 HUB_SECONDS = 30.0
 """The Hub's service is the one place to go, and may be busy when everybody begins at once."""
+PATIENCE = 60.0
+"""With a server that was named and is alive: before it answers anything else it reads its journal."""
+BUSY_SECONDS = 0.5
 REFUSED = "the server there refuses this key"
 OTHER_KEY = "; pass api_key= or set TUFT_API_KEY to a key of that server"
 OUR_COMMANDS = ("tuft", "jupyter-tuft")
@@ -84,11 +88,13 @@ def discover(
     tried: set[str] = set()
     refused: tuple[str, str, str] | None = None
     for place, source in _implicit(home, env):
-        may_be_anybody_s = source in ("address file", "default port") and not given
+        may_be_anybody_s = (
+            source != "TUFT_ADDRESS" and not given
+        )  # files and processes say where a server was
         if place in tried or (may_be_anybody_s and _of_another_user(place)):
             continue
         tried.add(place)
-        outcome = check(place, key)
+        outcome = check(place, key, patience=PATIENCE if source == "TUFT_ADDRESS" else PROBE_SECONDS)
         if isinstance(outcome, list):
             if refused is not None:
                 note(_passed_over(*refused))
@@ -111,26 +117,50 @@ def user_base_url(env: Mapping[str, str]) -> str | None:
     return normal(url)
 
 
-def check(address: str, key: str, seconds: float = PROBE_SECONDS) -> list[str] | str:
+def check(
+    address: str, key: str, seconds: float = PROBE_SECONDS, patience: float = PROBE_SECONDS
+) -> list[str] | str:
     """The models a server offers to this key, or why it cannot be used, as the end of a sentence.
 
-    Alive is not enough: something else on the port may be. A Tinker server also says what it offers.
+    One that does not answer at all is given ``seconds``, one that is alive ``patience``. Alive is not enough: something
+    else on the port may be. A Tinker server also says what it offers.
     """
-    client = Client(address, key)
-    if not client.alive(seconds):
-        return "no TuFT server answers there"
+    nobody = "no TuFT server answers there"
     try:
-        return client.models(timeout=seconds)
+        if Client(address).call("GET", "healthz", timeout=seconds).get("status") != "ok":
+            return nobody
+    except Refused as error:
+        return f"the server there cannot be used ({error})" if error.status == 503 else nobody
+    except Unreachable as error:
+        untrusted = "CERTIFICATE_VERIFY_FAILED" in str(error)
+        return (
+            "the certificate there is not trusted here (SSL_CERT_FILE may name it)" if untrusted else nobody
+        )
+    try:
+        return _offered(Client(address, key), max(seconds, patience))
     except Refused as error:
         if error.status in (401, 403):
             return f"{REFUSED} ({error})"
+        if error.status in (307, 429):
+            return f"the server there cannot be used now ({error})"
         return "what answers there is not a TuFT server"
     except Unreachable:
         return "the server there does not answer in time"
 
 
+def _offered(client: Client, seconds: float) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return client.models(timeout=max(deadline - time.monotonic(), 0.1))
+        except Refused as error:  # "not ready yet", said again and again while a long journal is read
+            if error.status != 429 or time.monotonic() + BUSY_SECONDS > deadline:
+                raise
+            time.sleep(BUSY_SECONDS)
+
+
 def _explicit(address: str, source: str, key: str, remedy: str = "") -> Found:
-    outcome = check(address, key)
+    outcome = check(address, key, patience=PATIENCE)
     if isinstance(outcome, list):
         return Found(address, source, outcome, key)
     if REFUSED in outcome:
@@ -187,19 +217,27 @@ def daemon_processes() -> Iterator[tuple[psutil.Process, str]]:
 
 
 def launch_arguments(command: list[str]) -> list[str] | None:
-    """What follows our command in a command line, None if the process is something else."""
-    names = [Path(part).name for part in command]
-    for n, name in enumerate(names[:4]):
-        rest = command[n + 1 :]
-        if name in OUR_COMMANDS or (names[n - 1 : n + 1] == ["jupyter", "tuft"]):
-            pass
-        elif name == "-m" and rest[:1] == ["tuft_jupyter_server"]:
-            rest = rest[1:]
-        else:
-            continue
-        serves = rest[:1] == ["launch"] or (rest[:1] and rest[0].startswith("-"))
-        return rest if serves else None
-    return None
+    """What follows our command in a command line, None if the process is something else (``ssh tuft -v``)."""
+    words = _program(command)
+    names = [Path(word).name for word in words[:2]]
+    if names in (["jupyter", "tuft"], ["-m", "tuft_jupyter_server"]):
+        rest = words[2:]
+    elif names and names[0] in OUR_COMMANDS:
+        rest = words[1:]
+    else:
+        return None
+    serves = rest[:1] == ["launch"] or (rest[:1] and rest[0].startswith("-"))
+    return rest if serves else None
+
+
+def _program(command: list[str]) -> list[str]:
+    """A command line from its program on: without the interpreter of a script, and that one's options."""
+    if not command or not Path(command[0]).name.lower().startswith("python"):
+        return command
+    n = 1
+    while n < len(command) and command[n].startswith("-") and command[n] != "-m":
+        n += 2 if command[n] in ("-X", "-W") else 1
+    return command[n:]
 
 
 def notebook_servers(env: Mapping[str, str]) -> Iterator[str]:
@@ -230,14 +268,11 @@ def _address(arguments: list[str], env: Mapping[str, str], listening: Collection
         name = "--port" if name == "-p" else name
         if name in options:
             options[name] = value if equals else "".join(arguments[n + 1 : n + 2])
-    host = options["--host"]
-    if host in (None, "", "0.0.0.0", "::"):
-        host = "127.0.0.1"
-    port = options["--port"] or str(DEFAULT_PORT)
+    host, port = options["--host"] or "", options["--port"] or str(DEFAULT_PORT)
     if listening and port not in map(str, listening):  # its file says another, or it took any that was free
-        answering = (p for p in sorted(listening) if Client(f"http://{host}:{p}").alive())
+        answering = (p for p in sorted(listening) if Client(homes.reached_at(host, p)).alive())
         port = str(next(answering, port))
-    return f"http://{host}:{port}"
+    return homes.reached_at(host, port)
 
 
 def _listening(process: psutil.Process) -> list[int]:

@@ -13,6 +13,7 @@ is left to the hub.
 
 from __future__ import annotations
 
+import http.client
 import logging
 import re
 import threading
@@ -85,7 +86,7 @@ def _ask(url: str) -> tuple[bool, bool]:
             return True, True
     except urllib.error.HTTPError:
         return False, True
-    except OSError:
+    except (OSError, http.client.HTTPException, ValueError):  # an HF_ENDPOINT that is no address is nobody's
         return False, False
 
 

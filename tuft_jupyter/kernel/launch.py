@@ -159,7 +159,7 @@ def start(config: Path, env: Mapping[str, str] = os.environ, timeout: float = ST
         raise
     finally:
         os.close(server_end)
-    server = OwnedServer(f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}", process, owner_end, log)
+    server = OwnedServer(homes.reached_at(host, port), process, owner_end, log)
     os.register_at_fork(after_in_child=server.forget)
     try:
         _wait(server, port, timeout)
@@ -176,7 +176,7 @@ def choose_port(host: str, asked: str | None) -> int:
     one.
     """
     if asked and asked != "0":
-        if not asked.isdigit():
+        if not asked.isdecimal() or int(asked) > 65535:
             raise TuftConnectionError(f"TUFT_PORT must be a port number or 0, not {asked!r}.")
         if not _free(host, int(asked)):
             raise TuftConnectionError(
@@ -185,16 +185,21 @@ def choose_port(host: str, asked: str | None) -> int:
         return int(asked)
     if not asked and _free(host, DEFAULT_PORT):
         return DEFAULT_PORT
-    with closing(socket.create_server((host, 0))) as probe:
+    with closing(_listen(host, 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def _free(host: str, port: int) -> bool:
     try:
-        socket.create_server((host, port)).close()
+        _listen(host, port).close()
     except OSError:
         return False
     return True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
 
 
 def _wait(server: OwnedServer, port: int, timeout: float) -> None:

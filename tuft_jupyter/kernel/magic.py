@@ -59,12 +59,17 @@ def train_parser() -> argparse.ArgumentParser:
     return options
 
 
+def split(magic: str, line: str) -> list[str]:
+    """The words of a line, as a shell reads them."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise TuftConnectionError(f"{magic} {line}: {error}. Close the quotation.") from None
+
+
 def run(line: str) -> Any:
     """Carry out one ``%tuft`` line; returns what the cell shows, None where progress was shown already."""
-    try:
-        words = shlex.split(line)
-    except ValueError as error:
-        raise TuftConnectionError(f"%tuft {line}: {error}. Close the quotation.") from None
+    words = split("%tuft", line)
     if words and not words[0].startswith("-") and words[0] not in VERBS:
         near = get_close_matches(words[0], VERBS, n=1)
         meant = f"; did you mean `%tuft {near[0]}`?" if near else "."
@@ -100,7 +105,7 @@ class TuftMagics(Magics):
 
         What was reached is saved, and no request is left behind. A curve grows below the cell.
         """
-        options = train_parser().parse_args(shlex.split(line))
+        options = train_parser().parse_args(split("%%tuft_train", line))
         training_cell.train(self.shell, cell, not options.no_save, not options.no_curve)
 
 

@@ -193,7 +193,7 @@ def _json_tensor(tensor: _Tensor, where: str, room: Room) -> NDArray[Any]:
     if tensor.dtype == "int64":
         values = _integers(tensor.data, np.int64, where)
     elif tensor.dtype == "float32":
-        values = np.array(tensor.data, np.float64).astype(np.float32)
+        values = _floats(tensor.data, where)
     else:
         raise UserError(f"{where}: dtype {tensor.dtype!r} is not one of float32, int64")
     shape = check_shape(tensor.shape or (), where)
@@ -202,6 +202,13 @@ def _json_tensor(tensor: _Tensor, where: str, room: Room) -> NDArray[Any]:
     crow = _integers(tensor.sparse_crow_indices or (), np.int64, f"{where}.crow_indices")
     col = _integers(tensor.sparse_col_indices or (), np.int64, f"{where}.col_indices")
     return densify(values, crow, col, shape, where, room)
+
+
+def _floats(numbers: Sequence[float], where: str) -> FloatArray:
+    try:
+        return np.array(numbers, np.float64).astype(np.float32)
+    except OverflowError:
+        raise UserError(f"{where} has a number that does not fit float32") from None
 
 
 def _integers(numbers: Sequence[float], dtype: type[np.signedinteger[Any]], where: str) -> NDArray[Any]:

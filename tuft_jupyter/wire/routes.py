@@ -55,10 +55,13 @@ class Route:
     dialect: Dialect = Dialect.TINKER
     upload: bool = False
     """the body goes into a file, and the limit is that of uploads"""
+    rest: bool = False
+    """the last part of the path may hold slashes, as the names of models do"""
 
     @property
     def pattern(self) -> str:
-        return pattern_of(self.path)
+        found = pattern_of(self.path)
+        return found.removesuffix("[^/]+)$") + ".+)$" if self.rest else found
 
 
 BULK = 64 * MIB
@@ -169,7 +172,7 @@ ROUTES: tuple[Route, ...] = (
         m.RetrieveFutures,
     ),
     Route("POST", "/cancel_future", "cancel_future", "Stop drawing for a sample request.", m.RequestOnly),
-    Route("GET", "/training_runs", "list_runs", "The caller's runs, newest first."),
+    Route("GET", "/training_runs", "list_runs", "The caller's runs, newest first (?project_id=)."),
     Route("GET", "/training_runs/{run}", "get_run", "One run."),
     Route("GET", "/training_runs/{run}/checkpoints", "list_run_checkpoints", "A run's checkpoints."),
     Route("GET", "/checkpoints", "list_checkpoints", "The caller's checkpoints, newest first."),
@@ -313,7 +316,7 @@ OPENAI_ROUTES: tuple[Route, ...] = (
         "The base models and the caller's checkpoints.",
         dialect=Dialect.OPENAI,
     ),
-    Route("GET", "/models/{model}", "oai_model", "One model.", dialect=Dialect.OPENAI),
+    Route("GET", "/models/{model}", "oai_model", "One model.", dialect=Dialect.OPENAI, rest=True),
     Route(
         "POST",
         "/completions",

@@ -31,6 +31,7 @@ from tuft_jupyter.wire import tuft_wire_pb2 as pb
 from tuft_jupyter.wire.tensors import csr_rows
 
 _MAX_TOPK = 1024
+_INT32 = 2**31 - 1
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 64, 1024, 4096
 """All are looked for after every token."""
 
@@ -180,14 +181,18 @@ def checked_params(params: SamplingParams, where: str = "") -> SamplingParams:
         raise UserError(f"{where}max_tokens must be at least 1, got {params.max_tokens}")
     if not (math.isfinite(params.temperature) and params.temperature >= 0):
         raise UserError(f"{where}temperature must be 0 (greedy) or more, got {params.temperature}")
-    if params.top_k < -1:
-        raise UserError(f"{where}top_k must be -1 (no limit) or more, got {params.top_k}")
+    if not -1 <= params.top_k <= _INT32:
+        raise UserError(f"{where}top_k must be -1 (no limit) or more, and fit int32, got {params.top_k}")
     if not 0 < params.top_p <= 1:
         raise UserError(f"{where}top_p must lie in (0, 1], got {params.top_p}")
     if params.seed is not None and not 0 <= params.seed < 1 << 64:
         raise UserError(f"{where}seed must be an unsigned 64-bit number, got {params.seed}")
     if len(params.stop_strings) > MAX_STOPS or len(params.stop_tokens or ()) > MAX_STOP_TOKENS:
         raise UserError(f"{where}stop may have {MAX_STOPS} strings or {MAX_STOP_TOKENS} token ids at most")
+    if any(not -_INT32 <= token <= _INT32 for token in params.stop_tokens or ()):
+        raise UserError(
+            f"{where}stop has a token id that does not fit int32; use the tokenizer of this base model"
+        )
     if any(len(stop) > MAX_STOP_LENGTH for stop in params.stop_strings):
         raise UserError(f"{where}stop may have strings of {MAX_STOP_LENGTH} characters at most")
     return params

@@ -103,7 +103,9 @@ def csr_rows(
     if len(shape) != 2:
         raise UserError(f"{where}: a sparse tensor needs a shape of two dimensions, got {list(shape)}")
     rows, columns = shape
-    if crow.size != rows + 1 or crow[0] != 0 or crow[-1] != col.size or bool((np.diff(crow) < 0).any()):
+    fits = crow.size == rows + 1 and crow[0] == 0 and crow[-1] == col.size
+    # The ends alone do not do: differences of numbers near 2**63 wrap around, and np.repeat then writes past its array
+    if not fits or bool(((crow < 0) | (crow > col.size)).any()) or bool((np.diff(crow) < 0).any()):
         raise UserError(
             f"{where}.crow_indices must be {rows + 1} numbers (rows + 1) that rise from 0 to the number of "
             f"col_indices ({col.size})"

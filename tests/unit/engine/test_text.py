@@ -219,3 +219,17 @@ async def test_as_many_texts_are_tokenized_at_once_as_there_are_threads_and_the_
     finally:
         sampling.close()
     assert len({id(model) for model in models}) == 2
+
+
+@on_a_loop
+async def test_an_answer_that_is_cut_says_that_it_was_stopped(directory: Path) -> None:
+    """Bytes that are no text are read as U+FFFD, by the sampler in other pieces than by who reads the whole."""
+    async with worker(directory) as texts:
+        for seed in range(5):
+            asked = {"prompt": "hello", "max_tokens": 40, "seed": seed}
+            (whole,) = await answers(texts, **asked)
+            text = whole["choices"][0]["text"]
+            for stop in {text[n : n + 3] for n, character in enumerate(text) if character == "\ufffd"}:
+                (cut,) = await answers(texts, stop=[stop], **asked)
+                assert cut["choices"][0]["text"] == text[: text.index(stop)]
+                assert cut["choices"][0]["finish_reason"] == "stop"

@@ -114,11 +114,42 @@ def test_a_run_that_could_be_either_is_asked_back(shell: InteractiveShell, told:
     assert "'abc' could be any of" in shown
 
 
+def test_an_sdk_that_cannot_go_on_with_a_run_leaves_it_where_it_is(
+    shell: InteractiveShell, told: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1-08: SDKs before 0.38 make no client of an existing model."""
+    monkeypatch.delattr("tinker.lib.public_interfaces.training_client.fetch_training_info")
+    result, shown = cell(shell, "%tuft resume 6f1c2a52:0")
+    assert not result.success
+    assert 'cannot go on with a live run: %pip install "tinker>=0.38,<0.39"' in shown
+    assert "Traceback" not in shown
+    assert not [route for route, _ in told.asked if route.endswith("/resume")]
+
+
+def test_what_the_sdk_is_refused_is_said_in_a_sentence(shell: InteractiveShell, told: StubServer) -> None:
+    told.routes["POST /client/config"] = lambda _: (400, {"detail": "this server takes no more sessions"})
+    result, shown = cell(shell, "%tuft resume 6f1c2a52:0")
+    assert not result.success
+    assert "cannot go on with it: this server takes no more sessions." in shown
+    assert "Traceback" not in shown
+
+
 def test_checkpoints_are_listed_with_size_and_age(shell: InteractiveShell, told: StubServer) -> None:
     _, shown = cell(shell, "%tuft checkpoints")
     for part in (f"tinker://{ONE}/weights/a", "training", "123 kB", "2 h ago", "for good"):
         assert part in shown
     assert "0 checkpoints" in cell(shell, "%tuft checkpoints 9a1c2a52:1")[1]
+
+
+def test_an_archive_that_cannot_be_written_is_said_in_a_sentence(
+    shell: InteractiveShell, told: StubServer, tmp_path: Path
+) -> None:
+    place = f"/training_runs/{ONE.replace(':', '%3A')}/checkpoints/weights/a/archive"
+    told.routes[f"GET {place}"] = lambda _: (200, {"url": f"{told.address}/file"})
+    result, shown = cell(shell, f"%tuft checkpoints --download a --to {tmp_path / 'none'}")
+    assert not result.success
+    assert "cannot be written (No such file or directory); say where the archive goes: --to DIR" in shown
+    assert "Traceback" not in shown
 
 
 def test_an_older_server_is_told_apart_from_a_refusal(shell: InteractiveShell, told: StubServer) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 import tuft_jupyter
 from tests.support.stub_server import KEY, StubServer
-from tuft_jupyter.kernel import connect, discovery
+from tuft_jupyter.kernel import connect, discovery, launch
 from tuft_jupyter.kernel.errors import TuftConnectionError
 
 INJECTED = ("TUFT_ADDRESS", "TUFT_API_KEY", "TINKER_BASE_URL", "TINKER_API_KEY")
@@ -72,12 +73,13 @@ def test_init_points_the_sdk_at_the_server(server: StubServer, told: Told) -> No
     del os.environ["TUFT_API_KEY"]
 
 
+@pytest.mark.parametrize("scheme", ["http", "https", "all"])
 def test_a_proxy_is_not_asked_for_loopback(
-    server: StubServer, told: Told, monkeypatch: pytest.MonkeyPatch
+    scheme: str, server: StubServer, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The SDK honours HTTP_PROXY also for 127.0.0.1, and would hang."""
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    """The SDK honours HTTP_PROXY also for 127.0.0.1, and would hang; a notebook server may speak https there."""
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "intra.example")
     tuft_jupyter.init(address=server.address, api_key=KEY, report=told)
     assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "intra.example,127.0.0.1,localhost"
@@ -142,6 +144,31 @@ def test_a_tinker_server_of_another_make_is_used_as_it_is(hosted: StubServer, to
     connection = connect.current()
     assert connection is not None
     assert "tells no more" in repr(connection.table())
+
+
+def test_a_server_of_our_own_that_is_busy_is_not_ended(
+    hosted: StubServer, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S0-45: what runs there would be lost with it; a server whose process ended is let go at once."""
+    tuft_jupyter.init(report=told)
+    connection = connect.current()
+    assert connection is not None
+    process = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    connection.server = launch.OwnedServer(
+        hosted.address, process, os.open(os.devnull, os.O_RDONLY), Path("/x")
+    )
+    monkeypatch.setattr(connect, "PROBE_SECONDS", 0.1)
+    healthy = hosted.routes["GET /healthz"]
+    hosted.routes["GET /healthz"] = lambda query: (time.sleep(0.5), healthy(query))[1]
+    tuft_jupyter.init(report=told)
+    assert connect.current() is connection
+    process.kill()
+    process.wait()
+    tuft_jupyter.init(report=told)
+    assert connect.current() is not connection
+    assert f"{hosted.address} no longer answers" in told.of("note")
 
 
 def test_init_is_idempotent(hosted: StubServer, told: Told) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import ssl
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +136,52 @@ def test_a_refused_key_says_what_to_pass(server: StubServer, env: dict[str, str]
         discover(server.address, "tml-wrong", env)
 
 
+def test_a_server_that_reads_its_journal_is_waited_for(server: StubServer, env: dict[str, str]) -> None:
+    """S0-21: it is alive, and says 429 until it is ready; nothing is started beside it."""
+    offered, tries = server.routes["GET /get_server_capabilities"], iter(range(2))
+    not_yet = (429, {"detail": "not ready yet: reading the journal"})
+    server.routes["GET /get_server_capabilities"] = lambda _: (
+        not_yet if next(tries, None) is not None else offered({})
+    )
+    found = discover(None, None, env | {"TUFT_ADDRESS": server.address})
+    assert found is not None
+    assert found.source == "TUFT_ADDRESS"
+
+
+@pytest.mark.parametrize(
+    ("route", "status", "says"),
+    [
+        ("GET /healthz", 503, "cannot be used (no configuration)"),
+        ("GET /get_server_capabilities", 307, "cannot be used now (no configuration)"),
+    ],
+)
+def test_why_a_server_cannot_be_used_is_in_its_own_words(
+    route: str, status: int, says: str, server: StubServer, env: dict[str, str]
+) -> None:
+    server.routes[route] = lambda _: (status, {"detail": "no configuration"})
+    notes: list[str] = []
+    assert discover(None, None, env | {"TUFT_ADDRESS": server.address}, note=notes.append) is None
+    assert notes == [f"TUFT_ADDRESS says {server.address}, but the server there {says}; looking further"]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
+def test_a_certificate_that_nobody_vouches_for_is_what_is_said(
+    server: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of one's own often has one of one's own; the name in SSL_CERT_FILE mends it."""
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate]
+    named = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*made, *named], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
+    address = server.address.replace("http:", "https:")
+    assert "certificate there is not trusted here" in str(check(address, KEY))
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    assert check(address, KEY) == ["tuft/demo"]
+
+
 def test_a_base_url_of_the_user_s_own_is_respected(
     server: StubServer, other: StubServer, dead: str, env: dict[str, str]
 ) -> None:
@@ -216,6 +265,10 @@ def test_the_generated_key_is_not_shown_to_another_user_s_process(
     assert discover(None, None, env) is None
     assert server.asked == []
     assert discover(None, server.key, env) is not None, "a key that was given goes where it is told to"
+    homes.address_path(homes.home_dir(env)).unlink()
+    monkeypatch.setattr(discovery, "DEFAULT_PORT", 1)
+    monkeypatch.setattr(discovery, "notebook_servers", lambda _: iter([server.address]))
+    assert discover(None, None, env) is None, "a server that died leaves its file, and its port, to others"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +282,12 @@ def test_the_generated_key_is_not_shown_to_another_user_s_process(
         ("python /v/bin/jupyter tuft launch --port 5", "http://127.0.0.1:5"),
         ("python -m tuft_jupyter_server --config f.yaml", "http://127.0.0.1:10610"),
         ("python -m tuft_jupyter_server launch --port 7", "http://127.0.0.1:7"),
+        ("python3.11 -X dev -u /v/bin/tuft launch --host ::1 --port 5", "http://[::1]:5"),
         ("tuft status", None),
+        ("ssh tuft -L 8888:localhost:8888", None),
+        ("ssh gpu tuft launch", None),
+        ("docker run tuft -p 10610:10610", None),
+        ("python train.py tuft --rank 8", None),
         ("vim tuft", None),
         ("python -m http.server", None),
         ("", None),

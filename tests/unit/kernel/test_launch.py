@@ -80,8 +80,9 @@ def test_a_busy_default_port_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_port_that_is_none_is_refused() -> None:
-    with pytest.raises(TuftConnectionError, match="TUFT_PORT must be a port number or 0, not 'http'"):
-        choose_port("127.0.0.1", "http")
+    for text in ("http", "65536"):
+        with pytest.raises(TuftConnectionError, match=f"TUFT_PORT must be a port number or 0, not '{text}'"):
+            choose_port("127.0.0.1", text)
 
 
 def test_the_end_of_a_log_is_shown_with_its_place(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_status_and_shutdown(shell: InteractiveShell, hosted: StubServer) -> Non
         ("stats", "no command 'stats'; did you mean `%tuft status`?"),
         ("init --fast", "unrecognized arguments: --fast"),
         ("init 'half", "Close the quotation"),
+        ("init --address http://[bad", "Cannot connect to TuFT at http://[bad"),
     ],
 )
 def test_a_failure_is_a_sentence_and_the_cell_has_failed(
@@ -105,6 +106,14 @@ def test_a_failure_is_a_sentence_and_the_cell_has_failed(
     assert "Traceback" not in shown
     assert "---->" not in shown
     assert len(shown.strip().splitlines()) <= 3
+
+
+def test_a_training_cell_with_a_broken_line_is_not_run(shell: InteractiveShell) -> None:
+    result, out, err = cell(shell, "%%tuft_train 'half\nran = True")
+    assert not result.success
+    assert "Close the quotation" in out + err
+    assert "Traceback" not in out + err
+    assert "ran" not in shell.user_ns
 
 
 def test_a_prompt_may_end_with_a_question_mark(

@@ -131,7 +131,8 @@ def test_a_model_that_the_hub_knows_is_left_to_the_hub(fake_hub: StubHub, dead: 
     asked = hub._not_on_the_hub(["acme/known", "acme/unknown", "tiny", "tuft/demo"], fake_hub.address)
     assert asked == ["acme/unknown", "tiny", "tuft/demo"]
     assert fake_hub.paths == ["/api/models/acme/known", "/api/models/acme/unknown"]
-    assert hub._not_on_the_hub(["acme/known"], dead) == ["acme/known"]
+    for endpoint in (dead, "hub.example"):  # the latter has no scheme
+        assert hub._not_on_the_hub(["acme/known"], endpoint) == ["acme/known"]
 
 
 def test_a_server_s_tokenizers_are_laid_into_the_cache_of_the_environment(tmp_path: Path) -> None:

@@ -219,3 +219,27 @@ def test_blocking_work_has_as_many_threads_as_configured() -> None:
     assert len(seen) == 8
     assert len(set(seen)) == 4
     assert all(name.startswith("tuft-backend") for name in seen)
+
+
+def test_a_streamed_text_may_hold_any_line_separator_of_unicode() -> None:
+    """JSON leaves U+2028 and U+0085 as they are; an event ends at a line feed only."""
+
+    async def check(stub: StubVllm) -> None:
+        async with engine(stub) as vllm:
+            for character in ("\u2028", "\u0085"):
+                stub.text = character
+                first, *_ = await parts(vllm, {"model": "m", "prompt": "p", "stream": True})
+                assert json.loads(first.chunks[0])["choices"][0]["text"] == character
+
+    scenario(check)
+
+
+def test_a_server_that_is_busy_is_no_fault_of_the_request() -> None:
+    async def check(stub: StubVllm) -> None:
+        async with engine(stub) as vllm:
+            stub.busy = 1
+            refused = await vllm.sample("r", None, body([1, 2]))
+            assert (refused.category, "Too many requests" in refused.error) == ("server", True)
+            assert tokens(await vllm.sample("s", None, body([1, 2]))) == [[2, 2, 2]]
+
+    scenario(check)

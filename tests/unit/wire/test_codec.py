@@ -177,6 +177,14 @@ def test_the_json_of_older_sdks_means_the_same() -> None:
     assert not codec.decode_forward_backward(json.dumps(forward).encode(), JSON).backward
 
 
+def test_a_number_in_json_that_no_float_holds_is_refused_by_name() -> None:
+    weights = {"data": [10**400], "dtype": "float32"}
+    datum = {"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": {"weights": weights}}
+    body = {"model_id": "m", "forward_backward_input": {"loss_fn": "cross_entropy", "data": [datum]}}
+    with pytest.raises(UserError, match=r"data\[0\].*'weights'.*float32"):
+        codec.decode_forward_backward(json.dumps(body).encode(), JSON)
+
+
 def test_json_integers_beyond_a_double_arrive_exactly() -> None:
     big = 2**62 + 1
     body = {
@@ -244,6 +252,7 @@ def _csr(rows: int, columns: int, crow: list[int], col: list[int], values: int |
         (lambda m: m.loss_fn_config_v2["beta"].Clear(), r"loss_fn_config\['beta'\]"),
         (_csr(2, 3, [0, 1], [0]), r"data\[1\].*crow_indices"),
         (_csr(2, 3, [0, 2, 1], [0]), r"data\[1\].*crow_indices"),
+        (_csr(3, 3, [0, 2**63 - 1, -2, 1], [0]), r"data\[1\].*crow_indices"),
         (_csr(2, 3, [0, 0, 1], [3]), r"data\[1\].*col_indices must lie in 0..2"),
         (_csr(2, 3, [0, 0, 1], [-1]), r"data\[1\].*col_indices"),
         (_csr(2, 3, [0, 0, 1], [0], values=2), r"data\[1\].*2 values for 1"),

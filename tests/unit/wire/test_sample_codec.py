@@ -152,6 +152,8 @@ def test_fields_of_later_sdks_do_not_disturb(fields: dict[str, Any]) -> None:
         ({"max_tokens": 0}, {}, "max_tokens must be at least 1"),
         ({"temperature": -0.1}, {}, "temperature"),
         ({"top_k": -2}, {}, "top_k"),
+        ({"top_k": 2**63, "top_p": 0.9}, {}, "top_k"),
+        ({"stop": [2**63]}, {}, "stop.*int32"),
         ({"top_p": 0}, {}, "top_p"),
         ({"seed": -1}, {}, "seed"),
         ({"seed": 2**64}, {}, "seed"),

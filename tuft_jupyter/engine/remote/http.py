@@ -58,7 +58,7 @@ class Reply:
         """The body's value, None if it is not JSON."""
         try:
             return msgspec.json.decode(self.body)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
 
     @property
@@ -77,6 +77,17 @@ class Reply:
             found = found.get("message")
         text = found if isinstance(found, str) else self.body[:300].decode(errors="replace")
         return " ".join(text.split())[:500] or f"HTTP {self.status}"
+
+
+async def lines(response: httpx.Response) -> AsyncGenerator[str, None]:
+    """The lines of an answer as they come. httpx's own would end one at a U+2028 or U+0085 of a JSON text, too."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.decode()
+    if rest:
+        yield rest.decode()
 
 
 class Server:

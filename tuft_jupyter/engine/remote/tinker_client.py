@@ -17,7 +17,7 @@ from typing import Any
 from tuft_jupyter._version import __version__
 from tuft_jupyter.core.engine import EngineDied
 from tuft_jupyter.core.errors import ServerError, TuftError, UserError, failure
-from tuft_jupyter.core.types import JSON
+from tuft_jupyter.core.types import JSON, PROTOBUF
 from tuft_jupyter.engine.remote.http import Kind, Reply, Server, Unreachable
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ PAUSES = (0.1, 0.25, 0.5, 1.0, 2.0)
 HEARTBEAT_SECONDS = 10.0
 POLL_SECONDS = 120.0
 """Of one poll; the protocol answers after twenty."""
+POLL_PAUSE = 0.1
+"""Between two polls, as not every server holds them: one that says "not yet" at once would be asked without end."""
 
 
 class TinkerClient:
@@ -81,9 +83,7 @@ class TinkerClient:
         """The value of an answer that comes at once. See :meth:`send` for what it raises."""
         value = (await self.send(method, path, body, content_type)).json()
         if not isinstance(value, dict):
-            raise ServerError(
-                f"the training server at {self.server.url} answers {path} in a form that is not known"
-            )
+            raise ServerError(self._unknown(path))
         return value
 
     async def answer(self, promise: dict[str, Any]) -> Reply:
@@ -91,13 +91,16 @@ class TinkerClient:
         asked = {"request_id": promise["request_id"], "allow_metadata_only": False}
         while True:
             reply = await self.send("POST", "/retrieve_future", asked)
-            value = reply.json() if reply.content_type.startswith(JSON) else None
-            if not isinstance(value, dict):
+            if reply.content_type.startswith(PROTOBUF):
                 return reply
+            value = reply.json()
+            if not isinstance(value, dict):  # the page of a proxy, say: what was done there, nobody knows
+                raise EngineDied(self._unknown("/retrieve_future"))
             if "error" in value:
                 raise failure(str(value.get("category")), f"{value['error']}")
             if value.get("type") != "try_again":
                 return reply
+            await asyncio.sleep(POLL_PAUSE)
 
     async def settled(self, path: str, body: Any) -> dict[str, Any]:
         """Ask for a promise, and wait for the value that it is kept with."""
@@ -130,6 +133,7 @@ class TinkerClient:
                 tries += 1
             else:
                 deadline, tries = 0.0, 0  # it is there, and asks for time
+                await asyncio.sleep(POLL_PAUSE)
 
     def _judged(self, reply: Reply, path: str) -> str:
         """Why to try again, "" if only time is needed; raises if trying again cannot help."""
@@ -143,6 +147,9 @@ class TinkerClient:
         if reply.status in (404, 410):
             raise EngineDied(f"{where} does not know what we ask for ({path}: {text})")
         raise UserError(f"{where} refuses the request: {text}")
+
+    def _unknown(self, path: str) -> str:
+        return f"the training server at {self.server.url} answers {path} in a form that is not known"
 
     async def download(self, url: str, target: Path) -> int:
         """Write what a signed address holds to a file; its size in bytes. The key is not sent there."""

@@ -30,7 +30,7 @@ from tuft_jupyter.core.quotas import check_input
 from tuft_jupyter.core.types import SAMPLED, ModelCard, SampleRequest, SampleResult
 from tuft_jupyter.engine import vllm_values
 from tuft_jupyter.engine.remote import vllm_answers
-from tuft_jupyter.engine.remote.http import Kind, Reply, Server, Unreachable
+from tuft_jupyter.engine.remote.http import Kind, Reply, Server, Unreachable, lines
 from tuft_jupyter.engine.sample_job import DIVERGED, Limits
 from tuft_jupyter.engine.vllm_adapters import NO_ADAPTERS, Named, NamedAdapters
 from tuft_jupyter.wire.openai import TextRequest, decode_request
@@ -44,6 +44,8 @@ KIND = Kind(
 )
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MOST_SAMPLES = 1024
+BUSY = (408, 429)
+"""What a gateway before it answers, too: nothing is wrong with the request."""
 NOT_TAKEN = (
     "log-probabilities of named tokens, and alternatives, in a prompt's places are not known to a vLLM server; set "
     "backends.sampling to torch"
@@ -160,7 +162,7 @@ class VllmServer:
                 if response.status_code != 200:
                     await response.aread()
                     raise self._refused(Reply(response))
-                async for line in response.aiter_lines():
+                async for line in lines(response):
                     chunk, counted = vllm_answers.event(line, asked)
                     facts |= counted
                     if chunk is not None:
@@ -206,7 +208,7 @@ class VllmServer:
             return UserError(DIVERGED)
         return self._key_refused(reply) or (
             UserError(f"the vLLM server refuses the request: {text}")
-            if reply.status < 500
+            if 400 <= reply.status < 500 and reply.status not in BUSY
             else ServerError(f"sampling failed on the vLLM server at {self._server.url}: {text}")
         )
 

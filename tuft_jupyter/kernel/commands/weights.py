@@ -71,10 +71,15 @@ def _download(client: Client, path: str, folder: Path) -> Text:
     run, _, name = path.removeprefix("tinker://").split("/", 2)
     target = folder / f"{continuity.short(run).replace(':', '-')}-{name.replace('/', '-')}.tar"
     report("archive", f"{path}: the server packs it ...")
-    with in_a_sentence(client):
-        address = client.checkpoint("GET", path, "archive")["url"]
-        for done in client.save(address, target):
-            report("archive", f"{path}: {size(done)} ...")
+    try:
+        with in_a_sentence(client):
+            address = client.checkpoint("GET", path, "archive")["url"]
+            for done in client.save(address, target):
+                report("archive", f"{path}: {size(done)} ...")
+    except OSError as error:
+        raise TuftConnectionError(
+            f"{target} cannot be written ({error.strerror}); say where the archive goes: --to DIR."
+        ) from None
     report("archive", path)
     return Text(f"TuFT: {target} ({size(target.stat().st_size)}), a plain PEFT directory in a tar archive.")
 

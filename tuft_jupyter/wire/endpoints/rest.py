@@ -18,6 +18,7 @@ from tuft_jupyter.wire.endpoints.base import (
     path_of,
     reply,
 )
+from tuft_jupyter.wire.endpoints.search import NO_PROJECT
 
 TYPES = {
     CheckpointKind.TRAINING: "training",
@@ -29,6 +30,9 @@ TYPES = {
 class RestEndpoints(Endpoints):
     async def list_runs(self, call: Call) -> Reply:
         mine = [r for r in self.service.state.runs.values() if r.tenant == call.principal.tenant]
+        project = call.query.get("project_id")
+        if project is not None:
+            mine = [run for run in mine if self._project(run) == project]
         page = page_of(sorted(mine, key=lambda r: -r.created), call.query, 20)
         cursor = cursor_of(call.query, 20, len(mine))
         return reply({"training_runs": [self._run(run) for run in page], "cursor": cursor})
@@ -78,6 +82,10 @@ class RestEndpoints(Endpoints):
                 **flags,
             }
         )
+
+    def _project(self, run: Run) -> str:
+        session = self.service.state.sessions.get(run.session)
+        return (session.project_id if session else None) or NO_PROJECT
 
     def _run(self, run: Run) -> dict[str, Any]:
         saved = self.service.checkpoints.mine(Principal(run.tenant), run.id)

@@ -40,7 +40,9 @@ class TrainingEndpoints(Endpoints):
                 "model_name": card.name,
                 "is_lora": True,
                 "lora_rank": run.lora.get("rank"),
-                "model_data": {"arch": card.arch, "model_name": card.name, "tokenizer_id": card.name},
+                # A tokenizer_id would be asked for as it is: from a name alone the SDK knows where Llama 3's lies, and
+                # that of org/model/variant
+                "model_data": {"arch": card.arch, "model_name": card.name},
                 "optimizer_config": {"type": "adamw"},
             }
         )
