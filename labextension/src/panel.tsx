@@ -112,7 +112,7 @@ export class TuftPanel extends LiveWidget {
         .map(run => run.id)
     );
     for (const [run, chosen] of this._chosen) {
-      if (chosen) {
+      if (chosen && state.runs.has(run)) {
         shown.add(run);
       } else {
         shown.delete(run);

@@ -107,8 +107,8 @@ export function Curves(props: ICurvesProps): JSX.Element {
 }
 
 /** The tick of an axis of steps. */
-export function stepTick(step: number): string {
-  return step >= 1e4 ? formatTick(step, 1) : `${step}`;
+export function stepTick(step: number, distance: number): string {
+  return formatTick(step, Math.max(1, distance));
 }
 
 /** The newest value of the run that was busy last: whose (with several runs), and what. */

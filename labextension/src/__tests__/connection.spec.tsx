@@ -32,6 +32,15 @@ describe('the head of the panel', () => {
       ['does not answer', 'jupyter lab', 'Try now']
     ],
     [
+      'a service of the Hub that is down',
+      head('lost', undefined, 'http://hub/tuft cannot be reached'),
+      [
+        'service does not answer',
+        'http://hub/tuft cannot be reached',
+        'by itself'
+      ]
+    ],
+    [
       'a user or key without permission',
       head('forbidden'),
       ['You may not see', 'ask the owner']
