@@ -149,10 +149,9 @@ function Facts(props: {
       </div>
       {(status.placements ?? []).map(placed => (
         <div key={placed.model}>
-          <dt>
-            {several ? trans.__('GPUs of %1', placed.model) : trans.__('GPUs')}
-          </dt>
+          <dt>{trans.__('GPUs')}</dt>
           <dd title={`${placed.model}: ${placed.mode}`}>
+            {several && `${placed.model}: `}
             {meshWords(placed, trans)}
           </dd>
         </div>
@@ -183,7 +182,7 @@ function meshWords(
   const words = counted
     .filter(([, count]) => count > 0)
     .map(([word, count]) => `${word} ${count}`);
-  return [gpus, words.join(', ')].filter(Boolean).join(': ');
+  return words.length ? `${gpus} (${words.join(', ')})` : `${gpus}`;
 }
 
 /** What of the work survives what, in few words. */

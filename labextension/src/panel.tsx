@@ -61,9 +61,9 @@ export class TuftPanel extends LiveWidget {
           trans={trans}
         />
         {missing && <Missing trans={trans} />}
-        {!missing && status?.backend.installed && state.runs.size === 0 && (
-          <Welcome status={status} trans={trans} />
-        )}
+        {feed.connection === 'live' &&
+          status?.backend.installed &&
+          state.runs.size === 0 && <Welcome status={status} trans={trans} />}
         {state.runs.size > 0 && (
           <>
             <Curves

@@ -2,6 +2,7 @@ import { nullTranslator } from '@jupyterlab/translation';
 import { CommandRegistry } from '@lumino/commands';
 import { Widget } from '@lumino/widgets';
 import { Api, ApiError, IStateAnswer } from '../api';
+import { emptyWord } from '../canvas';
 import { Feed } from '../feed';
 import { ISnapshot } from '../objects';
 import { TuftPanel } from '../panel';
@@ -235,6 +236,34 @@ describe('the panel', () => {
     submit();
     await eventually(() => expect(texts('code')).toContain('tml-1'));
     expect(made).toBe(1);
+  });
+
+  it('lets no name turn around what stands beside it', async () => {
+    await show(
+      answer(state => (state.sessions[0].display_name = '\u202eevil\u2066'))
+    );
+    await eventually(() => expect(texts('.jp-Tuft-runName')).toContain('evil'));
+    expect(panel.node.textContent).not.toMatch(/[\u202e\u2066]/);
+  });
+
+  it('says so where there is nothing that it could draw', async () => {
+    await show(
+      answer(state => state.runs.forEach(run => run.curve.loss.fill(null)))
+    );
+    await eventually(() =>
+      expect(texts('.jp-Tuft-chartEmpty')).toEqual(['No value yet.'])
+    );
+    const { step } = goldenState().runs[0].curve;
+    const line = { label: '', colour: '', dashed: false, live: false, x: step };
+    const word = (y: number[], log: boolean) =>
+      emptyWord([{ ...line, y }], log, nullTranslator.load(''));
+    expect(
+      word(
+        step.map(() => 0),
+        true
+      )
+    ).toContain('log scale');
+    expect(word([], true)).toContain('still to come');
   });
 
   it('draws points as records come in', async () => {
