@@ -18,6 +18,8 @@ export interface IModelStatus {
 /** How the service is. */
 export interface IStatus {
   version: string;
+  /** When the server began, seconds since 1970: tells one from the next. Absent from older servers. */
+  started?: number;
   tenant: string;
   /** Whether the tenant manages this server: its keys among them. Absent from older servers. */
   admin?: boolean;

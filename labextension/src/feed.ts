@@ -208,9 +208,15 @@ export class Feed implements IFineTuning, IDisposable {
         }
         message.records.forEach(record => apply(this._state, record));
         break;
-      case 'status':
+      case 'status': {
+        const former = this._status;
         this._status = message.status;
+        if (former && former.started !== message.status.started) {
+          // Records of another server may have the same numbers.
+          void this._resync();
+        }
         break;
+      }
       case 'gauges':
         this._gauges = {
           ...message,

@@ -18,6 +18,8 @@ import psutil
 from tuft_jupyter.core.engine import RunMemory
 from tuft_jupyter_server.gpus import gpus
 
+STARTED = time.time()
+"""When this server began. The next one may count its records to the same number, where nothing keeps them."""
 INTERVAL = 1.0
 """Seconds between two samples."""
 

@@ -161,6 +161,22 @@ describe('the feed', () => {
     expect([feed.connection, feed.problem]).toEqual(['lost', '']);
   });
 
+  it('takes the state of a server that was started again while nobody looked', async () => {
+    const status = { ...READY, started: 1 };
+    api.answer = async () => ({ state: goldenState(), status });
+    await live();
+    api.socket.send({ type: 'status', status });
+    feed.look(viewer, false);
+    api.answer = async () => ({
+      state: { ...emptyAnswer().state, n: goldenState().n },
+      status: { ...READY, started: 2 }
+    });
+    await live();
+    api.socket.send({ type: 'status', status: { ...READY, started: 2 } });
+    await settle();
+    expect([api.asked, feed.state.runs.size]).toEqual([2, 0]);
+  });
+
   it('tries at once when asked to', async () => {
     api.answer = () => Promise.reject(new ApiError('missing', '404'));
     feed.look(viewer, true);
