@@ -66,7 +66,7 @@ export class Actions {
       const { url } = (await this._api.call('GET', route)) as { url: string };
       const ticket = url.slice(url.lastIndexOf('/') + 1);
       const address = this._api.address(
-        URLExt.join('tuft/api/v1/tuft/files', ticket)
+        URLExt.join('tuft/lab/api/v1/tuft/files', ticket)
       );
       save(address, `${checkpoint.name}.tar`);
     });

@@ -18,6 +18,8 @@ export interface IModelStatus {
 /** How the service is. */
 export interface IStatus {
   version: string;
+  /** When the server began, seconds since 1970: tells one from the next. Absent from older servers. */
+  started?: number;
   tenant: string;
   /** Whether the tenant manages this server: its keys among them. Absent from older servers. */
   admin?: boolean;
@@ -124,7 +126,7 @@ export class ApiError extends Error {
   constructor(
     /**
      * `missing`: no server extension; `forbidden`: not allowed; `unusable`: the server says in the message why it cannot
-     * serve; `unreachable`: anything else, worth trying again.
+     * serve; `unreachable`: anything else, worth trying again; the message is what the server says of it, if anything.
      */
     readonly reason: 'missing' | 'forbidden' | 'unusable' | 'unreachable',
     message: string
@@ -193,16 +195,17 @@ export class Api implements IApi {
     let response: Response;
     try {
       response = await ServerConnection.makeRequest(url, {}, this._server);
-    } catch (error) {
-      throw new ApiError('unreachable', String(error));
+    } catch {
+      throw new ApiError('unreachable', '');
     }
     if (response.ok) {
       return response.json();
     }
-    if (response.status === 503) {
+    if (response.status === 502 || response.status === 503) {
       const { problem } = await response.json().catch(() => ({}));
       if (problem) {
-        throw new ApiError('unusable', problem);
+        const reason = response.status === 503 ? 'unusable' : 'unreachable';
+        throw new ApiError(reason, problem);
       }
     }
     const reasons: { [status: number]: ApiError['reason'] } = {
@@ -210,10 +213,7 @@ export class Api implements IApi {
       403: 'forbidden',
       404: 'missing'
     };
-    throw new ApiError(
-      reasons[response.status] ?? 'unreachable',
-      `${response.status} ${response.statusText}`
-    );
+    throw new ApiError(reasons[response.status] ?? 'unreachable', '');
   }
 
   open(since: number): WebSocket {

@@ -1,4 +1,5 @@
 /** The chart as a React component. Its library is the larger half of the extension: it comes with the first chart. */
+import { TranslationBundle } from '@jupyterlab/translation';
 import * as React from 'react';
 import type { Chart, IChartOptions, ILine, IPick } from './chart';
 
@@ -12,7 +13,7 @@ export interface ICanvasProps {
   label: string;
   /** The id of the element that says in words what the chart shows. */
   describedBy?: string;
-  /** What stands in for lines that are still to come. */
+  /** What stands in for lines of which there is nothing to draw. */
   empty: string;
   /** Where whoever uses the chart can reach it. */
   chartRef?: React.MutableRefObject<Chart | null>;
@@ -67,11 +68,30 @@ export function Canvas(props: ICanvasProps): JSX.Element {
           }
         }}
       />
-      {lines.every(line => line.x.length === 0) && (
+      {!lines.some(({ y }) => y.some(value => drawn(value, options.log))) && (
         <p className="jp-Tuft-chartEmpty">{props.empty}</p>
       )}
     </div>
   );
+}
+
+/** Whether a value has a place on the scale. */
+function drawn(value: number | null, log?: boolean): boolean {
+  return value !== null && (!log || value > 0);
+}
+
+/** What stands in for a chart of `lines` while nothing of them can be drawn. */
+export function emptyWord(
+  lines: readonly ILine[],
+  log: boolean,
+  trans: TranslationBundle
+): string {
+  if (lines.every(({ y }) => y.length === 0)) {
+    return trans.__('The first step is still to come.');
+  }
+  return log
+    ? trans.__('No value above zero, which is all that a log scale can show.')
+    : trans.__('No value yet.');
 }
 
 /** What a key does to a chart; whether it did anything. */

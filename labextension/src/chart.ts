@@ -33,9 +33,9 @@ export interface IChartOptions {
   height: number | null;
   /** What a position on the x axis is called in the tooltip. */
   xLabel: (x: number) => string;
-  /** The tick of the x axis. */
-  xTick: (x: number) => string;
-  /** Whether ticks of the x axis are whole numbers. */
+  /** The tick of the x axis, and how far it is to the next one. */
+  xTick: (x: number, distance: number) => string;
+  /** Whether the x axis has whole numbers; else it has seconds. */
   wholeX: boolean;
   log?: boolean;
   /** Called with each new range of the x axis; null: everything. Without it the chart cannot be zoomed. */
@@ -125,13 +125,16 @@ export class Chart {
     }
     const data = [x, ...y] as uPlot.AlignedData;
     const plot = this._plot;
-    if (plot && plot.series.length === drawn.length + 1) {
+    // What uPlot is told of a line but once.
+    const looks = this._lines.map(line => [line.dashed, !line.raw]).join();
+    if (plot && looks === this._looks) {
       plot.batch(() => {
         plot.setData(data, false);
         plot.setScale('x', { min: from, max: to });
       });
     } else {
       plot?.destroy();
+      this._looks = looks;
       this._plot = this._make(data);
     }
   }
@@ -354,6 +357,7 @@ export class Chart {
   private _picked: IPick | null = null;
   private _range: [number, number] | null = null;
   private _plot: uPlot | null = null;
+  private _looks = '';
   private readonly _observer: ResizeObserver;
   private readonly _tooltip = new Tooltip();
 }

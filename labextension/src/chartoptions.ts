@@ -18,7 +18,7 @@ export interface IPlot {
   width: number;
   height: number;
   series: ILook[];
-  xTick: (x: number) => string;
+  xTick: (x: number, distance: number) => string;
   wholeX: boolean;
   log?: boolean;
   /** The value of a CSS variable. */
@@ -63,9 +63,10 @@ export function plotOptions(plot: IPlot): uPlot.Options {
         size: large ? 28 : 22,
         gap: 4,
         space: large ? 64 : 48,
-        incrs: plot.wholeX ? WHOLE : undefined,
+        incrs: plot.wholeX ? WHOLE : SPANS,
         grid: { show: false },
-        values: (_, ticks) => ticks.map(plot.xTick)
+        values: (_, ticks, __, ___, distance) =>
+          ticks.map(x => plot.xTick(x, distance))
       },
       {
         ...axis,
@@ -133,6 +134,13 @@ const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500].flatMap(n => [
   ...(n >= 100 ? [n * 10, n * 100, n * 1000, n * 10_000] : [])
 ]);
 WHOLE.sort((a, b) => a - b);
+
+/** Distances between times that a clock has, in seconds. */
+const SPANS = [
+  ...[0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30],
+  ...[1, 2, 5, 10, 15, 30].map(minutes => minutes * 60),
+  ...[1, 2, 6, 12, 24, 48, 120, 240, 480].map(hours => hours * 3600)
+];
 
 /** At least a little wide, so that a line of one point has a place. */
 export function atLeastSomething(

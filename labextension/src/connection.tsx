@@ -38,7 +38,13 @@ export function ConnectionHead(props: IConnectionProps): JSX.Element {
         )}
       </div>
       {status && <Facts status={status} trans={trans} />}
-      {connection === 'lost' && (
+      {connection === 'lost' && source.problem && (
+        <div className="jp-Tuft-trouble">
+          <p>{source.problem}</p>
+          <p>{trans.__('This page connects by itself when it does.')}</p>
+        </div>
+      )}
+      {connection === 'lost' && !source.problem && (
         <div className="jp-Tuft-trouble">
           <p>
             {trans.__(
@@ -83,7 +89,12 @@ function judge(source: IFineTuning, trans: TranslationBundle): [Level, string] {
     case 'connecting':
       return ['busy', trans.__('Connecting…')];
     case 'lost':
-      return ['bad', trans.__('The notebook server does not answer')];
+      return [
+        'bad',
+        source.problem
+          ? trans.__('The fine-tuning service does not answer')
+          : trans.__('The notebook server does not answer')
+      ];
     case 'missing':
       return ['off', trans.__('Fine-tuning is not set up on this server')];
     case 'unusable':
@@ -125,6 +136,7 @@ function Facts(props: {
 }): JSX.Element {
   const { status, trans } = props;
   const ready = status.models.filter(model => model.state === 'ready');
+  const several = (status.placements ?? []).length > 1;
   return (
     <dl className="jp-Tuft-facts">
       <div>
@@ -139,6 +151,7 @@ function Facts(props: {
         <div key={placed.model}>
           <dt>{trans.__('GPUs')}</dt>
           <dd title={`${placed.model}: ${placed.mode}`}>
+            {several && `${placed.model}: `}
             {meshWords(placed, trans)}
           </dd>
         </div>
@@ -169,7 +182,7 @@ function meshWords(
   const words = counted
     .filter(([, count]) => count > 0)
     .map(([word, count]) => `${word} ${count}`);
-  return [gpus, words.join(', ')].filter(Boolean).join(': ');
+  return words.length ? `${gpus} (${words.join(', ')})` : `${gpus}`;
 }
 
 /** What of the work survives what, in few words. */

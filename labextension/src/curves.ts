@@ -112,6 +112,9 @@ interface IMade {
 
 const made = new WeakMap<ICurve, Map<string, IMade>>();
 
+/** Series that are kept of a curve: what two views show at once. A slider that is moved asks for a hundred. */
+const MOST_MADE = 24;
+
 /** A run's metric along an axis. Made anew only after the curve has grown. */
 export function seriesOf(
   { curve }: IRun,
@@ -123,18 +126,42 @@ export function seriesOf(
   const known = made.get(curve) ?? new Map<string, IMade>();
   made.set(curve, known);
   const former = known.get(key);
-  if (former && former.length === curve.step.length) {
-    return former.series;
-  }
-  const kept = history(curve);
-  const start = kept.length ? curve.time[kept[0]] : 0;
-  const x = kept.map(i =>
-    axis === 'step' ? curve.step[i] : curve.time[i] - start
-  );
-  const y = kept.map((i, k) => valueAt(curve, metric, i, kept[k - 1]));
-  const series = { x, y: smoothing > 0 ? smoothed(y, smoothing) : y };
+  known.delete(key);
+  const current = former?.length === curve.step.length;
+  const series = current
+    ? former!.series
+    : make(curve, metric, axis, smoothing);
   known.set(key, { length: curve.step.length, series });
+  for (const oldest of known.keys()) {
+    if (known.size <= MOST_MADE) {
+      break;
+    }
+    known.delete(oldest);
+  }
   return series;
+}
+
+function make(
+  curve: ICurve,
+  metric: Metric,
+  axis: Axis,
+  smoothing: number
+): ISeries {
+  const kept = history(curve);
+  const y = kept.map((i, k) => valueAt(curve, metric, i, kept[k - 1]));
+  return {
+    x: axis === 'step' ? kept.map(i => curve.step[i]) : since(curve, kept),
+    y: smoothing > 0 ? smoothed(y, smoothing) : y
+  };
+}
+
+/** Seconds since the first of these entries. A clock that was set back stands still until it has caught up. */
+function since({ time }: ICurve, kept: readonly number[]): number[] {
+  let latest = time[kept[0]];
+  return kept.map(i => {
+    latest = Math.max(latest, time[i]);
+    return latest - time[kept[0]];
+  });
 }
 
 /** Whether any entry of the curve has a value of the metric. */

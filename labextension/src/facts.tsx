@@ -16,6 +16,7 @@ import { IRun } from './objects';
 import { phaseOf, phaseWord } from './names';
 import { CopyButton } from './parts';
 import { lowest } from './readings';
+import { RunProblem } from './runs';
 import { IShown } from './shown';
 import { FactList, StepFacts } from './stepfacts';
 import { AskSamples } from './stepsamples';
@@ -61,7 +62,7 @@ export function RunFacts(props: IRunFactsProps): JSX.Element {
             {phaseWord(phase, trans)}
           </span>
         </div>
-        {run.error && <p className="jp-Tuft-error">{run.error}</p>}
+        <RunProblem run={run} trans={trans} />
         <FactList
           facts={[
             [trans.__('Steps'), formatCount(run.step)],

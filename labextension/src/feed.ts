@@ -27,6 +27,9 @@ const LAST_RETRY_MS = 30000;
 /** Where no server extension is, one seldom appears without a reload. */
 const MISSING_RETRY_MS = 120_000;
 
+/** A server that is there tells of its machine each second. A path that broke tells nothing, not even that it did. */
+const SILENCE_MS = 45_000;
+
 const LOG_LINES = 200;
 
 /** See the head of the file. */
@@ -148,6 +151,17 @@ export class Feed implements IFineTuning, IDisposable {
     }
     const socket = this._api.open(this._state.n);
     this._socket = socket;
+    const lost = () => {
+      if (attempt === this._attempt) {
+        this._stale = true;
+        this._retryLater('lost');
+      }
+    };
+    const heard = () => {
+      window.clearTimeout(this._timer);
+      this._timer = window.setTimeout(lost, SILENCE_MS);
+    };
+    heard();
     socket.onopen = () => {
       if (attempt === this._attempt) {
         this._become('live');
@@ -156,15 +170,11 @@ export class Feed implements IFineTuning, IDisposable {
     socket.onmessage = event => {
       if (attempt === this._attempt) {
         this._retries = 0;
+        heard();
         this._receive(JSON.parse(event.data) as FeedMessage);
       }
     };
-    socket.onclose = () => {
-      if (attempt === this._attempt) {
-        this._stale = true;
-        this._retryLater('lost');
-      }
-    };
+    socket.onclose = lost;
   }
 
   /** Fetch a snapshot and take it over, unless the attempt ended meanwhile. Whether to go on. */
@@ -182,8 +192,8 @@ export class Feed implements IFineTuning, IDisposable {
     } catch (error) {
       if (attempt === this._attempt) {
         const reason = error instanceof ApiError ? error.reason : 'unreachable';
-        this._problem = error instanceof ApiError ? error.message : '';
-        this._retryLater(reason === 'unreachable' ? 'lost' : reason);
+        const problem = error instanceof ApiError ? error.message : '';
+        this._retryLater(reason === 'unreachable' ? 'lost' : reason, problem);
       }
       return false;
     }
@@ -198,9 +208,15 @@ export class Feed implements IFineTuning, IDisposable {
         }
         message.records.forEach(record => apply(this._state, record));
         break;
-      case 'status':
+      case 'status': {
+        const former = this._status;
         this._status = message.status;
+        if (former && former.started !== message.status.started) {
+          // Records of another server may have the same numbers.
+          void this._resync();
+        }
         break;
+      }
       case 'gauges':
         this._gauges = {
           ...message,
@@ -237,8 +253,9 @@ export class Feed implements IFineTuning, IDisposable {
   }
 
   /** Wait twice as long each time, and not at the same moment as everybody else. */
-  private _retryLater(connection: Connection): void {
+  private _retryLater(connection: Connection, problem = ''): void {
     this._stop();
+    this._problem = problem;
     const soon = Math.min(FIRST_RETRY_MS * 2 ** this._retries, LAST_RETRY_MS);
     const wait = connection === 'missing' ? MISSING_RETRY_MS : soon;
     const jittered = wait * (0.75 + Math.random() / 2);

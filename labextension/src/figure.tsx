@@ -1,7 +1,7 @@
 /** The large chart of a run view, with its controls, the same values as a table and in words, and the keys it knows. */
 import { TranslationBundle } from '@jupyterlab/translation';
 import * as React from 'react';
-import { Canvas } from './canvas';
+import { Canvas, emptyWord } from './canvas';
 import type { Chart, IChartOptions, ILine, IPick } from './chart';
 import { Controls } from './controls';
 import { Metric, seriesOf } from './curves';
@@ -93,7 +93,7 @@ export function Figure(props: IFigureProps): JSX.Element {
           label={label}
           describedBy={summary}
           chartRef={chart}
-          empty={trans.__('The first step is still to come.')}
+          empty={emptyWord(lines, view.log, trans)}
         />
       )}
       <Reading

@@ -49,25 +49,36 @@ export function formatValue(value: number | null | undefined): string {
     : value.toPrecision(size < 0.1 ? 3 : 4);
 }
 
-/** The tick of an axis: no more digits than the distance between ticks asks for. */
+/** The tick of an axis: as many digits as tell it from its neighbours at this distance, and no more. */
 export function formatTick(value: number, distance: number): string {
   const size = Math.abs(value);
+  const power = size > 0 ? Math.floor(Math.log10(size)) : 0;
+  if (size >= 1e7 || (size > 0 && size < 1e-2 && distance < 1e-3)) {
+    const shown = value.toExponential(digitsFor(distance / 10 ** power));
+    const [digits, exponent] = shown.split('e');
+    return `${Number(digits)}e${Number(exponent)}`;
+  }
   if (size >= 1e4) {
-    return `${Number((value / 1e3).toPrecision(3))}k`;
+    return distance < 100
+      ? Math.round(value).toLocaleString('en-US')
+      : `${(value / 1e3).toFixed(digitsFor(distance / 1e3))}k`;
   }
-  if (size > 0 && distance < 1e-3) {
-    const [digits, exponent] = value.toExponential(1).split('e');
-    return `${Number(digits)}e${exponent}`;
-  }
+  return size === 0 && distance < 1e-3
+    ? '0'
+    : value.toFixed(digitsFor(distance));
+}
+
+/** Digits behind the point that multiples of `distance` have. */
+function digitsFor(distance: number): number {
   let digits = 0;
-  while (digits < 4 && !isWhole(distance * 10 ** digits)) {
+  while (digits < 6 && !isWhole(distance * 10 ** digits)) {
     digits += 1;
   }
-  return value.toFixed(digits);
+  return digits;
 }
 
 function isWhole(value: number): boolean {
-  return Math.abs(value - Math.round(value)) < 1e-9;
+  return value >= 0.5 && Math.abs(value - Math.round(value)) < 1e-6;
 }
 
 const SPANS: [number, Intl.RelativeTimeFormatUnit][] = [
@@ -83,11 +94,21 @@ const SECONDS = { second: 1, minute: 60, hour: 3600, day: 86400 } as Record<
 
 /** `3 min. ago`, `in 23 hr.`; the reader's language where the browser knows it. Negative seconds are past. */
 export function formatRelative(seconds: number, locale = 'en'): string {
-  const span = SPANS.find(([limit]) => Math.abs(seconds) < limit)!;
+  const [, unit] = SPANS.find(([limit]) => Math.abs(seconds) < limit)!;
+  const whole = Math.trunc(seconds / SECONDS[unit]);
+  // “yesterday” would be said of what is 47 hours old
   return new Intl.RelativeTimeFormat(locale, {
     style: 'short',
-    numeric: 'auto'
-  }).format(Math.trunc(seconds / SECONDS[span[1]]), span[1]);
+    numeric: whole ? 'always' : 'auto'
+  }).format(whole, unit);
+}
+
+/** The time of day, with the date unless that is today's. */
+export function formatMoment(time: number, now: number): string {
+  const [moment, today] = [new Date(time * 1000), new Date(now * 1000)];
+  return moment.toDateString() === today.toDateString()
+    ? moment.toLocaleTimeString()
+    : moment.toLocaleString();
 }
 
 /** The part of an id that a person compares: eight characters of a session's uuid. */

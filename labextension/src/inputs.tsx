@@ -36,6 +36,8 @@ export function WholeNumber(props: {
   value: number | null;
   onValue: (value: number | null) => void;
 }): JSX.Element {
+  // What is typed stays while it is typed: a field that refused to be empty would turn 64 after 128 into 164.
+  const [typed, setTyped] = React.useState<string | null>(null);
   return (
     <label className="jp-Tuft-slider">
       {props.label}
@@ -45,11 +47,13 @@ export function WholeNumber(props: {
         min={props.min}
         max={props.max}
         placeholder={props.placeholder}
-        value={props.value ?? ''}
+        value={typed ?? props.value ?? ''}
         onChange={event => {
           const { value } = event.target;
+          setTyped(value);
           props.onValue(value === '' ? null : Math.round(Number(value)));
         }}
+        onBlur={() => setTyped(null)}
       />
     </label>
   );

@@ -32,8 +32,10 @@ function KeyList(props: IKeysProps): JSX.Element {
   const [known, setKnown] = React.useState<IKey[] | null>(null);
   const [secret, setSecret] = React.useState('');
   const [problem, setProblem] = React.useState('');
+  const [busy, setBusy] = React.useState(false);
   /** Do something, and show the list as it is afterwards. Whether it worked. */
   const attempt = async (work: () => Promise<unknown>): Promise<boolean> => {
+    setBusy(true);
     try {
       await work();
       setKnown(await keys.list());
@@ -42,6 +44,8 @@ function KeyList(props: IKeysProps): JSX.Element {
     } catch (error) {
       setProblem(error instanceof Error ? error.message : String(error));
       return false;
+    } finally {
+      setBusy(false);
     }
   };
   const first = React.useRef(attempt);
@@ -57,6 +61,7 @@ function KeyList(props: IKeysProps): JSX.Element {
         <Secret secret={secret} onDone={() => setSecret('')} trans={trans} />
       ) : (
         <NewKey
+          busy={busy}
           onCreate={asked =>
             attempt(async () => setSecret(await keys.create(asked)))
           }
@@ -108,6 +113,8 @@ function Secret(props: {
 
 /** The form for a new key. */
 function NewKey(props: {
+  /** Whether one is being made: a second one would take the place of the first before anybody has seen it. */
+  busy: boolean;
   onCreate: (asked: INewKey) => Promise<boolean>;
   trans: TranslationBundle;
 }): JSX.Element {
@@ -122,6 +129,9 @@ function NewKey(props: {
       aria-label={trans.__('New key')}
       onSubmit={event => {
         event.preventDefault();
+        if (props.busy) {
+          return;
+        }
         const seconds = days ? days * DAY : null;
         void props.onCreate({ tenant: tenant.trim(), name, admin, seconds });
       }}
@@ -162,7 +172,11 @@ function NewKey(props: {
         />
         {trans.__('admin')}
       </label>
-      <button type="submit" className="jp-Tuft-textButton">
+      <button
+        type="submit"
+        className="jp-Tuft-textButton"
+        disabled={props.busy}
+      >
         {trans.__('Create key')}
       </button>
     </form>
@@ -188,7 +202,9 @@ function Entry(
     issued &&
       (entry.expires === null
         ? trans.__('no end')
-        : trans.__('expires %1', formatRelative(entry.expires - now, locale)))
+        : entry.expires > now
+          ? trans.__('expires %1', formatRelative(entry.expires - now, locale))
+          : trans.__('expired'))
   ];
   const revoke = async () => {
     const { button } = await showDialog({

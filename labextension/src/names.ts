@@ -50,9 +50,9 @@ export function runNames(
   let number = 0;
   for (const run of state.runs.values()) {
     number += 1;
-    const given = state.sessions.get(run.session)?.display_name;
-    const times = (used.get(given ?? '') ?? 0) + 1;
-    used.set(given ?? '', times);
+    const given = plain(state.sessions.get(run.session)?.display_name);
+    const times = (used.get(given) ?? 0) + 1;
+    used.set(given, times);
     const repeated = times > 1 ? ` ${times}` : '';
     names.set(run.id, given ? given + repeated : trans.__('Run %1', number));
   }
@@ -61,7 +61,12 @@ export function runNames(
 
 /** A session's name, or the part of its id that a person compares. */
 export function sessionName(session: ISession): string {
-  return session.display_name || shortId(session.id);
+  return plain(session.display_name) || shortId(session.id);
+}
+
+/** A name without the characters that would turn around what stands beside it (UAX #9, section 2). */
+function plain(name: string | null | undefined): string {
+  return (name ?? '').replace(/[\u202a-\u202e\u2066-\u2069]/g, '');
 }
 
 /** Runs that are named where one is asked for that is not there. */

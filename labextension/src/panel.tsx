@@ -61,9 +61,9 @@ export class TuftPanel extends LiveWidget {
           trans={trans}
         />
         {missing && <Missing trans={trans} />}
-        {!missing && status?.backend.installed && state.runs.size === 0 && (
-          <Welcome status={status} trans={trans} />
-        )}
+        {feed.connection === 'live' &&
+          status?.backend.installed &&
+          state.runs.size === 0 && <Welcome status={status} trans={trans} />}
         {state.runs.size > 0 && (
           <>
             <Curves
@@ -112,7 +112,7 @@ export class TuftPanel extends LiveWidget {
         .map(run => run.id)
     );
     for (const [run, chosen] of this._chosen) {
-      if (chosen) {
+      if (chosen && state.runs.has(run)) {
         shown.add(run);
       } else {
         shown.delete(run);

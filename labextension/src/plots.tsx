@@ -2,7 +2,7 @@
 import { TranslationBundle } from '@jupyterlab/translation';
 import { HTMLSelect } from '@jupyterlab/ui-components';
 import * as React from 'react';
-import { Canvas } from './canvas';
+import { Canvas, emptyWord } from './canvas';
 import type { IChartOptions } from './chart';
 import { busiest, latest, Metric, offeredMetrics } from './curves';
 import { formatCount, formatTick, formatValue } from './format';
@@ -96,9 +96,7 @@ export function Curves(props: ICurvesProps): JSX.Element {
           options={options}
           theme={props.theme}
           label={trans.__('%1 over steps', metricWord(metric, trans))}
-          empty={
-            lines.length ? trans.__('The first step is still to come.') : ''
-          }
+          empty={lines.length ? emptyWord(lines, false, trans) : ''}
         />
       )}
       <Reading parts={reading(runs, names, metric, trans)} />
@@ -107,8 +105,8 @@ export function Curves(props: ICurvesProps): JSX.Element {
 }
 
 /** The tick of an axis of steps. */
-export function stepTick(step: number): string {
-  return step >= 1e4 ? formatTick(step, 1) : `${step}`;
+export function stepTick(step: number, distance: number): string {
+  return formatTick(step, Math.max(1, distance));
 }
 
 /** The newest value of the run that was busy last: whose (with several runs), and what. */

@@ -1,4 +1,5 @@
 /** The run cards. Each is also the switch that puts its run on the chart. */
+import { TranslationBundle } from '@jupyterlab/translation';
 import { codeIcon, closeIcon, launchIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 import { CommandIDs } from './commandids';
@@ -130,7 +131,7 @@ function RunCard(
           )}
         </div>
       </div>
-      {run.error && <p className="jp-Tuft-error">{run.error}</p>}
+      <RunProblem {...props} />
       {run.status !== 'failed' && (
         <dl className="jp-Tuft-figures">
           <Figure label={trans.__('step')} value={formatCount(run.step)} />
@@ -155,6 +156,23 @@ function RunCard(
       )}
     </li>
   );
+}
+
+/** Why a run could not be started, or why the newest of its requests failed. */
+export function RunProblem(props: {
+  run: IRun;
+  trans: TranslationBundle;
+}): JSX.Element | null {
+  const { run, trans } = props;
+  const { error, last_error, status } = run;
+  if (error) {
+    return <p className="jp-Tuft-error">{error}</p>;
+  }
+  return last_error && status !== 'closed' ? (
+    <p className="jp-Tuft-error" title={last_error}>
+      {trans.__('Its last request failed: %1', last_error)}
+    </p>
+  ) : null;
 }
 
 function Figure(props: {

@@ -2,7 +2,12 @@
 import { TranslationBundle } from '@jupyterlab/translation';
 import * as React from 'react';
 import { history } from './curves';
-import { formatCount, formatDuration, formatValue } from './format';
+import {
+  formatCount,
+  formatDuration,
+  formatMoment,
+  formatValue
+} from './format';
 import { metricWord } from './metrics';
 import { IRun } from './objects';
 import { AskSamples, StepSamples } from './stepsamples';
@@ -29,6 +34,8 @@ export interface IStepFactsProps {
   run: IRun;
   name: string;
   step: number;
+  /** The server's clock, seconds since 1970. */
+  now: number;
   onUnpick: () => void;
   askSamples: AskSamples;
   trans: TranslationBundle;
@@ -60,7 +67,7 @@ export function StepFacts(props: IStepFactsProps): JSX.Element | null {
     [trans.__('Learning rate'), formatValue(curve.learning_rate[i])],
     [trans.__('Tokens'), formatCount(curve.tokens[i])],
     [trans.__('Took'), took === null ? '–' : formatDuration(took)],
-    [trans.__('At'), new Date(curve.time[i] * 1000).toLocaleTimeString()]
+    [trans.__('At'), formatMoment(curve.time[i], props.now)]
   ];
   if (curve.kl[i] !== null) {
     facts.splice(2, 0, [metricWord('kl', trans), formatValue(curve.kl[i])]);
@@ -82,7 +89,7 @@ export function StepFacts(props: IStepFactsProps): JSX.Element | null {
       <div aria-live="polite" aria-label={trans.__('Step %1', step)}>
         <FactList facts={facts} />
       </div>
-      <StepSamples {...props} run={run.id} />
+      <StepSamples {...props} key={run.id} run={run.id} />
     </section>
   );
 }

@@ -1,6 +1,6 @@
 /** Lines of any length, brought onto one axis in no more points than a screen has columns for. Pure. */
 
-/** A line: `x` rises, `y` has a value, or null where there is none, for each of them. */
+/** A line: `x` never falls, `y` has a value, or null where there is none, for each of them. */
 export interface ISeries {
   x: readonly number[];
   y: readonly (number | null)[];
@@ -92,9 +92,13 @@ function exact(lines: readonly ISeries[], parts: number[][]): IAligned {
   const y = lines.map((line, k) => {
     let [i] = parts[k];
     const [, end] = parts[k];
-    return x.map(value =>
-      i < end && line.x[i] === value ? line.y[i++] : undefined
-    );
+    return x.map(value => {
+      let here: number | null | undefined;
+      while (i < end && line.x[i] <= value) {
+        here = line.y[i++]; // of several at one place, the last
+      }
+      return here;
+    });
   });
   return { x, y };
 }

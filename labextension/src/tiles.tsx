@@ -52,8 +52,8 @@ export function Tiles(
               {metricWord(metric, trans)}
             </span>
             <b>
-              {metric === 'tokens_per_second' || metric === 'tokens'
-                ? formatCount(newest ?? 0)
+              {newest !== null && metric.startsWith('tokens')
+                ? formatCount(newest)
                 : formatValue(newest)}
             </b>
             <Spark

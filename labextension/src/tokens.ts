@@ -36,7 +36,7 @@ export interface IFineTuning {
   readonly queue: readonly IWaiting[];
   /** The newest lines of the server's log. */
   readonly log: readonly ILogLine[];
-  /** Why the server cannot serve, while `connection` is `unusable`. */
+  /** Why the server cannot serve, while `connection` is `unusable`; or is `lost`, and the server says so itself. */
   readonly problem: string;
   /** The server's clock, in seconds since 1970. */
   now(): number;

@@ -1,6 +1,7 @@
 """What the machine is doing: CPU, memory, loop lag, and the workers by process, sampled only while a client watches.
 
-Reading ``/proc`` blocks, so it happens in a thread, once per interval for all watchers.
+Reading ``/proc`` blocks, so it happens in a thread, once per interval for all watchers: always the same thread, since
+psutil tells the use of the processors since the calling thread last asked.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -16,6 +18,8 @@ import psutil
 from tuft_jupyter.core.engine import RunMemory
 from tuft_jupyter_server.gpus import gpus
 
+STARTED = time.time()
+"""When this server began. The next one may count its records to the same number, where nothing keeps them."""
 INTERVAL = 1.0
 """Seconds between two samples."""
 
@@ -42,6 +46,7 @@ class Gauges:
         self._watchers = 0
         self._sampled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "tuft-gauges")
         self._processes: dict[int, psutil.Process] = {}
 
     @contextlib.contextmanager
@@ -58,6 +63,7 @@ class Gauges:
                 for task in filter(None, (self._task, self._asking)):
                     task.cancel()
                 self._task = self._asking = None
+                self.latest, self.runs = {}, {}  # whoever looks next is not shown how it was then
 
     async def fresh(self) -> dict[str, Any]:
         """The next sample, within two intervals."""
@@ -66,22 +72,24 @@ class Gauges:
             return self.latest
 
     async def _sample_for_ever(self) -> None:
+        await self._sample()  # what a processor did is told since the sample before: this one is the first
         while True:
-            workers = self.workers()
             if self._asking is None or self._asking.done():  # a worker in a long step answers after it
                 self._asking = asyncio.get_running_loop().create_task(self._ask())
-            sample = await asyncio.to_thread(self._sample, workers)
             asked = time.perf_counter()
             await asyncio.sleep(INTERVAL)
             late = time.perf_counter() - asked - INTERVAL
-            self.latest = {**sample, "loop_lag_ms": round(max(late, 0.0) * 1000, 2)}
+            self.latest = {**await self._sample(), "loop_lag_ms": round(max(late, 0.0) * 1000, 2)}
             self._sampled.set()
             self._sampled.clear()
+
+    async def _sample(self) -> dict[str, Any]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, self.workers())
 
     async def _ask(self) -> None:
         self.runs = await self._memory()
 
-    def _sample(self, workers: list[tuple[str, int]]) -> dict[str, Any]:
+    def _read(self, workers: list[tuple[str, int]]) -> dict[str, Any]:
         memory = psutil.virtual_memory()
         devices, held = gpus()
         shown = [{"name": "notebook server", **self._process(psutil.Process().pid)}]

@@ -45,7 +45,7 @@ from tuft_jupyter.wire.tickets import Tickets
 from tuft_jupyter_server import foreseen, live
 from tuft_jupyter_server.catalog import ServerCatalog
 from tuft_jupyter_server.detokenize import detokenizer
-from tuft_jupyter_server.gauges import Gauges
+from tuft_jupyter_server.gauges import STARTED, Gauges
 from tuft_jupyter_server.metrics import CONTENT_TYPE, Metrics
 from tuft_jupyter_server.traces import Traces
 
@@ -287,6 +287,7 @@ class Host:
         note = sdk_note(self._sdk_of(principal.tenant))
         return {
             "version": __version__,
+            "started": STARTED,
             "tenant": principal.tenant,
             "admin": principal.admin,
             "ready": self._ready.is_set() and not loading and not problem,

@@ -112,11 +112,13 @@ class LabFeed(WebSocketMixin, WebSocketHandler, JupyterHandler):
                 yield msgspec.json.encode(message)
 
     async def _tell(self, since: int | None) -> None:
-        with contextlib.suppress(WebSocketClosedError):
-            async with aclosing(self.messages(since)) as told:
-                async for message in told:
-                    await self.write_message(message.decode())
-        self.close()  # whoever told us is gone: the panel begins anew
+        try:
+            with contextlib.suppress(WebSocketClosedError):
+                async with aclosing(self.messages(since)) as told:
+                    async for message in told:
+                        await self.write_message(message.decode())
+        finally:
+            self.close()  # whoever told us is gone, or failed: the panel begins anew, and is not left with old news
 
 
 def handlers(root: str, host: Host) -> list[tuple[str, type[web.RequestHandler], dict[str, Any]]]:

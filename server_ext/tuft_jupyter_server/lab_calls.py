@@ -3,7 +3,8 @@
 What a key may do, the owner of the notebook server may do from the lab: delete a checkpoint, sample, export. Jupyter's
 identity, XSRF check and authorizer apply (resource ``tuft``); routes about a key itself are left out. Like the rest of
 the panel's traffic these calls do not count as activity. Paths are those of the table, below ``lab/api/v1``; those of
-OpenAI-compatible inference are below ``lab/oai``.
+OpenAI-compatible inference are below ``lab/oai``. A signed address leads to its file from here too: it may be signed by
+a Hub's service, which a browser need not reach.
 """
 
 from __future__ import annotations
@@ -121,6 +122,6 @@ def rules(
         for route in routes:
             if route.upload:
                 found.append((root + prefix + route.pattern, upload, {**shared, "route": route}))
-            elif route.access is Access.KEY and route.endpoint not in OF_A_KEY:
+            elif route.access is not Access.OPEN and route.endpoint not in OF_A_KEY:
                 by_path.setdefault(prefix + route.pattern, {})[route.method] = route
     return found + [(root + path, call, {**shared, "routes": routes}) for path, routes in by_path.items()]

@@ -83,7 +83,8 @@ class Beside:
             runs = {run: memory for run, memory in self._host.gauges.runs.items() if self._shown(run)}
             changed = {} if runs == self._runs else {"runs": runs}
             self._runs = runs
-            yield {"type": "gauges", **self._host.gauges.latest, **changed}
+            # the panel reckons ages of runs by this: the clock of their records, at this moment
+            yield {"type": "gauges", **self._host.gauges.latest, **changed, "time": self._host.ledger.clock()}
         queue = [each for each in waiting(self._host.service) if self._shown(each["run"])]
         if queue != self._queue:
             self._queue = queue

@@ -26,9 +26,10 @@ class LogTail(logging.Handler):
             text = record.getMessage()
         except (TypeError, ValueError):  # a format that does not fit its arguments must not end the program
             text = str(record.msg)
+        sendable = text[:WIDTH].encode(errors="replace").decode()  # a path may be no UTF-8, a message must be
         self._count += 1
         line = {"n": self._count, "time": record.created, "level": record.levelname.lower()}
-        self._lines.append({**line, "text": text[:WIDTH]})
+        self._lines.append({**line, "text": sendable})
 
     def since(self, n: int) -> list[dict[str, Any]]:
         """The lines after number ``n``, as far as they are kept."""

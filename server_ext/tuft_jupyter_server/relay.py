@@ -44,7 +44,7 @@ class Unreachable(web.HTTPError):
     """The service does not answer; the panel shows the reason (``problem``)."""
 
     def __init__(self, service: HubService, why: object) -> None:
-        super().__init__(503, f"the Hub's fine-tuning service at {service.address} cannot be reached: {why}")
+        super().__init__(502, f"the Hub's fine-tuning service at {service.address} cannot be reached: {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class RelayRead(LabRead):
             if self._headers_written:  # what was cut off must not look whole
                 self.detach().close()
                 return
-            self.set_status(503)
+            self.set_status(502)
             self.write(json.dumps({"problem": problem.log_message, "message": problem.log_message}))
         self.finish(set_content_type=self._headers.get("Content-Type", JSON))
 

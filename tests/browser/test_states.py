@@ -104,6 +104,30 @@ def test_each_device_and_each_process_shows_its_use(staged: Staged) -> None:
     page.wait_for_selector(".jp-Tuft-factList div:has(dt:text-is('Engine time')) >> text=2:04")
 
 
+LONG = "a sweep whose name says everything about it, and then some more " * 3
+LINES = """selectors => selectors.map(selector => {
+    const node = document.querySelector(selector);
+    return node.clientHeight / parseFloat(getComputedStyle(node).lineHeight) || 1;
+})"""
+
+
+@pytest.mark.parametrize("width", [240, 340])
+def test_a_long_name_takes_no_room_from_the_numbers_beside_it(staged: Staged, width: int) -> None:
+    stage = staged.play(runs=2)
+    for session in stage.snapshot["sessions"]:
+        session["display_name"] = LONG
+    staged.open("empty.ipynb")
+    staged.open_panel(width)
+    page = staged.page
+    page.wait_for_selector("#tuft-panel [aria-label=Queue]")
+    page.click("#tuft-panel >> text=Enlarge")
+    page.wait_for_selector(".jp-Tuft-view canvas")
+    numbers = ["[aria-label=Queue] .jp-Tuft-entryHead .jp-Tuft-entryFacts", ".jp-Tuft-chip b"]
+    assert [round(lines) for lines in page.evaluate(LINES, numbers)] == [1, 1]
+    wide = "node => node.getBoundingClientRect().right <= innerWidth && node.clientWidth <= 200"
+    assert page.locator(".jp-Tuft-legend select").evaluate(wide)
+
+
 STRANGER = "6f1c2a52-0000-4000-8000-000000000099:train:7"
 
 

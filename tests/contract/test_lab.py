@@ -101,6 +101,10 @@ def test_the_panel_hears_of_the_machine_and_of_the_log(server: Server) -> None:
     assert {"name", "pid", "cpu", "memory", "gpu_memory"} == set(heard["gauges"]["workers"][0])
     for gpu in heard["gauges"]["gpus"]:
         assert 0 <= gpu["used"] <= gpu["total"]
+    known = server.request("GET", "tuft/lab/state")["status"]
+    assert heard["status"]["status"]["started"] == known["started"], (
+        "else the panel would fetch the state again"
+    )
     assert any("journal" in line["text"] for line in heard["log"]["lines"])
 
 

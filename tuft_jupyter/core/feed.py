@@ -28,9 +28,14 @@ class Subscription:
         if self.tenant is not None and record.tenant != self.tenant:
             return
         if len(self._records) >= CAPACITY:
-            self._records.clear()
-            self.overflowed = True
+            self.lose()
         self._records.append(record)
+        self._arrived.set()
+
+    def lose(self) -> None:
+        """Drop what is queued: the listener must fetch the state anew."""
+        self._records.clear()
+        self.overflowed = True
         self._arrived.set()
 
     async def take(self) -> list[Record]:
@@ -55,6 +60,11 @@ class Feed:
     def publish(self, record: Record) -> None:
         for subscription in self._subscriptions:
             subscription.offer(record)
+
+    def anew(self) -> None:
+        """The state was replaced by another one, which no record tells of."""
+        for subscription in self._subscriptions:
+            subscription.lose()
 
     def subscribe(self, tenant: str | None) -> Subscription:
         subscription = Subscription(tenant)

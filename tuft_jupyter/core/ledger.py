@@ -66,6 +66,7 @@ class Ledger:
         """
         self.state, self.promises, self.seen = fold.State(), Promises(), SeenRequests()
         await self.journal.open(self._follow)
+        self.feed.anew()  # whoever listened meanwhile knows the state without the image that the journal begins with
 
     async def close(self) -> None:
         await self.journal.close()

@@ -32,6 +32,15 @@ describe('the head of the panel', () => {
       ['does not answer', 'jupyter lab', 'Try now']
     ],
     [
+      'a service of the Hub that is down',
+      head('lost', undefined, 'http://hub/tuft cannot be reached'),
+      [
+        'service does not answer',
+        'http://hub/tuft cannot be reached',
+        'by itself'
+      ]
+    ],
+    [
       'a user or key without permission',
       head('forbidden'),
       ['You may not see', 'ask the owner']
@@ -97,12 +106,16 @@ describe('the head of the panel', () => {
     };
     const placed = { model: 'a', mode: 'separate', gpus: 4, mesh };
     expect(head('live', { placements: [placed] })).toContain(
-      'GPUs4: data parallel 2, sampling replicas 1, tensor parallel 2'
+      'GPUs4 (data parallel 2, sampling replicas 1, tensor parallel 2)'
     );
     const trains = { ...mesh, sampling_replicas: 0 };
     expect(
       head('live', { placements: [{ ...placed, gpus: 2, mesh: trains }] })
-    ).toContain('GPUs2: data parallel 2You are');
+    ).toContain('GPUs2 (data parallel 2)You are');
+    const two = [placed, { ...placed, model: 'b', gpus: 8 }];
+    expect(head('live', { placements: two })).toMatch(
+      /GPUsa: 4 \(.*\)GPUsb: 8 \(/
+    );
     expect(head('live', {})).not.toContain('GPUs');
   });
 

@@ -71,6 +71,25 @@ describe('curves', () => {
     expect(seriesOf(growing, 'tokens_per_second').y[0]).toBeNull();
   });
 
+  it('are whole after the clock was set back', () => {
+    const jumped = run([1, 2, 3, 4], [4, 3, 2, 1]);
+    jumped.curve.time = [1000, 1001, 400, 1002];
+    const line = seriesOf(jumped, 'loss', 'time');
+    expect(line.x).toEqual([0, 1, 1, 2]);
+    expect(align([line])).toEqual({ x: [0, 1, 2], y: [[4, 2, 1]] });
+  });
+
+  it('do not pile up while a slider is moved', () => {
+    const one = run([1, 2, 3], [3, 2, 1]);
+    const first = seriesOf(one, 'loss', 'step', 0.001);
+    const raw = seriesOf(one, 'loss');
+    for (let i = 1; i < 100; i++) {
+      seriesOf(one, 'loss', 'step', i / 100);
+      expect(seriesOf(one, 'loss')).toBe(raw);
+    }
+    expect(seriesOf(one, 'loss', 'step', 0.001)).not.toBe(first);
+  });
+
   it('are smoothed without a bias towards zero', () => {
     expect(smoothed([4, null, 4, 4], 0.9)).toEqual([4, null, 4, 4]);
     const [, second] = smoothed([0, 1], 0.5);

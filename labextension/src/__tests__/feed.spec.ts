@@ -2,6 +2,7 @@ import { ApiError, IStateAnswer } from '../api';
 import { Feed } from '../feed';
 import { apply, emptyState, fromSnapshot, toSnapshot } from '../model';
 import {
+  emptyAnswer,
   FakeApi,
   goldenFeed,
   goldenState,
@@ -128,6 +129,52 @@ describe('the feed', () => {
       expect(waits[i]).toBeGreaterThanOrEqual(seconds * 750);
       expect(waits[i]).toBeLessThanOrEqual(seconds * 1250);
     });
+  });
+
+  it('begins anew when a server that reports each second falls silent', async () => {
+    await live();
+    const silent = api.socket;
+    for (let second = 0; second < 90; second++) {
+      jest.advanceTimersByTime(1000);
+      silent.send({ type: 'gauges', time: second });
+    }
+    expect(feed.connection).toBe('live');
+    jest.advanceTimersByTime(46_000);
+    expect(feed.connection).toBe('lost');
+    expect(silent.closed).toBe(true);
+    jest.advanceTimersByTime(1500);
+    await settle();
+    expect([api.asked, api.sockets.length]).toEqual([2, 2]);
+  });
+
+  it('tells what a server says of another one that does not answer', async () => {
+    const problem = 'the service cannot be reached';
+    api.answer = () => Promise.reject(new ApiError('unreachable', problem));
+    feed.look(viewer, true);
+    await settle();
+    expect([feed.connection, feed.problem]).toEqual(['lost', problem]);
+    api.answer = async () => emptyAnswer();
+    feed.retry();
+    await settle();
+    api.socket.accept();
+    api.socket.lose();
+    expect([feed.connection, feed.problem]).toEqual(['lost', '']);
+  });
+
+  it('takes the state of a server that was started again while nobody looked', async () => {
+    const status = { ...READY, started: 1 };
+    api.answer = async () => ({ state: goldenState(), status });
+    await live();
+    api.socket.send({ type: 'status', status });
+    feed.look(viewer, false);
+    api.answer = async () => ({
+      state: { ...emptyAnswer().state, n: goldenState().n },
+      status: { ...READY, started: 2 }
+    });
+    await live();
+    api.socket.send({ type: 'status', status: { ...READY, started: 2 } });
+    await settle();
+    expect([api.asked, feed.state.runs.size]).toEqual([2, 0]);
   });
 
   it('tries at once when asked to', async () => {

@@ -1,6 +1,7 @@
 import {
   formatBytes,
   formatCount,
+  formatMoment,
   formatRelative,
   formatShare,
   formatTick,
@@ -53,21 +54,44 @@ describe('formats', () => {
     [1, 0.5, '1.0'],
     [0.25, 0.25, '0.25'],
     [3, 1, '3'],
-    [0, 0.0001, '0.0000'],
+    [0, 0.0001, '0'],
     [0.00015, 0.00005, '1.5e-4'],
-    [20000, 5000, '20k']
+    [20000, 5000, '20k'],
+    [1e12, 5e11, '1e12']
   ])('the tick %d at distance %d as %s', (value, distance, text) =>
     expect(formatTick(value, distance)).toBe(text)
   );
 
   it.each([
+    ['a loss that hardly moves', 0.6931, 0.00005],
+    ['a zoom into ten thousand steps', 12_300, 20],
+    ['a zoom into a hundred thousand steps', 150_000, 1],
+    ['a long run', 149_000, 500],
+    ['a learning rate', 0.0001, 0.00000005],
+    ['a loss that explodes', 1.2e9, 1e7]
+  ])('ticks of %s that differ', (_, from, distance) => {
+    const ticks = [0, 1, 2, 3].map(i => from + i * distance);
+    const words = ticks.map(tick => formatTick(tick, distance));
+    expect(new Set(words).size).toBe(4);
+    words.forEach(word => expect(word.length).toBeLessThanOrEqual(9));
+  });
+
+  it.each([
     [-3, '3 sec. ago'],
     [-200, '3 min. ago'],
     [82_000, 'in 22 hr.'],
-    [-200_000, '2 days ago']
+    [-200_000, '2 days ago'],
+    [-47 * 3600, '1 day ago'],
+    [-0.4, 'now']
   ])('%d seconds as %s', (seconds, text) =>
     expect(formatRelative(seconds)).toBe(text)
   );
+
+  it('a time of another day with its date', () => {
+    const noon = new Date(2026, 10, 22, 12).getTime() / 1000;
+    expect(formatMoment(noon, noon + 3600)).not.toContain('2026');
+    expect(formatMoment(noon, noon + 86400)).toContain('2026');
+  });
 
   it('ids by what tells them apart', () => {
     expect(shortId('6f1c2a52-0000-4000-8000-000000000001')).toBe('6f1c2a52');

@@ -2,6 +2,7 @@ import { nullTranslator } from '@jupyterlab/translation';
 import { CommandRegistry } from '@lumino/commands';
 import { Widget } from '@lumino/widgets';
 import { Api, ApiError, IStateAnswer } from '../api';
+import { emptyWord } from '../canvas';
 import { Feed } from '../feed';
 import { ISnapshot } from '../objects';
 import { TuftPanel } from '../panel';
@@ -43,17 +44,19 @@ describe('the panel', () => {
   let api: FakeApi;
   let feed: Feed;
   let panel: TuftPanel;
+  let commands: CommandRegistry;
 
   beforeEach(() => {
     plots.length = 0;
     Object.assign(globalThis, { ResizeObserver: FakeResizeObserver });
     api = new FakeApi();
+    commands = new CommandRegistry();
     feed = new Feed(api);
     panel = new TuftPanel(
       {
         api: api as unknown as Api,
         feed,
-        commands: new CommandRegistry(),
+        commands,
         trans: nullTranslator.load('tuft_jupyter')
       },
       () => undefined
@@ -152,6 +155,115 @@ describe('the panel', () => {
     await eventually(() => expect(texts('.jp-Tuft-runName')).toContain(evil));
     expect(texts('.jp-Tuft-error')).toEqual([evil]);
     expect(panel.node.querySelector('img, script')).toBeNull();
+  });
+
+  it('says why the last request of a run failed, until one succeeds', async () => {
+    const { id } = goldenState().runs[0];
+    await show(answer(state => (state.runs[0].status = 'ready')));
+    const op = (kind: string, n: number, data: object) => ({
+      ...{ n: goldenState().n + n, kind, tenant: 'alice', time: 0 },
+      data: { run: id, op: 'forward_backward', ...data }
+    });
+    const failed = op('op_failed', 1, { error: 'the loss is nan' });
+    api.socket.send({ type: 'records', records: [failed] });
+    await eventually(() =>
+      expect(texts('.jp-Tuft-error')).toContain(
+        'Its last request failed: the loss is nan'
+      )
+    );
+    const done = op('op_done', 2, { facts: {} });
+    api.socket.send({ type: 'records', records: [done] });
+    await eventually(() =>
+      expect(texts('.jp-Tuft-error').join()).not.toContain('nan')
+    );
+  });
+
+  it('opens no run that was forgotten while it was on the chart', async () => {
+    const execute = jest.spyOn(commands, 'execute').mockResolvedValue(null);
+    const [first, second] = goldenState().runs.map(({ id }) => id);
+    await show(answer());
+    await eventually(() => expect(texts('.jp-Tuft-runName').length).toBe(2));
+    panel.node
+      .querySelector<HTMLElement>('.jp-Tuft-runName[aria-pressed="false"]')!
+      .click();
+    const data = { runs: [second], samplers: [], sessions: [] };
+    const gone = { kind: 'forgotten', tenant: 'alice', time: 0, data };
+    const n = goldenState().n + 1;
+    api.socket.send({ type: 'records', records: [{ ...gone, n }] });
+    await eventually(() => expect(texts('.jp-Tuft-runName').length).toBe(1));
+    [...panel.node.querySelectorAll('button')]
+      .find(node => node.textContent === 'Enlarge')!
+      .click();
+    expect(execute.mock.lastCall?.[1]).toMatchObject({ runs: [first] });
+  });
+
+  it('draws another run in its own dashes', async () => {
+    const { Chart } = await import('../chart');
+    const chart = new Chart(document.createElement('div'), {
+      height: 100,
+      xLabel: String,
+      xTick: String,
+      wholeX: true
+    });
+    const line = { label: '', colour: '', live: false, x: [1], y: [1] };
+    chart.update([{ ...line, dashed: false }]);
+    chart.update([{ ...line, dashed: false }]);
+    expect(plots.length).toBe(1);
+    chart.update([{ ...line, dashed: true }]);
+    expect(plots.length).toBe(2);
+  });
+
+  it('makes one key, however often its button is pressed', async () => {
+    let made = 0;
+    api.routes = {
+      'GET tuft/keys': () => ({ keys: [] }),
+      'POST tuft/keys': () => ({ key: `tml-${++made}` })
+    };
+    await show({ ...emptyAnswer(), status: { ...READY, admin: true } });
+    const keys = () => panel.node.querySelector('[aria-label="Keys"]')!;
+    await eventually(() => expect(keys()).not.toBeNull());
+    keys().querySelector('button')!.click();
+    const form = () => keys().querySelector('form')!;
+    await eventually(() =>
+      expect(form().querySelector('button')!.disabled).toBe(false)
+    );
+    const submit = () =>
+      form().dispatchEvent(
+        new Event('submit', { bubbles: true, cancelable: true })
+      );
+    submit();
+    await settle();
+    submit();
+    await eventually(() => expect(texts('code')).toContain('tml-1'));
+    expect(made).toBe(1);
+  });
+
+  it('lets no name turn around what stands beside it', async () => {
+    await show(
+      answer(state => (state.sessions[0].display_name = '\u202eevil\u2066'))
+    );
+    await eventually(() => expect(texts('.jp-Tuft-runName')).toContain('evil'));
+    expect(panel.node.textContent).not.toMatch(/[\u202e\u2066]/);
+  });
+
+  it('says so where there is nothing that it could draw', async () => {
+    await show(
+      answer(state => state.runs.forEach(run => run.curve.loss.fill(null)))
+    );
+    await eventually(() =>
+      expect(texts('.jp-Tuft-chartEmpty')).toEqual(['No value yet.'])
+    );
+    const { step } = goldenState().runs[0].curve;
+    const line = { label: '', colour: '', dashed: false, live: false, x: step };
+    const word = (y: number[], log: boolean) =>
+      emptyWord([{ ...line, y }], log, nullTranslator.load(''));
+    expect(
+      word(
+        step.map(() => 0),
+        true
+      )
+    ).toContain('log scale');
+    expect(word([], true)).toContain('still to come');
   });
 
   it('draws points as records come in', async () => {

@@ -66,6 +66,23 @@ def test_a_state_made_from_its_image_goes_on_like_the_original() -> None:
         assert made == fold.fold(records), f"image after record {at}"
 
 
+def test_who_listens_while_the_journal_is_read_is_told_to_fetch_the_state(make: Make, tmp_path: Path) -> None:
+    """L7, P1: no record tells what the image holds; a page that was quicker than the start would lack all of it."""
+
+    async def body() -> None:
+        async with world(tmp_path, journal=make()) as w:
+            await w.connect()
+            await w.service.ledger.compact()
+        ledger = ledgers.Ledger(make())
+        early = ledger.feed.subscribe(None)
+        await ledger.open()
+        assert ledger.state.runs
+        assert (await asyncio.wait_for(early.take(), 5), early.overflowed) == ([], True)
+        await ledger.close()
+
+    scenario(body)
+
+
 def test_after_a_compaction_and_a_restart_everything_goes_on(make: Make, tmp_path: Path) -> None:
     """L7, P1: results, repeated requests, the op that was under way, the run's state and its checkpoints."""
 

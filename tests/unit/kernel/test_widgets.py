@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,48 @@ def test_a_long_curve_keeps_its_ends_and_its_peaks() -> None:
     assert {99.0, -3.0} <= set(few["loss"])
     whole = downsampled({"step": [1, 2], "loss": [0.123456789, None]}, ("loss",), 400)
     assert whole == {"step": [1, 2], "loss": [0.123457, None]}
+
+
+def test_a_widget_rests_when_its_output_was_cleared_and_nobody_else_looks(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell that is run fifty times would leave fifty threads that ask the server for ever."""
+    table = tuft_jupyter.RunTable()
+    pictures = sent(table, monkeypatch)
+    table._repr_mimebundle_()
+    until(lambda: bool(pictures), 10, "a first picture")
+    monkeypatch.setattr("tuft_jupyter.kernel.widgets.live.REPEAT", 0.05)
+    thread = table._thread
+    assert thread is not None
+    table._heard(table, {"type": "gone"}, [])
+    assert {"type": "look?"} in pictures
+    until(lambda: not thread.is_alive(), 20, "its thread ends")
+    table._heard(table, {"type": "want"}, [])
+    told.steps = 6
+    until(lambda: pictures[-1].get("runs", [{}])[0].get("step") == 6, 20, "it goes on for the next view")
+    table.close()
+
+
+class Rests(threading.Event):
+    """An event that notes how long it was waited for, and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rests: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.rests.append(timeout or 0.0)
+        return super().wait(0.01)
+
+
+def test_a_large_picture_is_sent_less_often(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook server drops what a kernel says above a megabyte a second: that of other cells too."""
+    told.steps = 4000
+    curve = tuft_jupyter.LossCurve(ONE)
+    pictures = sent(curve, monkeypatch)
+    closing = Rests()
+    curve._closing = closing
+    curve._repr_mimebundle_()
+    until(lambda: bool(closing.rests), 20, "a first picture")
+    curve.close()
+    assert len(json.dumps(pictures[0])) / closing.rests[0] < 200_000

@@ -2,7 +2,9 @@
 
 While a cell runs, a kernel hears nothing from the page. So a widget never waits for a question: its thread sends the
 whole picture, small enough for that, when something has changed, and again now and then for a page that was reloaded
-meanwhile. A page that asks (``{"type": "want"}``) gets it at once, as soon as the kernel can hear.
+meanwhile. A page that asks (``{"type": "want"}``) gets it at once, as soon as the kernel can hear. When a view is gone
+(``{"type": "gone"}``: its output was cleared), the others are asked whether they still look; if none does, the thread
+rests.
 
 It knows nothing of what is shown: a subclass says how to look (:meth:`Live.look`) and how to say it in words
 (:meth:`Live.words`).
@@ -10,6 +12,7 @@ It knows nothing of what is shown: a subclass says how to look (:meth:`Live.look
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -24,6 +27,8 @@ from tuft_jupyter.kernel.errors import TuftConnectionError
 HERE = Path(__file__).parent
 TICK = 0.2
 """Seconds between two pictures, at least."""
+BYTES_PER_SECOND = 100_000
+"""What a widget sends at most: a notebook server drops what all cells print together above ten times that."""
 RETRY = 2.0
 REPEAT, REPEAT_MOST = 5.0, 60.0
 """Seconds after which a picture that stays the same is sent again; each time the pause doubles."""
@@ -54,6 +59,8 @@ class Live(anywidget.AnyWidget):
         self.client: Client = continuity.connected().client
         self.picture: dict[str, Any] = {}
         self._closing = threading.Event()
+        self._unseen = False
+        self._turning = threading.Lock()
         self._thread: threading.Thread | None = None
         self._sending = threading.Lock()
         self._sent = 0.0
@@ -84,17 +91,28 @@ class Live(anywidget.AnyWidget):
         super().close()
 
     def _watch(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
-            self._thread.start()
+        with self._turning:
+            self._unseen = False
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
+                self._thread.start()
+
+    def _ends(self) -> bool:
+        """Whether nobody needs the thread any more; then the next view starts another."""
+        with self._turning:
+            over = self._unseen or self._closing.is_set()
+            if over:
+                self._thread = None
+            return over
 
     def _run(self) -> None:
-        patience = 0.0
-        while not self._closing.is_set():
+        patience, rest = 0.0, TICK
+        while not self._ends():
             try:
                 picture = self.look(patience)
                 patience = REPEAT
-                rest = TICK
+                if picture != self.picture:
+                    rest = max(TICK, len(json.dumps(picture)) / BYTES_PER_SECOND)
             except (Refused, Unreachable) as error:
                 picture = {
                     **self.picture,
@@ -114,11 +132,15 @@ class Live(anywidget.AnyWidget):
             self.send({"type": "picture", **self.picture})
 
     def _heard(self, _: Any, content: Any, buffers: Any) -> None:
-        if isinstance(content, dict) and content.get("type") == "want":
-            self._watch()
-            self._pause = REPEAT
-            if self.picture:
-                self._show()
+        match content:
+            case {"type": "want"}:
+                self._watch()
+                self._pause = REPEAT
+                if self.picture:
+                    self._show()
+            case {"type": "gone"}:
+                self._unseen = True
+                self.send({"type": "look?"})
 
 
 class Watcher:

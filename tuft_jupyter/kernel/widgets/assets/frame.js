@@ -68,9 +68,10 @@ async function labState() {
 }
 
 /**
- * Draw each picture that comes, ask for one now and whenever the page is seen again.
+ * Draw each picture that comes, ask for one now and whenever the page is seen again. Returns what ends it and
+ * tells the kernel so.
  *
- * `fromState` makes a picture from the lab's state, for when no kernel answers. Returns what ends it.
+ * `fromState` makes a picture from the lab's state, or null, for when no kernel answers.
  */
 function follow(model, root, draw, fromState) {
   let seen = false;
@@ -89,6 +90,8 @@ function follow(model, root, draw, fromState) {
   const heard = message => {
     if (message?.type === 'picture') {
       show(message);
+    } else if (message?.type === 'look?') {
+      want();
     }
   };
   const want = () => {
@@ -101,18 +104,40 @@ function follow(model, root, draw, fromState) {
   want();
   const patience = setTimeout(async () => {
     const state = seen ? null : await labState();
-    if (!seen && state) {
+    const picture = state && fromState(state);
+    if (!seen && picture) {
       show({
-        ...fromState(state),
+        ...picture,
         problem: 'No kernel answers: this is what the server knows now.'
       });
+    } else if (!seen) {
+      note.textContent =
+        'No kernel has answered yet. If there is none, run the cell again.';
     }
   }, 3000);
   return () => {
     clearTimeout(patience);
     model.off('msg:custom', heard);
     document.removeEventListener('visibilitychange', want);
+    model.send({ type: 'gone' });
   };
+}
+
+/** Make `old` what `fresh` is, and leave what is the same: a button under a pressed pointer, the focus, a selection. */
+function renew(old, fresh) {
+  if (old.isEqualNode(fresh)) {
+    return;
+  }
+  const alike = old.cloneNode(false).isEqualNode(fresh.cloneNode(false));
+  if (alike && old.tagName === 'BUTTON') {
+    return; // it says “copied” for a moment
+  }
+  const [before, after] = [[...old.childNodes], [...fresh.childNodes]];
+  if (alike && before.length && before.length === after.length) {
+    before.forEach((child, i) => renew(child, after[i]));
+  } else {
+    old.replaceWith(fresh);
+  }
 }
 
 /** A table that is drawn anew as a whole: `columns` are [heading, cell of a row, is it a number]. */
@@ -147,14 +172,29 @@ function tableWidget({ rows, caption, columns, empty, fromState }) {
       const body = element('div', { class: 'tuft-scroll' });
       root.append(body);
       el.append(root);
+      body.append(table(caption, columns, [], ''));
       const draw = picture =>
         picture[rows] &&
-        body.replaceChildren(table(caption, columns, picture[rows], empty));
+        renew(body.firstChild, table(caption, columns, picture[rows], empty));
       return follow(model, root, draw, state => ({
         [rows]: fromState(state, model).reverse()
       }));
     }
   };
+}
+
+/** Browsers have a clipboard for pages that are encrypted or of this machine; the older way works everywhere. */
+async function toClipboard(text) {
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+    return;
+  }
+  const field = element('textarea', {});
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  document.execCommand('copy');
+  field.remove();
 }
 
 /** A button that puts text on the clipboard and says so. */
@@ -165,7 +205,8 @@ function copier(text, label, spoken) {
     label
   );
   button.addEventListener('click', async () => {
-    await navigator.clipboard.writeText(text);
+    await toClipboard(text);
+    button.focus();
     button.textContent = 'copied';
     setTimeout(() => (button.textContent = label), 1200);
   });

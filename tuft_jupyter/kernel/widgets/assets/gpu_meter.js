@@ -53,7 +53,7 @@ function render({ model, el }) {
       )
     );
   };
-  return follow(model, root, draw, () => ({}));
+  return follow(model, root, draw, () => null);
 }
 
 export default { render };

@@ -34,6 +34,33 @@ function smoothed(values, weight) {
   });
 }
 
+/** The points that led to the present weights: a run that loaded earlier ones left the steps that came after those. */
+function branch(columns) {
+  const kept = [];
+  columns.step.forEach((step, i) => {
+    while (kept.length && columns.step[kept.at(-1)] >= step) {
+      kept.pop();
+    }
+    kept.push(i);
+  });
+  const along = values => kept.map(i => values[i]);
+  return Object.fromEntries(
+    Object.entries(columns).map(([name, values]) => [name, along(values)])
+  );
+}
+
+/** The place of the value of `column` that is closest to `index`, or -1. */
+function closest(column, index) {
+  for (let away = 0; away < column.length; away++) {
+    for (const at of [index - away, index + away]) {
+      if (Number.isFinite(column[at])) {
+        return at;
+      }
+    }
+  }
+  return -1;
+}
+
 class Curves {
   constructor(model, root) {
     this.model = model;
@@ -111,7 +138,10 @@ class Curves {
   }
 
   show(picture) {
-    this.runs = picture.runs;
+    this.runs = picture.runs.map(run => ({
+      ...run,
+      columns: branch(run.columns)
+    }));
     this.missing = picture.missing ?? [];
     this.draw();
   }
@@ -134,6 +164,9 @@ class Curves {
     const shape = `${metric} ${log} ${this.runs.map(run => run.id)}`;
     if (this.plot && this.shape === shape) {
       this.plot.setData(data, !this.zoomed);
+      if (this.zoomed) {
+        this.plot.redraw();
+      }
     } else {
       this.plot?.destroy();
       this.shape = shape;
@@ -204,18 +237,18 @@ class Curves {
     };
   }
 
-  /** The legend with the values of a step: the one under the pointer, else the last. */
+  /** The legend with the values closest to the pointer, else the last ones, each with its step. */
   point(plot) {
     const index = plot?.cursor.idx;
     this.legend.replaceChildren(
       ...this.runs.map((run, i) => {
         const column = plot ? plot.data[i + 1] : [];
-        const at = index ?? column.length - 1;
+        const at = closest(column, index ?? column.length - 1);
         const swatch = element('span', { class: 'tuft-swatch' });
         swatch.style.background = COLOURS[i % COLOURS.length];
-        const step = plot ? plot.data[0][at] : run.step;
+        const step = at < 0 ? run.step : plot.data[0][at];
         const state = run.live ? ' · running' : '';
-        const text = ` ${run.name} · step ${step ?? run.step} · ${digits(column[at])}${state}`;
+        const text = ` ${run.name} · step ${step} · ${digits(column[at])}${state}`;
         return element('span', { class: 'tuft-entry' }, swatch, text);
       })
     );
@@ -230,7 +263,7 @@ class Curves {
       );
       const last = values[values.length - 1];
       return values.length
-        ? `${run.name}: step ${run.step}, ${metric} ${digits(last)}, lowest ${digits(Math.min(...values))}`
+        ? `${run.name}: step ${run.step}, ${metric} ${digits(last)}, lowest ${digits(values.reduce((a, b) => Math.min(a, b)))}`
         : `${run.name}: no value of ${metric} yet`;
     });
     const lost = this.missing.map(

@@ -110,13 +110,22 @@ class Asking {
           this.set('models', [...names]);
         }
       });
-      box.checked = chosen.has(each.name);
       return element('label', { title: each.name }, box, ` ${each.label}`);
     });
-    this.choices.replaceChildren(
+    const fresh = element(
+      'fieldset',
+      { class: 'tuft-choices' },
       element('legend', {}, 'Who answers'),
       ...boxes
     );
+    if (this.choices.childNodes.length === fresh.childNodes.length) {
+      renew(this.choices, fresh);
+    } else {
+      this.choices.replaceChildren(...fresh.childNodes);
+    }
+    this.choices.querySelectorAll('input').forEach((box, i) => {
+      box.checked = chosen.has(this.offered[i].name);
+    });
   }
 
   begin() {
@@ -180,7 +189,7 @@ function render({ model, el }) {
     model,
     root,
     picture => picture.offered && asking.offer(picture.offered),
-    () => ({})
+    () => null
   );
   return () => {
     end();

@@ -28,7 +28,7 @@ const RUN_COLUMNS = [
   ],
   [
     'why it waits',
-    run => (run.pending || run.status === 'failed' ? run.why : '')
+    run => (run.pending || run.status === 'failed' ? (run.why ?? '') : '')
   ]
 ];
 
@@ -41,6 +41,7 @@ export default tableWidget({
     state.runs.map(run => ({
       ...run,
       name: shortName(run.id),
-      loss: run.curve.loss.at(-1)
+      loss: run.curve.loss.at(-1),
+      why: run.error
     }))
 });
