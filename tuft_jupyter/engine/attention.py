@@ -33,8 +33,8 @@ class CausalAttention:
     """Each token sees its own sequence up to itself.
 
     On CPU, neighbouring sequences of equal length go through one call, others through one call each (a mask over the
-    whole row would cost N x N). On CUDA, one variable-length kernel serves the row where it can (half precision),
-    else the same calls as on CPU.
+    whole row would cost N x N). On CUDA, one variable-length kernel serves the row where it can (half precision, on
+    Ampere and later), else the same calls as on CPU.
     """
 
     def __init__(self, cu: Sequence[int], device: torch.device) -> None:
@@ -46,7 +46,7 @@ class CausalAttention:
             count = len(list(group))
             self._runs.append((start, count, length))
             start += count * length
-        self._cu = torch.tensor(cu, dtype=torch.int32, device=device) if device.type == "cuda" else None
+        self._cu = torch.tensor(cu, dtype=torch.int32, device=device) if _has_kernel(device) else None
 
     def __call__(
         self,
@@ -161,8 +161,13 @@ def _varlen_kernel() -> Kernel | None:
     return kernel if "window_size" in knows else None
 
 
+def _has_kernel(device: torch.device) -> bool:
+    """Whether the kernel, which is FlashAttention's, runs on this device; on GPUs before Ampere it raises."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _takes(q_1HND: Tensor) -> bool:
-    """Whether the kernel, which is FlashAttention's, takes queries like these."""
+    """Whether the kernel takes queries like these."""
     return (
         q_1HND.dtype in (torch.float16, torch.bfloat16)
         and q_1HND.shape[-1] % 8 == 0

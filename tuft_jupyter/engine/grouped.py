@@ -25,6 +25,10 @@ from tuft_jupyter.engine.side_by_side import Rows
 
 _MOST = 64  # adapters: their weights are copied together for each row
 _ALIGNED = 8  # elements: grouped kernels want rows to begin at 16 bytes
+_FUSED = (
+    9,
+    10,
+)  # GPUs with a kernel: on others torch waits for the GPU, then calls one matmul for each adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,10 @@ def _add(grads: Sequence[Tensor], more_T: Tensor) -> None:
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has a grouped matmul for this device that does what it should; which do depends on the version."""
     if not hasattr(F, "grouped_mm"):
+        return False
+    if device.type == "cuda" and (
+        dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in _FUSED
+    ):
         return False
     generator = torch.Generator().manual_seed(0)
     x_NK = torch.randn(40, 32, generator=generator).to(device, dtype)

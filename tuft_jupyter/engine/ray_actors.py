@@ -42,6 +42,9 @@ CPU_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Of a worker that asked for none: Ray hides the other GPUs from who was given one, and none from who was not."""
+
 SECRETS = (
     "TUFT_API_KEY",
     "TINKER_API_KEY",

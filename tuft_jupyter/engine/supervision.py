@@ -21,7 +21,15 @@ from tuft_jupyter.core.errors import ServerError, UserError, failure
 from tuft_jupyter.engine.actor import Actor
 from tuft_jupyter.engine.placement import Placement, Shared
 from tuft_jupyter.engine.pretrained import TRUST
-from tuft_jupyter.engine.ray_actors import CPU_MEMORY, NETWORK, SECRETS, ActorOptions, EngineActor, Loaded
+from tuft_jupyter.engine.ray_actors import (
+    CPU_MEMORY,
+    NETWORK,
+    NO_GPU,
+    SECRETS,
+    ActorOptions,
+    EngineActor,
+    Loaded,
+)
 from tuft_jupyter.engine.ray_local import log_tail
 from tuft_jupyter.engine.ray_runtime import Runtime, Session
 from tuft_jupyter.engine.standby import Standby
@@ -167,7 +175,7 @@ class RayEngine:
         environment = dict.fromkeys(SECRETS, "") | {"OMP_NUM_THREADS": str(self._options.threads)}
         environment |= {name: os.environ[name] for name in NETWORK if name in os.environ}
         if not on_gpu:
-            environment |= CPU_MEMORY
+            environment |= CPU_MEMORY | NO_GPU
         environment |= self.demand.environment
         environment[TRUST] = "1" if self.demand.trusted else "0"
         cpus = self._options.threads if self.demand.cpus is None else self.demand.cpus

@@ -6,7 +6,8 @@ adapter on its own tokens (:mod:`lora`), and lets the fused head (:mod:`head`) t
 gradients, which add up per run until its ``optim_step``. Knows nothing of requests' bytes, queues or tenants.
 
 Promises: a run's numbers are those it would get alone; a request that fails leaves no trace in any gradient
-and fails alone; the same calls in the same order give the same bits (on one thread count).
+and fails alone; the same calls in the same order give the same bits (on one thread count; on a GPU up to the order in
+which its attention kernel adds up gradients).
 """
 
 from __future__ import annotations

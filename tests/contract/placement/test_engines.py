@@ -91,7 +91,8 @@ def test_an_actor_that_needs_no_gpu_starts_while_all_are_reserved(world: World) 
     async def scenario() -> None:
         everything = await world.place(Ask(ranks=GPUS, replicas=0))
         await training.start()
-        assert (await where(training))["gpus"] == ""
+        there = await where(training)
+        assert (there["gpus"], there.get("CUDA_VISIBLE_DEVICES")) == ("", "")
         await training.stop()
         await everything.remove()
         await world.until_free()
