@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from table import ROOT, Row, at_least, at_most, held, show  # noqa: F401 - for the benchmarks
+from table import ROOT, Row, at_least, at_most, held, in_a_process, show  # noqa: F401 - for the benchmarks
 
 from examples.run_on_server import Kernel, Server  # noqa: F401 - likewise
+from tests.support.live import key_of, sdk, standby
 
 MODEL = "tuft/demo"
 VOCAB = 2048
@@ -28,6 +29,7 @@ def server(*, extension: bool = True, **env: str) -> Iterator[Server]:
     """A running Jupyter server in a home of its own, with or without our extension."""
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]  # whatever this user has set up, the server is to know nothing of it
+    os.environ["TINKER_TELEMETRY"] = "0"
     with tempfile.TemporaryDirectory(prefix="tuft-bench-") as scratch:
         home = Path(scratch)
         root = home / "notebooks"
@@ -57,26 +59,22 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     }
 
 
-@contextlib.contextmanager
-def service_client(url: str, key: str) -> Iterator[Any]:
-    """The unmodified SDK's client of an API; its session ends with the block, and with it its heartbeat."""
-    os.environ["TINKER_TELEMETRY"] = "0"
-    import tinker
-
-    client = tinker.ServiceClient(base_url=url, api_key=key)
-    yield client
-    client.close("success").result()
-
-
-def owners_client(started: Server) -> contextlib.AbstractContextManager[Any]:
-    """The same for who started the server."""
-    key = (started.work / "tuft" / "credentials").read_text().strip()
-    return service_client(api_of(started.url), key)
-
-
 def api_of(url: str) -> str:
     """Where a notebook server answers the SDK."""
     return f"{url.rstrip('/')}/tuft"
+
+
+def owners_client(started: Server) -> contextlib.AbstractContextManager[Any]:
+    """The unmodified SDK's client of who started the server."""
+    return sdk(api_of(started.url), key_of(started.work))
+
+
+def spare(started: Server, key: str = "") -> int:
+    """The process that stands by for the trainer, once it is ready.
+
+    Before, it imports its libraries for some seconds on a core that whatever is measured would have had.
+    """
+    return standby(api_of(started.url), key or key_of(started.work))
 
 
 def tokens_of(rows: int, length: int) -> list[list[int]]:

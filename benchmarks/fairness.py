@@ -25,10 +25,11 @@ from common import (
     held,
     median_ms,
     quantile,
+    sdk,
     sdk_data,
     server,
-    service_client,
     show,
+    spare,
     tokens_of,
 )
 
@@ -51,7 +52,7 @@ def be_heavy(url: str) -> None:
     queued: list[Any] = []
     stop = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
-    with service_client(api_of(url), HEAVY) as client:
+    with sdk(api_of(url), HEAVY) as client:
         training = client.create_lora_training_client(base_model=MODEL, rank=RANK, seed=2).result()
         while not stop.is_set():
             while len(queued) < DEPTH:
@@ -92,10 +93,11 @@ def measure() -> list[Row]:
         config.write_text(CONFIG)
         with (
             server(TUFT_CONFIG=str(config)) as started,
-            service_client(api_of(started.url), LIGHT) as client,
+            sdk(api_of(started.url), LIGHT) as client,
         ):
             light = SdkLoop(client, tokens_of(1, 16))
             timed(light.step, CALLS)
+            spare(started, LIGHT)
             alone: list[float] = []
             beside: list[float] = []
             for _ in range(ROUNDS):

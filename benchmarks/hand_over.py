@@ -22,10 +22,12 @@ from common import (
     SdkLoop,
     at_most,
     held,
+    in_a_process,
     median_ms,
     owners_client,
     server,
     show,
+    spare,
     tokens_of,
 )
 
@@ -35,9 +37,11 @@ MARK_MS = 50.0
 
 
 def measure() -> list[Row]:
-    rows = engine()
+    rows = in_a_process(engine)
     with server() as started, owners_client(started) as client:
         loop = SdkLoop(client, tokens_of(1, 16))
+        rounds(loop)  # both workers are up, and hold as many adapters as they do
+        spare(started)
         alone = median_ms(rounds(loop))
         other = client.create_sampling_client(base_model=MODEL).result()
         gaps = Others(other)

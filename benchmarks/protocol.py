@@ -26,9 +26,10 @@ from common import (
     SdkLoop,
     at_most,
     environment,
+    in_a_process,
     quantile,
+    sdk,
     server,
-    service_client,
     show,
     tokens_of,
 )
@@ -50,7 +51,7 @@ PEER_KEY = "tml-peer"
 
 def measure() -> list[Row]:
     with instant_server() as (address, key):
-        steps, failed, seconds = in_another_process(sdk_times, address, key)
+        steps, failed, seconds = in_a_process(sdk_times, address, key)
     with server() as started:
         credential = (started.work / "tuft" / "credentials").read_text().strip()
         ours = small_gets(f"{started.url}tuft/api/v1/get_server_capabilities", credential)
@@ -126,17 +127,12 @@ def serve(parent: Connection, home: str) -> None:
 # ---- clients, each in a process of its own
 
 
-def in_another_process(call: Any, *arguments: Any) -> Any:
-    with get_context("spawn").Pool(1) as other:
-        return other.apply(call, arguments)
-
-
 def sdk_times(address: str, key: str) -> tuple[list[float], int, float]:
     """Seconds of each step; how many samples failed; seconds until all of them were answered."""
-    os.environ["NO_PROXY"] = "127.0.0.1"
+    os.environ.update(TINKER_TELEMETRY="0", NO_PROXY="127.0.0.1")
     from tinker import types
 
-    with service_client(address, key) as client:
+    with sdk(address, key) as client:
         rows = [[token % 1000 for token in row] for row in tokens_of(ROWS, LENGTH)]
         loop = SdkLoop(client, rows)
         times = []
@@ -161,7 +157,7 @@ def sdk_times(address: str, key: str) -> tuple[list[float], int, float]:
 
 def small_gets(url: str, key: str) -> float:
     """Requests a second over connections that are kept open."""
-    return float(in_another_process(count_gets, url, key))
+    return in_a_process(count_gets, url, key)
 
 
 def count_gets(url: str, key: str) -> float:

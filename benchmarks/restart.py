@@ -10,9 +10,7 @@ import sys
 import time
 
 import psutil
-from common import Row, SdkLoop, held, owners_client, server, show, tokens_of, tree
-
-from tests.support.live import key_of, standby
+from common import Row, SdkLoop, held, owners_client, server, show, spare, tokens_of, tree
 
 ROUNDS = 3
 
@@ -23,19 +21,18 @@ def measure() -> list[Row]:
         loop.step()
         seconds = []
         for _ in range(ROUNDS):
-            spare = standby(f"{started.url}tuft", key_of(started.work))
-            os.kill(trainer(started.pid, spare), signal.SIGKILL)
+            os.kill(trainer(started.pid, spare(started)), signal.SIGKILL)
             began = time.perf_counter()
             loop.step()
             seconds.append(time.perf_counter() - began)
     return [held("restart", statistics.median(seconds))]
 
 
-def trainer(server_pid: int, spare: int) -> int:
+def trainer(server_pid: int, standby: int) -> int:
     """The process that trains."""
     for process in tree(server_pid):
         with contextlib.suppress(psutil.Error):
-            if process.pid != spare and "TrainingActor" in " ".join(process.cmdline()):
+            if process.pid != standby and "TrainingActor" in " ".join(process.cmdline()):
                 return process.pid
     raise SystemExit("there is no trainer to kill")
 

@@ -9,35 +9,24 @@ import os
 import platform
 import sys
 import time
+from importlib import import_module
 from importlib.metadata import version
 
-import beside_vllm
-import decode
-import fairness
-import hand_over
-import journal
-import protocol
-import restart
-import scaling
-import server_cost
-import step_latency
-import tenants
-import throughput
-from common import Row, show, trainer_threads
+from common import Row, in_a_process, show, trainer_threads
 
 PARTS = (
-    tenants,
-    throughput,
-    scaling,
-    decode,
-    beside_vllm,
-    fairness,
-    hand_over,
-    restart,
-    step_latency,
-    server_cost,
-    protocol,
-    journal,
+    "tenants",
+    "throughput",
+    "scaling",
+    "decode",
+    "beside_vllm",
+    "fairness",
+    "hand_over",
+    "restart",
+    "step_latency",
+    "server_cost",
+    "protocol",
+    "journal",
 )
 
 
@@ -47,10 +36,10 @@ def main() -> int:
     for part in PARTS:
         started = time.perf_counter()
         try:
-            rows += part.measure()
+            rows += in_a_process(measured, part)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - one part does not hide the others
-            rows.append(Row(part.__name__, f"failed: {error}", ok=False))
-        print(f"{part.__name__}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            rows.append(Row(part, f"failed: {error}", ok=False))
+        print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "ray", "tinker")
     )
@@ -62,6 +51,11 @@ def main() -> int:
         "figures on a busy machine say little\n"
     )
     return not show(rows)
+
+
+def measured(part: str) -> list[Row]:
+    found: list[Row] = import_module(part).measure()
+    return found
 
 
 if __name__ == "__main__":

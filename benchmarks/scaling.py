@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Row, SdkLoop, api_of, cpu_seconds, held, server, service_client, show, tokens_of
+from common import Row, SdkLoop, api_of, cpu_seconds, held, sdk, server, show, tokens_of
 
 TENANTS = 64
 ROWS, LENGTH = 2, 128
@@ -33,7 +33,7 @@ def measure() -> list[Row]:
         )
         with server(TUFT_CONFIG=str(config)) as started, contextlib.ExitStack() as open_ones:
             api = api_of(started.url)
-            clients = [open_ones.enter_context(service_client(api, key)) for key in keys]
+            clients = [open_ones.enter_context(sdk(api, key)) for key in keys]
             loops = [SdkLoop(one, tokens_of(ROWS, LENGTH)) for one in clients]
             train(loops)
             alone, together = [], []

@@ -8,7 +8,6 @@ import threading
 import time
 import urllib.request
 from http.client import HTTPConnection
-from multiprocessing import get_context
 from urllib.parse import urlsplit
 
 import psutil
@@ -20,6 +19,7 @@ from common import (
     SdkLoop,
     Server,
     at_most,
+    in_a_process,
     owners_client,
     quantile,
     server,
@@ -88,8 +88,7 @@ def status_while_training(started: Server) -> list[float]:
         trainer.start()
         try:
             # In a process of its own: here the SDK's threads would hold it up
-            with get_context("spawn").Pool(1) as other:
-                return other.apply(status_latencies, (started.url, started.token))
+            return in_a_process(status_latencies, started.url, started.token)
         finally:
             stop.set()
             trainer.join()

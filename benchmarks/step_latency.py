@@ -18,6 +18,7 @@ from common import (
     same_start,
     server,
     show,
+    spare,
     tokens_of,
     trainer_threads,
 )
@@ -34,6 +35,7 @@ def measure() -> list[Row]:
         served = SdkLoop(client, rows)
         plain = PlainLoop(rows, trainer_threads())
         same_start(plain.step(), served.step())
+        spare(started)
         times: dict[str, list[float]] = {"plain": [], "served": []}
         for _ in range(WARM + CALLS):
             for name, loop in (("plain", plain), ("served", served)):

@@ -13,19 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from baselines import PREFERRED, SequentialPeft
 from shapes import SMALL, TINY, Shape, batches, tokens_in
-from table import Row, held, show
+from table import Row, held, in_a_process, show
 
 from tuft_jupyter.core.types import AdamParams, ForwardBackward, ForwardBackwardResult, LoraSpec
 from tuft_jupyter.engine.trainer import PeftTrainer
-
-T = TypeVar("T")
 
 TENANTS = 16
 RANK = 16
@@ -79,11 +75,6 @@ def measure() -> list[Row]:
         part, more = memory(TINY, TINY.write(Path(scratch)))
         rows.append(Row("the same of the 4 x 256 model in fp32", f"{part:.3g} x{more}"))
     return rows
-
-
-def in_a_process(work: Callable[..., T], *arguments: object) -> T:
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, arguments)
 
 
 def compare(shape: Shape, model: Path) -> list[Row]:

@@ -24,11 +24,10 @@ from common import (
     same_start,
     server,
     show,
+    spare,
     tokens_of,
     trainer_threads,
 )
-
-from tests.support.live import key_of, standby
 
 ROWS, LENGTH = 8, 256
 WARM, ROUNDS, STEPS = 3, 7, 5
@@ -40,7 +39,7 @@ def measure() -> list[Row]:
         served = SdkLoop(client, rows)
         plain = PlainLoop(rows, trainer_threads())
         same_start(plain.step(), served.step())
-        spare = psutil.Process(standby(f"{started.url}tuft", key_of(started.work))).cpu_times()
+        once = psutil.Process(spare(started)).cpu_times()
         for _ in range(WARM):  # until neither needs more memory
             plain.step()
             served.step()
@@ -61,7 +60,7 @@ def measure() -> list[Row]:
             f"{tokens / median(served_cpu):.0f} tokens/CPU-s",
         ),
         held("throughput", median(map(truediv, plain_cpu, served_cpu))),
-        Row("standby worker, once after the start", f"{spare.user + spare.system:.1f} CPU-s"),
+        Row("standby worker, once after the start", f"{once.user + once.system:.1f} CPU-s"),
         Row("served / plain, per second", f"{median(map(truediv, plain_wall, served_wall)):.2f} x"),
     ]
 
