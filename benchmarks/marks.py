@@ -27,16 +27,18 @@ class Mark:
 
 
 _MATMUL = (
-    "AMD's cores multiply bf16 at 210 GFLOP/s, twice fp32, and most of our time is the frozen matrices, which PEFT "
-    "multiplies as well: 500 tokens/CPU-s is what they allow, whoever runs them. Tried: weights in the kernels' "
-    "order, small operations in one pass (kept), other micro-batches, grouped matmuls, kernel caches (no gain)"
+    "most of our time is the frozen matrices, which PEFT multiplies as well. Cores of AMD do bf16 at 210 GFLOP/s: 500 "
+    "tokens/CPU-s at most, whoever runs them, of which 376 (4 datums) and 321 (1 datum) were reached. Intel's without "
+    "AMX do fp32, which they prefer, at 130 of 147: 320 at most, 273 and 251 reached. Tried: weights in the kernels' "
+    "order, small operations in one pass (kept); other micro-batches, grouped matmuls, kernel caches, the softmax of "
+    "the unembedding in one pass (no gain)"
 )
 _CACHE = (
     "the base model's matmuls are half of the time, at 80 to 100 of the 118 GFLOP/s of AMD's cores, adapters an "
-    "eighth; keys and values do not fit in a cache: the speed of memory. Where a CPU prefers fp32, one sequence at a "
-    "time is still faster in bf16, for its weights are half as large. Tried: attention and small operations in one "
-    "pass, weights in the kernels' order, adapters side by side (kept); adapters and drawing in one pass, flash "
-    "kernels (no gain)"
+    "eighth; keys and values do not fit in a cache: the speed of memory. A single sequence is bound by reading the "
+    "weights: a CPU that prefers fp32 reads twice as much for it as one in bf16 does, and one with a large cache reads "
+    "a small model's from there. Tried: attention and small operations in one pass, weights in the kernels' order, "
+    "adapters side by side (kept); adapters and drawing in one pass, flash kernels (no gain)"
 )
 
 MARKS = {
@@ -48,7 +50,7 @@ MARKS = {
     "tenants long tiny-fp32": Mark(
         "16 tenants x 4 datums of 16..256 tokens, 4 x 256 model in fp32, over sequential PEFT",
         2.0,
-        note="1.96 and 2.09 x in two runs. Half of our time is the frozen matrices, at 108 of a core's 118 GFLOP/s, "
+        note="1.96 to 2.3 x in five runs. Half of our time is the frozen matrices, at 108 of a core's 118 GFLOP/s, "
         "which PEFT runs as well; log-probabilities of prompts, which the protocol answers, are 6 %. Tried: as in bf16",
     ),
     "tenants short small-bf16": Mark(
@@ -64,11 +66,16 @@ MARKS = {
     "throughput": Mark(
         "1 tenant, 8 x 256 tokens, whole server over a plain PEFT loop",
         1.2,
-        note="equal lengths leave no padding to save; half of the time is the frozen matrices, at 108 of a core's 118 "
+        note="1.10 to 1.25 x in nine runs. Equal lengths leave no padding to save; half of the time is the frozen matrices, at 108 of a core's 118 "
         "GFLOP/s; the notebook server and Ray are 5 %. Tried: small operations in one pass, huge pages (kept)",
     ),
     "scaling": Mark("64 tenants over 1, tokens per CPU-second of the whole server", 0.9),
-    "memory": Mark("activation memory of a step in bf16, 16 tenants, over sequential PEFT", 0.5, most=True),
+    "memory": Mark(
+        "activation memory of a step in bf16, 16 tenants, over sequential PEFT",
+        0.5,
+        most=True,
+        note="micro_batch_tokens bounds it: half as many take half",
+    ),
     "restart": Mark(
         "trainer killed with -9 to the next answered op, demo model",
         10,
@@ -81,9 +88,9 @@ MARKS = {
         50,
         " ms",
         most=True,
-        note="44 ms on AMD's cores, 55 to 61 on slower ones, nearly half of it in the engine: the step, a directory "
-        "written, verified and read, a prompt; the rest is the SDK's requests and calls of actors. Tried: no sync of "
-        "directories without a name (kept)",
+        note="36 to 49 ms in quiet runs, more where something else runs. 15 of them in the engine: a directory written, "
+        "verified and read, a prompt; the rest is four requests of the SDK, two commits and two calls of actors. Tried: "
+        "no sync of directories without a name, files hashed as they are written (kept)",
     ),
     "fairness": Mark(
         "light tenant (1 x 16) beside a heavy one (32 x 256, three deep), over alone", 3, most=True
