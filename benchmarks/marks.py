@@ -66,8 +66,9 @@ MARKS = {
     "throughput": Mark(
         "1 tenant, 8 x 256 tokens, whole server over a plain PEFT loop",
         1.2,
-        note="1.10 to 1.25 x in nine runs. Equal lengths leave no padding to save; half of the time is the frozen matrices, at 108 of a core's 118 "
-        "GFLOP/s; the notebook server and Ray are 5 %. Tried: small operations in one pass, huge pages (kept)",
+        note="1.10 to 1.25 x in nine runs. Equal lengths leave no padding to save; half of the time is the frozen "
+        "matrices, at 108 of a core's 118 GFLOP/s; the notebook server and Ray are 5 %. Tried: small operations in one "
+        "pass, huge pages (kept)",
     ),
     "scaling": Mark("64 tenants over 1, tokens per CPU-second of the whole server", 0.9),
     "memory": Mark(
@@ -88,9 +89,9 @@ MARKS = {
         50,
         " ms",
         most=True,
-        note="36 to 49 ms in quiet runs, more where something else runs. 15 of them in the engine: a directory written, "
-        "verified and read, a prompt; the rest is four requests of the SDK, two commits and two calls of actors. Tried: "
-        "no sync of directories without a name, files hashed as they are written (kept)",
+        note="36 to 49 ms in quiet runs, more where something else runs. 15 of them in the engine: a directory "
+        "written, verified and read, a prompt; the rest is four requests of the SDK, two commits and two calls of "
+        "actors. Tried: no sync of directories without a name, files hashed as they are written (kept)",
     ),
     "fairness": Mark(
         "light tenant (1 x 16) beside a heavy one (32 x 256, three deep), over alone", 3, most=True
