@@ -20,6 +20,7 @@ from tests.support.plain_peft import (
     adapter_parameters,
     assert_as_peft,
     in_double,
+    nudge,
     plain_peft,
     target_logprobs,
 )
@@ -115,12 +116,18 @@ def test_tenants_at_random_get_their_own_numbers(model: Path, drawn: list[Tenant
         adapter = trainer.bank[str(i)]
         assert adapter.grads is not None
         passed = [torch.from_numpy(each) for each in result.logprobs]
-        alike = partial(alone, model, tenant.spec, trainer.bank.state_dict(str(i)), request, passed)
-        total, terms, logprobs, theirs = alike()
+        weights = trainer.bank.state_dict(str(i))
+        alike = partial(alone, model, tenant.spec, request=request, passed=passed)
+        total, terms, logprobs, theirs = alike(weights)
         assert result.loss_sum == pytest.approx(total, rel=1e-5, abs=1e-6 * terms)
         for ours, expected in zip(passed, logprobs, strict=True):
             assert float((ours - expected).norm()) <= LIMIT * float(expected.norm())
-        assert_as_peft(adapter.split(adapter.grads), theirs, lambda alike=alike: alike(double=True)[-1])
+        assert_as_peft(
+            adapter.split(adapter.grads),
+            theirs,
+            lambda alike=alike, weights=weights: alike(weights, double=True)[-1],
+            lambda seed, alike=alike, weights=weights: alike(nudge(weights, seed))[-1],
+        )
 
 
 def alone(
