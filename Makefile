@@ -40,9 +40,8 @@ check: $(STAMPS)/installed  ## lint, types, import rules, documentation coverage
 	npm run --silent lint:check
 	$(BIN)/python -m pytest -q tests/unit/test_architecture.py tests/unit/test_docs.py
 
-TRIALS ?= 5
 fault: $(STAMPS)/installed system  ## kill, tear, rot and fill up: TRIALS=100 of each fault, one table
-	$(BIN)/python -m tests.fault --trials $(TRIALS) $(ROWS)
+	$(BIN)/python -m tests.fault --trials $(or $(TRIALS),5) $(ROWS)
 
 format: $(STAMPS)/installed  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
