@@ -44,7 +44,7 @@ from tinker import types
 client = tinker.ServiceClient()
 names = [model.model_name for model in client.get_server_capabilities().supported_models]
 assert names == ["tuft/demo"], names
-training = client.create_lora_training_client(base_model="tuft/demo")
+training = client.create_lora_training_client(base_model="tuft/demo", seed=1)
 
 def datum(length):
     tokens = [7] * length

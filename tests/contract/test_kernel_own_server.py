@@ -114,7 +114,10 @@ def test_a_kernel_s_server_and_its_workers_end_with_the_kernel(
     assert any("ray::" in " ".join(each.cmdline()) for each in family)
 
     if end == "shutdown":
-        endless = notebook.client.execute("while True: step(); print('stepped', flush=True)")
+        # After an error a kernel refuses what comes within a moment, unless it is told not to.
+        endless = notebook.client.execute(
+            "while True: step(); print('stepped', flush=True)", stop_on_error=False
+        )
         until(lambda: "stepped" in _heard(notebook), 60, "the loop does not run")
         notebook.manager.interrupt_kernel()
         assert notebook.ended(endless) == "error: KeyboardInterrupt"

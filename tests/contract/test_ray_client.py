@@ -23,7 +23,7 @@ TRAIN = """
 import tinker
 from tinker import types
 
-training = tinker.ServiceClient().create_lora_training_client("tuft/demo", rank=4).result()
+training = tinker.ServiceClient().create_lora_training_client("tuft/demo", rank=4, seed=1).result()
 datum = types.Datum(
     model_input=types.ModelInput.from_ints([7] * 8), loss_fn_inputs={"target_tokens": [7] * 8}
 )
