@@ -25,10 +25,8 @@ from tuft_jupyter.engine.side_by_side import Rows
 
 _MOST = 64  # adapters: their weights are copied together for each row
 _ALIGNED = 8  # elements: grouped kernels want rows to begin at 16 bytes
-_FUSED = (
-    9,
-    10,
-)  # GPUs with a kernel: on others torch waits for the GPU, then calls one matmul for each adapter
+_FUSED = (9, 10)
+"""Major compute capabilities with a kernel: elsewhere torch waits for the GPU, then calls one matmul per adapter."""
 
 
 @dataclass(frozen=True, slots=True)
