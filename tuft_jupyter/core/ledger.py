@@ -66,7 +66,6 @@ class Ledger:
         """
         self.state, self.promises, self.seen = fold.State(), Promises(), SeenRequests()
         await self.journal.open(self._follow)
-        self.feed.anew()  # whoever listened meanwhile knows the state without the image that the journal begins with
 
     async def close(self) -> None:
         await self.journal.close()
@@ -186,6 +185,7 @@ class Ledger:
             self.promises.restore(
                 Promise(request_id, tenant, owner, None if answer is None else Answer(**answer))
             )
+        self.feed.anew()  # whoever listens by now knows nothing of what the image told
 
 
 def _kept(answer: Answer) -> Answer:
