@@ -22,22 +22,23 @@ class ServerCatalog:
 
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._backends = settings.backends
         self._configured = [
             replace(
-                _card(model.model_name, model.model_path, model.max_model_len),
+                self._served(_card(model.model_name, model.model_path, model.max_model_len)),
                 max_rank=settings.rank_limit(model.model_name),
             )
             for model in settings.supported_models
         ]
         if settings.file is None and models.DEMO not in {card.name for card in self._configured}:
-            self._configured.append(models.resolve(models.DEMO))
+            self._configured.append(self._served(models.resolve(models.DEMO)))
         self._added: dict[str, ModelCard] = {}
 
     def cards(self) -> list[ModelCard]:
         known = {card.name for card in self._configured}
         for name, path in self._ledger.state.models.items():
             if name not in known and name not in self._added:
-                self._added[name] = _card(name, path, None)
+                self._added[name] = self._served(_card(name, path, None))
         return [*self._configured, *self._added.values()]
 
     def resolve(self, name: str) -> ModelCard:
@@ -56,6 +57,11 @@ class ServerCatalog:
             raise UserError(
                 f"Base model {name!r} is not supported. Supported models: {offered}. ({error.message})"
             ) from None
+
+    def _served(self, card: ModelCard) -> ModelCard:
+        """With what this server does with any model."""
+        trainable, sampleable = self._backends.trainer is not None, self._backends.sampler is not None
+        return replace(card, trainable=trainable, sampleable=sampleable)
 
 
 def _card(name: str, path: str, max_context_length: int | None) -> ModelCard:

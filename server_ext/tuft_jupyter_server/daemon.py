@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import resource
 import signal
 
@@ -24,8 +25,9 @@ from tuft_jupyter_server.host import Host
 log = logging.getLogger("tuft_jupyter.daemon")
 
 OWNER_FD = "TUFT_OWNER_FD"
-PREFIX = "(?:/tuft)?"
-"""A pattern: with and without it, so that an address is right however it is spelled."""
+BELOW_NOTHING = "(?:/tuft)?"
+"""The pattern of a server that has no prefix: with and without this one, so that an address is right however it is
+spelled."""
 
 
 def serve(settings: Settings) -> None:
@@ -34,10 +36,10 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    await serve_host(Host(settings), PREFIX)
+    await serve_host(Host(settings))
 
 
-async def serve_host(host: Host, prefix: str) -> None:
+async def serve_host(host: Host, prefix: str = "") -> None:
     """Serve a host below a prefix until told to stop, where its settings say. OSError if that cannot be."""
     settings = host.settings
     logs.configure(settings.log_level, settings.log_format)
@@ -50,13 +52,12 @@ async def serve_host(host: Host, prefix: str) -> None:
             "choose another with --port, or stop the program that uses it"
         ) from None
     limit = settings.max_body_bytes
-    server = HTTPServer(
-        Application(tinker.rules(prefix, host)), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20
-    )
+    rules = tinker.rules(re.escape(prefix) or BELOW_NOTHING, host)
+    server = HTTPServer(Application(rules), max_buffer_size=limit + 2**20, max_body_size=limit + 2**20)
     server.add_sockets(sockets)
     address = reached_at(settings.host, sockets[0].getsockname()[1])
     if settings.host not in ("", "0.0.0.0", "::"):  # a name that holds from other machines too
-        host.answers_at(address if prefix == PREFIX else address + prefix)
+        host.answers_at(address + prefix)
     await host.start()
     if host.problem and not host.journal.elsewhere:
         server.stop()

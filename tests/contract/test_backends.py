@@ -45,6 +45,13 @@ async def sampled(server: Server, **more: Any) -> Any:
     return json.loads(reply.body)
 
 
+async def offered(server: Server) -> tuple[bool, bool]:
+    """Whether the model is said to be trained and sampled from here."""
+    told = json.loads((await server.ask("GET", "/get_server_capabilities")).body)
+    (model,) = told["supported_models"]
+    return model["trainable"], model["sampleable"]
+
+
 async def healthy(server: Server) -> bool:
     return (await server.ask("GET", "/healthz")).code == 200
 
@@ -81,6 +88,7 @@ def test_a_server_without_training_samples_and_says_how_to_train(tmp_path: Path)
             assert json.loads(reply.body)["category"] == "user"
             assert "Training not supported in non-Megatron mode" in refusal(reply)
             assert "no training backend" in refusal(reply)
+        assert await offered(server) == (False, True)
         assert await healthy(server)
 
     on_server(tmp_path, before)
@@ -97,6 +105,8 @@ def test_without_any_sampling_backend_a_sample_fails_with_both_ways_out(tmp_path
         for part in ("No valid sampling backend configured", "USE_VLLM=true", "USE_MEGATRON=true"):
             assert part in failed["error"]
         assert await healthy(server)
+
+        assert await offered(server) == (False, False)
 
     on_server(tmp_path, check, backends=BackendsConfig("none", "none"))
 
@@ -175,6 +185,7 @@ def test_with_nothing_configured_nothing_is_in_between(tmp_path: Path) -> None:
     """X10: no connection, no note, our own engines as they were made."""
 
     async def check(server: Server) -> None:
+        assert await offered(server) == (True, True)
         status = json.loads((await server.ask("GET", "/tuft/status")).body)
         assert status["servers"] == []
         assert server.host.service.engines is server.host.engines

@@ -75,6 +75,7 @@ def test_the_flags_choose_the_mode(
             {"VLLM_BASE_URL": "http://gpu:9000/", "VLLM_HOST": "other", "VLLM_PORT": "1"},
             "http://gpu:9000",
         ),
+        ({"VLLM_BASE_URL": "http://gpu:9000/v1/"}, "http://gpu:9000"),
         ({"VLLM_PORT": "9000"}, "http://127.0.0.1:9000"),
         ({"VLLM_HOST": "0.0.0.0"}, "http://127.0.0.1:8000"),
         ({"VLLM_HOST": "gpu", "VLLM_PORT": "81"}, "http://gpu:81"),

@@ -73,6 +73,8 @@ class BackendsConfig:
             if "@" in given:  # it is shown in errors and in the panel
                 raise ConfigError(f"{name} must not hold a user or a password: give a key of its own")
             object.__setattr__(self, name, given.rstrip("/"))
+        # what clients of OpenAI are given; vLLM's own routes (adapters, health) are beside it
+        object.__setattr__(self, "vllm_url", self.vllm_url.removesuffix("/v1"))
         for name in ("max_loras", "max_lora_rank", "max_workers"):
             at_least(name, getattr(self, name), 1)
         if not 1 <= self.vllm_group_port <= 65535:

@@ -4,8 +4,8 @@ It takes what :class:`Lanes` chooses, runs it as one step, and records each outc
 be made again: after its death each run is rebuilt, when its next op comes up, from its last snapshot by replaying the
 ops done since, in order; the client only waits a little longer. The driver knows no HTTP and no torch.
 
-Promises: an op's outcome is recorded before any client gets it; an op that took the worker down twice fails alone; a
-death is held against those ops only that the worker had begun.
+Promises: an op's outcome is recorded before any client gets it; an op that took the worker down twice, or server after
+server, fails alone; a death is held against those ops only that had been begun.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from tuft_jupyter.core.engine import EngineDied, Outcome, Task, TrainingEngine
 from tuft_jupyter.core.errors import Overloaded, TuftError
-from tuft_jupyter.core.lanes import Grant, Lane, Lanes
+from tuft_jupyter.core.lanes import Entry, Grant, Lane, Lanes
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.promises import Answer
 from tuft_jupyter.core.replay import CannotReplay, replay
@@ -32,6 +32,10 @@ log = logging.getLogger("tuft_jupyter.driver")
 
 MAX_ATTEMPTS = 2
 """Times an op may be in a batch whose worker dies before it is failed itself."""
+
+MAX_SERVERS = 3
+"""Servers that may begin an op again and end before they are done with it, before it is failed: where the memory of a
+whole container is limited, one op can end all that runs in it, at each of its starts."""
 
 MAX_REBUILDS = 3
 """Workers in a row that may die while they bring one run back, before the ops that wait for it are failed."""
@@ -199,10 +203,10 @@ class Driver:
     async def _step(self, batch: list[Grant]) -> None:
         self.used = self.ledger.clock()
         for grant in batch:
-            if grant.entry.attempts >= MAX_ATTEMPTS:
-                error = "the training worker died twice while running this request, so it is not tried again"
-                await self._failed(grant, "server", error)
+            if why := _too_often(grant.entry):
+                await self._failed(grant, "server", f"{why} this request, so it is not tried again")
                 return
+        await self._own([grant.entry for grant in batch if grant.entry.left_over])
         for lane in _lanes_of(batch):
             if not lane.resident and lane.queue and not await self._rebuild(lane):
                 return
@@ -214,6 +218,12 @@ class Driver:
         for lane in _lanes_of(batch):
             if self._snapshot_due(lane):
                 await self._snapshot(lane)
+
+    async def _own(self, left_over: Sequence[Entry]) -> None:
+        """Put on record that this server begins what an earlier one accepted, before it can end this one, too."""
+        await asyncio.gather(*(self._record("op_begun_again", entry.op, {}) for entry in left_over))
+        for entry in left_over:
+            entry.left_over = False
 
     def _send(self, batch: Sequence[Grant]) -> asyncio.Future[list[Outcome]]:
         """Hand a batch to the engine, which works batches off in the order in which they come."""
@@ -363,6 +373,14 @@ _NOT_BACK = "the state of this run could not be brought back after a restart of 
 
 def _lanes_of(batch: Sequence[Grant]) -> list[Lane]:
     return list({id(grant.lane): grant.lane for grant in batch}.values())
+
+
+def _too_often(entry: Entry) -> str:
+    if entry.attempts >= MAX_ATTEMPTS:
+        return "the training worker died twice while running"
+    if entry.servers >= MAX_SERVERS:
+        return f"the server ended {1 + entry.servers} times while it had to run"
+    return ""
 
 
 async def _nothing() -> list[Outcome]:

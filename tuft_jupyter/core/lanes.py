@@ -39,13 +39,23 @@ ADDITIVE = {OpKind.FORWARD, OpKind.FORWARD_BACKWARD}
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """An op in its lane. ``record`` is the journal record that accepted it; ``done`` counts tokens worked off."""
+    """An op in its lane. ``record`` is the journal record that accepted it; ``done`` counts tokens worked off.
+
+    ``attempts`` counts the workers that died while they had it in hand, ``servers`` those that ended after they had
+    begun it again; ``left_over`` says that an earlier server accepted it, and this one has not begun it yet.
+    """
 
     op: Op
     record: int
     done: int = 0
     sent: bool = False
     attempts: int = 0
+    servers: int = 0
+    left_over: bool = False
+
+    @property
+    def suspect(self) -> bool:
+        return self.attempts > 0 or self.servers > 0
 
     @property
     def cost(self) -> int:
@@ -168,7 +178,7 @@ class Lanes:
             for entry in lane.queue:
                 grant = granted.get(id(entry))
                 if grant is None:
-                    if entry.op.kind is OpKind.OPTIM_STEP and not entry.attempts:
+                    if entry.op.kind is OpKind.OPTIM_STEP and not (entry.suspect or entry.left_over):
                         trailing.append(Grant(lane, entry, FLAT_COST))
                     break
                 if entry.op.kind not in ADDITIVE or grant.tokens < entry.cost:
@@ -188,8 +198,8 @@ class Lanes:
     def next_batch(self) -> list[Grant]:
         """What to run next.
 
-        An op that was in a batch when the engine died runs alone, so that a poisonous one is told from its
-        neighbours. Optimizer steps that are due run before any pass: they cost next to nothing, and somebody waits
+        An op that was in a batch when the engine or the server died runs alone, so that a poisonous one is told from
+        its neighbours. Optimizer steps that are due run before any pass: they cost next to nothing, and somebody waits
         for each. Otherwise the tenants with work share a batch of at most one budget of tokens.
         """
         suspect = self._suspect()
@@ -252,7 +262,7 @@ class Lanes:
         heads: dict[str, int] = {}
         for lane in self.by_run.values():
             if lane.queue:
-                if lane.queue[0].op.kind not in ADDITIVE or lane.queue[0].attempts:
+                if lane.queue[0].op.kind not in ADDITIVE or lane.queue[0].suspect:
                     return 0.0
                 cost = min(lane.queue[0].cost, self.shared_budget)
                 heads[lane.tenant] = min(cost, heads.get(lane.tenant, cost))
@@ -270,7 +280,7 @@ class Lanes:
 
     def _suspect(self) -> Grant | None:
         for lane in self.by_run.values():
-            if lane.queue and lane.queue[0].attempts:
+            if lane.queue and lane.queue[0].suspect:
                 return Grant(lane, lane.queue[0], lane.queue[0].cost)
         return None
 

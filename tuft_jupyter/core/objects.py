@@ -140,6 +140,8 @@ class State:
     models: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     """request id -> record that accepted it, while the op has no outcome"""
+    begun_again: dict[str, int] = field(default_factory=dict)
+    """request id -> servers that began it after the one that accepted it had ended, while it has no outcome"""
     sampled: dict[str, Sampled] = field(default_factory=dict)
     """by tenant, session, base model and hour"""
     keys: dict[str, IssuedKey] = field(default_factory=dict)

@@ -178,7 +178,8 @@ class Service:
             mine = [one for one in self._waiting if self.state.runs[one[1].run].base_model == card.name]
             self._waiting = [one for one in self._waiting if one not in mine]
             for n, op in mine:
-                lanes.push(op, n)
+                entry = lanes.push(op, n)
+                entry.left_over, entry.servers = True, self.state.begun_again.get(op.request_id, 0)
             self._spawn(driver.run(), f"driver {card.name}")
         return driver
 

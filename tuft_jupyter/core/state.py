@@ -12,6 +12,7 @@ Record kinds and their ``data``:
 ``op_accepted``           ``request_id``, ``run``, ``seq``, ``op``, ``tokens``, ``digest``, ``args`` (blob: the body)
 ``op_done``               ``request_id``, ``run``, ``seq``, ``op``, ``facts``, ``content_type`` (blob: the result)
 ``op_failed``             ``request_id``, ``run``, ``seq``, ``op``, ``category``, ``error``
+``op_begun_again``        ``request_id``, ``run``, ``seq``, ``op``: by a later server than the one that accepted it
 ``sampler_opened``        ``sampler``, ``session``, ``base_model``, ``model_path``, ``directory``
 ``checkpoint_changed``    ``path`` and any of ``expires``, ``public``, ``deleted``
 ``files_removed``         ``directories`` of checkpoints that are gone from disk
@@ -115,9 +116,15 @@ def _op_accepted(state: State, record: Record, data: Mapping[str, Any]) -> None:
     state.accepted[data["request_id"]] = record.n
 
 
+def _settled(state: State, request_id: str) -> int:
+    """The op has an outcome; returns the record that accepted it."""
+    state.begun_again.pop(request_id, None)
+    return state.accepted.pop(request_id, 0)
+
+
 def _op_done(state: State, record: Record, data: Mapping[str, Any]) -> None:
     run = state.runs[data["run"]]
-    accepted = state.accepted.pop(data["request_id"], 0)
+    accepted = _settled(state, data["request_id"])
     run.pending -= 1
     run.last_error = None
     facts = data.get("facts") or {}
@@ -196,9 +203,14 @@ def _saved(state: State, run: Run, record: Record, facts: Mapping[str, Any]) -> 
     )
 
 
+def _op_begun_again(state: State, record: Record, data: Mapping[str, Any]) -> None:
+    if (request_id := data["request_id"]) in state.accepted:
+        state.begun_again[request_id] = state.begun_again.get(request_id, 0) + 1
+
+
 def _op_failed(state: State, record: Record, data: Mapping[str, Any]) -> None:
     run = state.runs[data["run"]]
-    state.accepted.pop(data["request_id"], None)
+    _settled(state, data["request_id"])
     run.pending -= 1
     run.last_error = data["error"]
     if data["op"] in CREATES_RUN and run.status == "creating":
@@ -355,6 +367,7 @@ _HANDLERS = {
     "op_accepted": _op_accepted,
     "op_done": _op_done,
     "op_failed": _op_failed,
+    "op_begun_again": _op_begun_again,
     "sampler_opened": _sampler_opened,
     "checkpoint_changed": _checkpoint_changed,
     "files_removed": _files_removed,

@@ -275,7 +275,8 @@ class Record:
 class ModelCard:
     """A base model that can be asked for: ``name`` on the wire, ``path`` on the server's disk.
 
-    ``max_rank`` is the highest LoRA rank the configuration allows on it; 0 leaves it to the server.
+    ``max_rank`` is the highest LoRA rank the configuration allows on it; 0 leaves it to the server. ``trainable`` and
+    ``sampleable`` say whether the server has anybody who does that.
     """
 
     name: str
@@ -284,6 +285,8 @@ class ModelCard:
     vocab_size: int
     arch: str
     max_rank: int = 0
+    trainable: bool = True
+    sampleable: bool = True
 
 
 @dataclass(frozen=True, slots=True)

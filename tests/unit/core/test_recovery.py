@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,10 @@ import pytest
 from tests.support.redis_journals import journal
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_engine import OneModel, ScriptedEngines
-from tests.support.world import ALICE, SnapshotRule, World, scenario, until, world
+from tests.support.world import ALICE, BOB, SnapshotRule, World, scenario, until, world
 from tuft_jupyter.core import journal_redis
+from tuft_jupyter.core.driver import MAX_SERVERS
+from tuft_jupyter.core.engine import Outcome, Task
 from tuft_jupyter.core.errors import Lost, Overloaded, UserError
 from tuft_jupyter.core.journal import Unavailable
 from tuft_jupyter.core.journal_sqlite import SqliteJournal
@@ -145,5 +147,76 @@ def test_a_sample_that_was_under_way_at_a_compaction_is_lost_in_a_restart_and_no
         async with world(tmp_path, journal=SqliteJournal(path)) as w:
             with pytest.raises(Lost):
                 await w.service.retrieve(ALICE, sample, 0.01)
+
+    scenario(body)
+
+
+class Container(ScriptedEngines):
+    """Whatever runs in it has ended, as soon as its training worker is given the request ``fatal``: it hangs."""
+
+    def __init__(self, fatal: str) -> None:
+        super().__init__()
+        self.ended = asyncio.Event()
+        work = self.trainer.step
+
+        async def step(tasks: Sequence[Task]) -> list[Outcome]:
+            if fatal in [task.request_id for task in tasks]:
+                self.ended.set()
+                await asyncio.Event().wait()
+            return await work(tasks)
+
+        self.trainer.step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_request_that_ends_server_after_server_fails_alone(tmp_path: Path, compacted: bool) -> None:
+    """F11, P1: memory runs out and everything in the container is killed, at each start anew; others lose nothing."""
+
+    async def body() -> None:
+        def kept() -> SqliteJournal:
+            return SqliteJournal(tmp_path / "journal.sqlite")
+
+        async with world(tmp_path, journal=kept()) as w:
+            sick, healthy = await w.connect(), await w.connect(BOB)
+            w.engines.trainer.gate.clear()
+            fatal, bobs = await w.forward_backward(sick), await w.forward_backward(healthy, who=BOB)
+            behind = await w.optim_step(sick)
+        for server in range(MAX_SERVERS):
+            container = Container(fatal)
+            async with world(tmp_path, journal=kept(), engines=container) as w:
+                await asyncio.wait_for(container.ended.wait(), 5)
+                assert w.service.state.begun_again[fatal] == server + 1
+                if compacted:
+                    await w.service.ledger.compact()
+        async with world(tmp_path, journal=kept(), engines=Container(fatal)) as w:
+            answer = await w.answer(fatal)
+            told = "the server ended 4 times while it had to run this request, so it is not tried again"
+            assert (answer.category, answer.error) == ("server", told)
+            for request_id, who in ((behind, ALICE), (bobs, BOB)):
+                assert not (await w.answer(request_id, who)).category
+            assert (w.service.state.begun_again, w.service.state.accepted) == ({}, {})
+
+    scenario(body)
+
+
+def test_what_waited_while_servers_were_restarted_is_not_suspected(tmp_path: Path) -> None:
+    """P1: a request whose turn never came has ended nobody, however many servers it has seen."""
+
+    async def body() -> None:
+        def kept() -> SqliteJournal:
+            return SqliteJournal(tmp_path / "journal.sqlite")
+
+        async with world(tmp_path, journal=kept()) as w:
+            run = await w.connect()
+            w.engines.trainer.gate.clear()
+            waiting = await w.forward_backward(run)
+        for _ in range(MAX_SERVERS + 2):
+            engines = ScriptedEngines()
+            engines.trainer.fails_to_start = 99
+            async with world(tmp_path, journal=kept(), engines=engines) as w:
+                await until(lambda: "tiny" in w.service.drivers)
+        async with world(tmp_path, journal=kept()) as w:
+            assert not w.service.state.begun_again
+            assert not (await w.answer(waiting)).category
 
     scenario(body)

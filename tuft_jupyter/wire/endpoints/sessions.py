@@ -62,8 +62,8 @@ class SessionEndpoints(Endpoints):
             {
                 "model_name": card.name,
                 "max_context_length": card.max_context_length,
-                "trainable": True,
-                "sampleable": True,
+                "trainable": card.trainable,
+                "sampleable": card.sampleable,
             }
             for card in self.service.catalog.cards()
         ]
