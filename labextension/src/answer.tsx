@@ -97,14 +97,14 @@ export function Answer(props: IAnswerProps): JSX.Element {
 }
 
 function figures(answer: IAnswer, trans: TranslationBundle): string {
-  const { pieces, first, took, state } = answer;
+  const { tokens, first, took, state } = answer;
   const parts: string[] = [];
-  if (pieces) {
-    parts.push(trans._n('%1 token', '%1 tokens', pieces, pieces));
+  if (tokens) {
+    parts.push(trans._n('%1 token', '%1 tokens', tokens, tokens));
   }
-  if (pieces > 1 && first !== null && took - first > SHORTEST) {
+  if (tokens > 1 && first !== null && took - first > SHORTEST) {
     parts.push(
-      trans.__('%1 tokens/s', ((pieces - 1) / (took - first)).toFixed(1))
+      trans.__('%1 tokens/s', ((tokens - 1) / (took - first)).toFixed(1))
     );
   }
   if (first !== null) {

@@ -16,10 +16,12 @@ export interface IQuestion extends ISampling {
   prompt: string;
 }
 
-/** A piece of an answer, or why it ended. */
+/** A piece of an answer, or why it ended, or how many tokens it had in all. */
 export interface IPiece {
   text: string;
   finish: string | null;
+  /** The server counts when it has ended; a piece may be more than one token, or less. */
+  tokens: number | null;
 }
 
 /** Asks the server; see `Api.text`. */
@@ -42,7 +44,8 @@ export async function* complete(
     top_p: question.topP,
     max_tokens: question.maxTokens,
     seed: question.seed,
-    stream: true
+    stream: true,
+    stream_options: { include_usage: true }
   };
   const chat = question.mode === 'chat';
   const messages = [
@@ -58,15 +61,19 @@ export async function* complete(
     if (event === '[DONE]') {
       return;
     }
-    const { choices, error } = JSON.parse(event);
+    const { choices, error, usage } = JSON.parse(event);
     if (error) {
       throw new Error(error.message ?? String(error));
     }
     for (const choice of choices ?? []) {
       yield {
         text: choice.delta?.content ?? choice.text ?? '',
-        finish: choice.finish_reason ?? null
+        finish: choice.finish_reason ?? null,
+        tokens: null
       };
+    }
+    if (usage) {
+      yield { text: '', finish: null, tokens: usage.completion_tokens };
     }
   }
 }

@@ -1,10 +1,11 @@
 /** One model's answer as it comes in, piece by piece, with how long it took. Knows nothing of how it is shown. */
-import { Ask, complete, IQuestion } from './complete';
+import { Ask, complete, IPiece, IQuestion } from './complete';
 
 /** What a model has said so far. */
 export interface IAnswer {
   text: string;
-  pieces: number;
+  /** Drawn so far: pieces of text, until the server has counted. */
+  tokens: number;
   began: number;
   /** Seconds until the first piece, and until now. */
   first: number | null;
@@ -24,7 +25,7 @@ export async function listen(
   const began = performance.now();
   let answer: IAnswer = {
     text: '',
-    pieces: 0,
+    tokens: 0,
     began,
     first: null,
     took: 0,
@@ -39,14 +40,9 @@ export async function listen(
     for await (const piece of complete(ask, model, question, signal)) {
       say({
         text: answer.text + piece.text,
-        pieces: answer.pieces + (piece.text ? 1 : 0),
+        tokens: piece.tokens ?? answer.tokens + (piece.text ? 1 : 0),
         first: answer.first ?? (performance.now() - began) / 1000,
-        state:
-          piece.finish === null
-            ? 'writing'
-            : piece.finish === 'length'
-              ? 'cut'
-              : 'done'
+        state: state(answer, piece)
       });
     }
     if (answer.state === 'waiting' || answer.state === 'writing') {
@@ -60,4 +56,14 @@ export async function listen(
       say({ text: reason, state: 'failed' });
     }
   }
+}
+
+function state(answer: IAnswer, { finish, tokens }: IPiece): IAnswer['state'] {
+  if (tokens !== null) {
+    return answer.state; // no more than a number
+  }
+  if (finish === null) {
+    return 'writing';
+  }
+  return finish === 'length' ? 'cut' : 'done';
 }
