@@ -16,6 +16,10 @@ from transformers import (
     Gemma2ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Ministral3Config,
@@ -49,11 +53,24 @@ FAMILIES = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "cohere": (CohereConfig, CohereForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
     "ernie4_5": (Ernie4_5Config, Ernie4_5ForCausalLM),
     "ministral3": (Ministral3Config, Ministral3ForCausalLM),
     "olmo": (OlmoConfig, OlmoForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
+SCALED: dict[str, dict[str, float]] = {
+    "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {
+        "logits_scaling": 3.0,
+        "embedding_multiplier": 4.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+}
+"""Families that bend or scale scores or logits, with numbers that matter in a tiny model."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -116,7 +133,7 @@ def make_model(
         torch.manual_seed(seed)
         model = model_class(config).to(dtype)
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # transformers starts them at 0
+            if name.endswith(("bias", "sinks")):  # transformers starts them at about 0
                 torch.nn.init.normal_(parameter, std=0.2)
     disable_progress_bar()
     model.save_pretrained(directory)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
@@ -17,16 +18,60 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 _BLOCK = 64
 # Sequence lengths for which matmuls by blocks of queries take up to a third less time than the CPU's flash kernel, and
 # the probabilities they keep for the backward pass are still small beside the other activations.
 _BLOCKED = range(1, 513)
 
+_BENT = 256
+"""Queries of a block where no kernel knows what is made of the scores."""
+
 _AHEAD = torch.full((_BLOCK, _BLOCK), -torch.inf).triu(1)
 
 Back = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """From the gradient of what was attended, [1, N, H, D], to those of queries, keys and values as they were given."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What becomes of queries times keys before they weigh the values.
+
+    ``scaling`` None means ``D ** -0.5``. ``window`` W lets a token see itself and the W - 1 before it; None means all
+    before it. ``softcap`` C makes C * tanh(x / C) of a score x (Gemma 2). ``sinks`` [H] stand in each head's softmax
+    as the score of one key more, whose value is 0 (gpt-oss).
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def bent(self) -> bool:
+        """Whether no kernel computes this."""
+        return self.softcap is not None or self.sinks is not None
+
+    def scale(self, size: int) -> float:
+        return size**-0.5 if self.scaling is None else self.scaling
+
+    def weights(self, scores_XRS: Tensor, unseen: Tensor | None, groups: int) -> Tensor:
+        """The softmax [X, R, S], in fp32, of scaled products; ``unseen`` is added to them, 0 or -inf.
+
+        X runs over sequences and, within each, over the G heads of keys; R over their queries, by head and token.
+        """
+        scores_XRS = scores_XRS.float()
+        if self.softcap is not None:
+            scores_XRS = torch.tanh(scores_XRS / self.softcap) * self.softcap
+        if unseen is not None:
+            scores_XRS = scores_XRS + unseen
+        if self.sinks is None:
+            return torch.softmax(scores_XRS, -1)
+        each = scores_XRS.shape[1] * groups // len(self.sinks)  # tokens
+        sinks_GR = self.sinks.view(groups, -1).repeat_interleave(each, 1).float()
+        sinks_XR1 = sinks_GR.repeat(len(scores_XRS) // groups, 1)[..., None]
+        return torch.softmax(torch.cat([scores_XRS, sinks_XR1], -1), -1)[..., :-1]
 
 
 class CausalAttention:
@@ -54,9 +99,13 @@ class CausalAttention:
         q_1HND: Tensor,
         k_1GND: Tensor,
         v_1GND: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scores: Scores,
     ) -> Tensor:
+        if scores.bent:
+            each = [slice(start, end) for start, end in self._sequences()]
+            bent = [attend_bent(q_1HND[:, :, at], k_1GND[:, :, at], v_1GND[:, :, at], scores) for at in each]
+            return torch.cat(bent, dim=1)
+        scaling, window = scores.scaling, scores.window
         kernel = None if self._cu is None else _varlen_kernel()
         if kernel is not None and _takes(q_1HND):
             q_NHD, k_NGD, v_NGD = (t[0].transpose(0, 1).contiguous() for t in (q_1HND, k_1GND, v_1GND))
@@ -95,7 +144,7 @@ class CausalAttention:
     ) -> tuple[Tensor, Back]:
         inputs = [t.detach().requires_grad_() for t in (q_1HND, k_1GND, v_1GND)]
         with torch.enable_grad():
-            o_1NHD = self(0, inputs[0], inputs[1], inputs[2], scaling, None)
+            o_1NHD = self(0, inputs[0], inputs[1], inputs[2], Scores(scaling))
 
         def back(do_1NHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             dq, dk, dv = torch.autograd.grad(o_1NHD, inputs, do_1NHD)
@@ -121,6 +170,44 @@ class CausalAttention:
                 _attend(q_1HND[:, :, at], k_1GND[:, :, at], v_1GND[:, :, at], count, scaling, window)
             )
         return torch.cat(outputs, dim=1)
+
+
+def attend_bent(q_1HTD: Tensor, k_1GSD: Tensor, v_1GSD: Tensor, scores: Scores) -> Tensor:
+    """The last T of S positions attend to all before them, with scores of any kind: [1, T, H, D].
+
+    A block of queries at a time, whose scores are computed again on the way back: no more than a block's are held.
+    """
+    tokens, done = q_1HTD.shape[2], k_1GSD.shape[2] - q_1HTD.shape[2]
+    blocks = []
+    for start in range(0, tokens, _BENT):
+        end = min(start + _BENT, tokens)
+        first = 0 if scores.window is None else max(0, done + start + 1 - scores.window)
+        seen = slice(first, done + end)
+        block = q_1HTD[0, :, start:end], k_1GSD[0, :, seen], v_1GSD[0, :, seen]
+        if torch.is_grad_enabled():
+            blocks.append(
+                checkpoint(_bent_block, *block, scores, use_reentrant=False, preserve_rng_state=False)
+            )
+        else:
+            blocks.append(_bent_block(*block, scores))
+    return torch.cat(blocks)[None]
+
+
+def _bent_block(q_HTD: Tensor, k_GSD: Tensor, v_GSD: Tensor, scores: Scores) -> Tensor:
+    """[T, H, D]; see :func:`attend_bent`."""
+    (tokens, size), (groups, seen) = q_HTD.shape[1:], k_GSD.shape[:2]
+    at = torch.arange(seen, device=q_HTD.device)
+    behind_TS = at[seen - tokens :, None] - at
+    unseen_TS = behind_TS < 0
+    if scores.window is not None:
+        unseen_TS |= behind_TS >= scores.window
+    mask_TS = torch.zeros(unseen_TS.shape, dtype=q_HTD.dtype, device=q_HTD.device)
+    mask_TS.masked_fill_(unseen_TS, -torch.inf)
+    q_GXD = (q_HTD * scores.scale(size)).unflatten(0, (groups, -1)).flatten(1, 2)
+    products_GXS = torch.bmm(q_GXD, k_GSD.transpose(1, 2))
+    mask_XS = mask_TS.repeat(products_GXS.shape[1] // tokens, 1)
+    o_GXD = torch.bmm(scores.weights(products_GXS, mask_XS, groups).to(v_GSD.dtype), v_GSD)
+    return o_GXD.view(-1, tokens, size).transpose(0, 1)
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, float | None, int | None], Tensor]

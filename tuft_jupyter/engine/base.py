@@ -2,7 +2,7 @@
 
 Knows Hugging Face directories and nothing of adapters or losses. Promises that a model it returns gives the
 same log-probabilities packed as alone: a family for which that does not hold (state that crosses sequences,
-scaled logits, attention sinks) is refused when loading, not found out in training.
+positions by a bias on the scores) is refused when loading, not found out in training.
 """
 
 from __future__ import annotations
@@ -24,15 +24,20 @@ from transformers.utils.logging import disable_progress_bar
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine import frozen, llama, memory, packing, precision
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
+from tuft_jupyter.engine.head import PLAIN, Readout
 from tuft_jupyter.engine.llama import LlamaDecoder
 from tuft_jupyter.engine.pretrained import reading, refusal
 
 log = logging.getLogger(__name__)
 
+_UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a family raises that cannot be called as we call it."""
+
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """``hf`` is the whole causal LM; ``name`` is what users call it; ``run`` is the way over a packed row.
+    """``hf`` is the whole causal LM; ``name`` is what users call it; ``run`` is the way over a packed row, ``readout``
+    what is made of the unembedding's products then.
 
     ``fingerprint`` tells it from other weights, whatever their path or dtype.
     """
@@ -41,6 +46,7 @@ class BaseModel:
     path: str
     hf: PreTrainedModel
     run: Decoder
+    readout: Readout
     vocab_size: int
     max_length: int
     fingerprint: str
@@ -92,10 +98,16 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise refusal(path, "loaded", error) from error
+    except KeyError as error:
+        if error.args != (packing.ATTENTION,):
+            raise
+        raise UserError(
+            f"base model {path!r}: this family's attention does not go through transformers' attention interface"
+        ) from error
     hf.requires_grad_(False)
     hf.eval()
     hf.to(device)
-    run = _decoder(hf)
+    run, readout = _decoder(hf)
     log.info(
         "%s: %s in %s on %s; attention by torch (scaled_dot_product_attention, or matmuls); flash-attn is not needed",
         name or path, type(run).__name__, hf.dtype, hf.device,
@@ -105,6 +117,7 @@ def load_base(
         path=path,
         hf=hf,
         run=run,
+        readout=readout,
         vocab_size=min(hf.get_input_embeddings().num_embeddings, hf.get_output_embeddings().out_features),
         max_length=_longest(hf.config.get_text_config()),
         fingerprint=_fingerprint(hf),
@@ -150,9 +163,15 @@ def _fingerprint(hf: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _readout(config: Any) -> Readout:
+    """What a configuration says of its logits, by the names that families have for it."""
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return Readout(scale, getattr(config, "final_logit_softcapping", None))
+
+
 @torch.no_grad()
-def _decoder(hf: Any) -> Decoder:
-    """The fastest decoder with which two packed sequences get the logits that each gets alone.
+def _decoder(hf: Any) -> tuple[Decoder, Readout]:
+    """The fastest decoder with which two packed sequences get the logits that each gets alone, and how they are read.
 
     In half precision rounding may hide that it computes something else: it must be as near as the model's modules are.
     """
@@ -162,6 +181,10 @@ def _decoder(hf: Any) -> Decoder:
     hf.set_attn_implementation("eager")
     try:
         alone = torch.cat([hf(input_ids=i[None], use_cache=False).logits[0].float() for i in ids])
+    except _UNFIT as unfit:
+        if memory.ran_out(unfit):
+            raise
+        raise UserError(f"models of the family {hf.config.model_type!r} cannot be run: {unfit}") from unfit
     finally:
         hf.set_attn_implementation(packing.ATTENTION)
     packed = packing.causal(lengths, (None, None), hf.device)
@@ -171,21 +194,23 @@ def _decoder(hf: Any) -> Decoder:
     copies = memory.roomy(hf)
     frozen.of(hf.get_output_embeddings(), copies=copies)
     llama_ = partial(LlamaDecoder, copies=copies)
-    found: Decoder | None = None
+    found: tuple[Decoder, Readout] | None = None
     for kind in (ModuleDecoder, llama_) if llama.fits(hf) else (ModuleDecoder,):
         try:
             decoder: Decoder = kind(hf)
             hidden, _ = decoder(packed, torch.cat(ids), positions, backward=False)
-        except (AttributeError, RuntimeError, TypeError) as unfit:
+        except _UNFIT as unfit:
             if memory.ran_out(unfit):
                 raise
             reason = str(unfit)
             continue
-        difference = float((hf.get_output_embeddings()(hidden).float() - alone).norm() / alone.norm())
-        if difference <= tolerance:
-            found, tolerance = decoder, min(tolerance, max(1e-4, 2 * difference))
-        else:
-            reason = f"logits differ from those of single sequences (relative error {difference:.1e})"
+        products = hf.get_output_embeddings()(hidden)
+        for readout in dict.fromkeys((PLAIN, _readout(hf.config.get_text_config()))):
+            difference = float((readout(products.clone()).float() - alone).norm() / alone.norm())
+            if difference <= tolerance:
+                found, tolerance = (decoder, readout), min(tolerance, max(1e-4, 2 * difference))
+            else:
+                reason = f"logits differ from those of single sequences (relative error {difference:.1e})"
     if found is not None:
         return found
     raise UserError(f"models of the family {hf.config.model_type!r} cannot be run over packed rows: {reason}")

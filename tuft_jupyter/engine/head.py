@@ -56,6 +56,35 @@ class Span:
         return self.cu[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What a family makes of its unembedding's products x: ``scale`` times them, of which ``softcap`` C makes
+    C * tanh(x / C). Granite and Cohere scale, Gemma 2 bends.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, z_MV: Tensor) -> Tensor:
+        """Logits of products, which are overwritten; in fp32 where anything is made of them."""
+        if self == PLAIN:
+            return z_MV
+        z_MV = z_MV.float().mul_(self.scale)
+        return z_MV if self.softcap is None else z_MV.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def pull(self, dz_MV: Tensor, z_MV: Tensor | None) -> Tensor:
+        """The gradient in the products, in the place of that in the logits ``z_MV``, which are overwritten.
+
+        They are only needed where they were bent.
+        """
+        if self.softcap is not None and z_MV is not None:
+            dz_MV.mul_(z_MV.div_(self.softcap).square_().neg_().add_(1))
+        return dz_MV if self.scale == 1 else dz_MV.mul_(self.scale)
+
+
+PLAIN = Readout()
+
+
 @dataclass(slots=True)
 class SpanResult:
     """Log-probabilities of the targets, the loss of each, and its slope; all fp32, shaped as the targets."""
@@ -65,16 +94,22 @@ class SpanResult:
     slopes: Tensor
 
 
-def logits(lm_head: nn.Module, h_MD: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Logits [M, V] of hidden states, in the model's dtype; ``segments`` are of these M positions."""
+def logits(lm_head: nn.Module, readout: Readout, h_MD: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Logits [M, V] of hidden states; ``segments`` are of these M positions. In the model's dtype if they are plain."""
     base = _base(lm_head)
     z_MV = base(h_MD)
     add_updates(h_MD, _parts(lm_head, segments), z_MV)
-    return z_MV
+    return readout(z_MV)
 
 
 def run(
-    lm_head: nn.Module, h_ND: Tensor, segments: Sequence[Segment], spans: Sequence[Span], *, backward: bool
+    lm_head: nn.Module,
+    readout: Readout,
+    h_ND: Tensor,
+    segments: Sequence[Segment],
+    spans: Sequence[Span],
+    *,
+    backward: bool,
 ) -> tuple[list[SpanResult], Tensor | None]:
     """The losses of all spans and, with ``backward``, the gradient [N, D] of their sum in ``h_ND``.
 
@@ -82,7 +117,7 @@ def run(
     slots.
     """
     with torch.no_grad():
-        work = _Pass(_base(lm_head), _parts(lm_head, segments), h_ND.detach(), spans)
+        work = _Pass(_base(lm_head), readout, _parts(lm_head, segments), h_ND.detach(), spans)
         dh_ND = torch.empty_like(work.h_ND) if backward else None
         work.run(dh_ND)
         return work.results, dh_ND
@@ -99,8 +134,10 @@ def _parts(lm_head: nn.Module, segments: Sequence[Segment]) -> list[Part]:
 class _Pass:
     """One row on its way through the unembedding, chunk by chunk; a chunk is some of its positions, in order."""
 
-    def __init__(self, base: Frozen, parts: list[Part], h_ND: Tensor, spans: Sequence[Span]) -> None:
-        self.base, self.parts, self.h_ND, self.spans = base, parts, h_ND, spans
+    def __init__(
+        self, base: Frozen, readout: Readout, parts: list[Part], h_ND: Tensor, spans: Sequence[Span]
+    ) -> None:
+        self.base, self.readout, self.parts, self.h_ND, self.spans = base, readout, parts, h_ND, spans
         self.size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS[h_ND.device.type] // base.weight.shape[0])
         self.counts = np.concatenate([span.counts for span in spans])
         self.results = [
@@ -132,6 +169,7 @@ class _Pass:
         normalizer_M = z_MV.amax(1) - p_MV.amax(1).log()
         spans = list(self._spans_in(rows))
         chosen = [_gather(z_MV[here], _at(span.targets, there)) for span, _, here, there in spans]
+        bent_MV = None if dh_ND is None or self.readout.softcap is None else z_MV
         del z_MV
         for (span, result, here, there), logp in zip(spans, chosen, strict=True):
             targets, to = _at(span.targets, there), _index(there, self.h_ND.device)
@@ -146,6 +184,8 @@ class _Pass:
                 dz_MV = p_MV[here].mul_(-slopes.sum(1, keepdim=True))
                 dz_MV.scatter_add_(1, targets.view(len(there), -1), slopes)
         if dh_ND is not None:
+            if self.readout != PLAIN:
+                p_MV = self.readout.pull(p_MV, bent_MV)
             dz_MV = p_MV.to(h_MD.dtype)
             out_MD = self.base.pull(dz_MV)
             parts = self._parts_in(rows)
@@ -169,7 +209,7 @@ class _Pass:
     def _logits(self, h_MD: Tensor, rows: Rows) -> Tensor:
         z_MV = self.base(h_MD)
         add_updates(h_MD, self._parts_in(rows), z_MV)
-        return z_MV
+        return self.readout(z_MV)
 
     def _parts_in(self, rows: Rows) -> list[Part]:
         found = []

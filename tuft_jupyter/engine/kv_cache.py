@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tuft_jupyter.engine import fused
-from tuft_jupyter.engine.attention import CausalAttention
+from tuft_jupyter.engine.attention import CausalAttention, Scores, attend_bent
 
 SMALLEST = 128  # positions of a slot
 MINIMUM = 512  # of a budget: the smallest slots and a short prompt
@@ -218,8 +218,7 @@ class PrefillAttention:
         q_1HND: Tensor,
         k_1GND: Tensor,
         v_1GND: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scores: Scores,
     ) -> Tensor:
         for strip, (start, end) in zip(self._strips, pairwise(self._cu), strict=True):
             k_GPD, v_GPD = strip.layer(layer, k_1GND)
@@ -229,27 +228,29 @@ class PrefillAttention:
         for at, how in self._runs:
             q_1HTD = q_1HND[:, :, at]
             if isinstance(how, Strip):
-                outputs.append(_behind(q_1HTD, how, layer, scaling, window))
+                outputs.append(_behind(q_1HTD, how, layer, scores))
             else:
-                outputs.append(how(layer, q_1HTD, k_1GND[:, :, at], v_1GND[:, :, at], scaling, window))
+                outputs.append(how(layer, q_1HTD, k_1GND[:, :, at], v_1GND[:, :, at], scores))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
-def _behind(q_1HTD: Tensor, strip: Strip, layer: int, scaling: float | None, window: int | None) -> Tensor:
+def _behind(q_1HTD: Tensor, strip: Strip, layer: int, scores: Scores) -> Tensor:
     """The piece of a prompt that follows the ``done`` positions of its strip, [1, T, H, D]."""
     end = strip.done + q_1HTD.shape[2]
     k_GPD, v_GPD = strip.layers[layer]
+    if scores.bent:
+        return attend_bent(q_1HTD, k_GPD[None, :, :end], v_GPD[None, :, :end], scores)
     at = torch.arange(end, device=q_1HTD.device)
     distance_TS = at[strip.done :, None] - at
     seen_TS = distance_TS >= 0
-    if window is not None:
-        seen_TS &= distance_TS < window
+    if scores.window is not None:
+        seen_TS &= distance_TS < scores.window
     o_1HTD = F.scaled_dot_product_attention(
         q_1HTD,
         k_GPD[None, :, :end],
         v_GPD[None, :, :end],
         attn_mask=seen_TS,
-        scale=scaling,
+        scale=scores.scaling,
         enable_gqa=q_1HTD.shape[1] != len(k_GPD),
     )
     return o_1HTD.transpose(1, 2)
@@ -290,13 +291,12 @@ class DecodeAttention:
         q_1HND: Tensor,
         k_1GND: Tensor,
         v_1GND: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scores: Scores,
     ) -> Tensor:
         q_NHD, k_NGD, v_NGD = (t[0].transpose(0, 1) for t in (q_1HND, k_1GND, v_1GND))
-        scale = q_NHD.shape[-1] ** -0.5 if scaling is None else scaling
-        if fused.serves(q_NHD):
-            return self._fused(layer, q_NHD, k_NGD, v_NGD, scale, window)[None]
+        scale = scores.scale(q_NHD.shape[-1])
+        if fused.serves(q_NHD) and not scores.bent:
+            return self._fused(layer, q_NHD, k_NGD, v_NGD, scale, scores.window)[None]
         q_CHD, k_CGD, v_CGD = q_NHD, k_NGD, v_NGD
         if not self._in_order:
             q_CHD, k_CGD, v_CGD = (t.index_select(0, self._rows_C) for t in (q_CHD, k_CGD, v_CGD))
@@ -308,7 +308,7 @@ class DecodeAttention:
             slots, filled = self._slots[: at.stop - at.start], self._positions_C[at]
             k_CGSD[slots, :, filled] = k_CGD[at]
             v_CGSD[slots, :, filled] = v_CGD[at]
-            outputs.append(self._attend(bucket, q_CGRD[at], k_CGSD, v_CGSD, at, window))
+            outputs.append(self._attend(bucket, q_CGRD[at], k_CGSD, v_CGSD, at, scores))
         o_CHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return (o_CHD if self._in_order else o_CHD.index_select(0, self._order_N))[None]
 
@@ -330,7 +330,7 @@ class DecodeAttention:
             start += len(bucket.places)
 
     def _attend(
-        self, bucket: Bucket, q_CGRD: Tensor, k_CGSD: Tensor, v_CGSD: Tensor, at: slice, window: int | None
+        self, bucket: Bucket, q_CGRD: Tensor, k_CGSD: Tensor, v_CGSD: Tensor, at: slice, scores: Scores
     ) -> Tensor:
         """[C, H, D]. Two matmuls over all slots: the CPU's flash kernel takes two to three times as long here."""
         count, groups = q_CGRD.shape[:2]
@@ -340,12 +340,16 @@ class DecodeAttention:
                 bucket.size
             )  # matmuls over whole slots need no strides, which is worth more than the rest of them
         k_XSD, v_XSD = (t[:count].flatten(0, 1)[:, :span] for t in (k_CGSD, v_CGSD))
-        scores_XRS = torch.bmm(q_CGRD.flatten(0, 1), k_XSD.transpose(1, 2))
-        mask = self._mask(bucket, at, span, window, scores_XRS.dtype)
-        if mask is not None:
-            scores_XRS.view(count, groups, -1, span).add_(mask)
-        weights_XRS = torch.softmax(scores_XRS, -1, dtype=torch.float32).to(v_XSD.dtype)
-        return torch.bmm(weights_XRS, v_XSD).view(count, -1, q_CGRD.shape[-1])
+        products_XRS = torch.bmm(q_CGRD.flatten(0, 1), k_XSD.transpose(1, 2))
+        mask = self._mask(bucket, at, span, scores.window, products_XRS.dtype)
+        if scores.bent:
+            unseen = None if mask is None else mask.expand(-1, groups, -1, -1).flatten(0, 1)
+            weights_XRS = scores.weights(products_XRS, unseen, groups)
+        else:
+            if mask is not None:
+                products_XRS.view(count, groups, -1, span).add_(mask)
+            weights_XRS = torch.softmax(products_XRS, -1, dtype=torch.float32)
+        return torch.bmm(weights_XRS.to(v_XSD.dtype), v_XSD).view(count, -1, q_CGRD.shape[-1])
 
     def _mask(
         self, bucket: Bucket, at: slice, span: int, window: int | None, dtype: torch.dtype

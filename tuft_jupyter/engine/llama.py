@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuft_jupyter.engine import frozen, fused
-from tuft_jupyter.engine.attention import Back, CausalAttention
+from tuft_jupyter.engine.attention import Back, CausalAttention, Scores
 from tuft_jupyter.engine.grouped import Groups, groups_of
 from tuft_jupyter.engine.linears import Linears, StackedPart, only_rows
 from tuft_jupyter.engine.packing import Packed
@@ -206,7 +206,7 @@ class _Layer:
             assert isinstance(packed.attention, CausalAttention)
             attended_1NHE, attend_back = packed.attention.taped(*qkv, self.scaling)
         else:
-            attended_1NHE = packed.attention(self.index, *qkv, self.scaling, None)
+            attended_1NHE = packed.attention(self.index, *qkv, Scores(self.scaling))
         attended = _longer(attended_1NHE.flatten(2)[0], n - packed.tokens)
         x2_ND, h_out = self.out(attended, parts[1], x_ND)
         n2_ND, unit2, scale2 = self.norm2(x2_ND)

@@ -4,7 +4,7 @@ The contract. A :class:`Packed` describes one flat row of N tokens: where each s
 each stretch of tokens belongs to, and how to attend. Inside ``with packed.active():`` a model loaded by
 :mod:`~tuft_jupyter.engine.base` may be called as ``model(input_ids=[1, N], position_ids=[1, N],
 use_cache=False)``. Its linear layers (:mod:`~tuft_jupyter.engine.lora`) then apply to every token the adapter
-of its segment, and each attention layer calls ``packed.attention(layer, q, k, v, scaling, window)``. Training
+of its segment, and each attention layer calls ``packed.attention(layer, q, k, v, scores)``. Training
 attends within each sequence (:mod:`~tuft_jupyter.engine.attention`); a sampler brings an object that also
 owns a KV cache. Which packed row is active is a fact of the thread, not of the process.
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tuft_jupyter.engine.attention import CausalAttention
+from tuft_jupyter.engine.attention import CausalAttention, Scores
 
 ATTENTION = "tuft_packed"
 
@@ -47,14 +47,9 @@ class Attention(Protocol):
         q_1HND: Tensor,
         k_1GND: Tensor,
         v_1GND: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scores: Scores,
     ) -> Tensor:
-        """Attended values, shape [1, N, H, D]; queries and keys are already rotated.
-
-        ``scaling`` None means ``D ** -0.5``. ``window`` W lets a token see itself and the W - 1 before it;
-        None means all before it.
-        """
+        """Attended values, shape [1, N, H, D]; queries and keys are already rotated."""
 
 
 _thread = threading.local()
@@ -165,15 +160,15 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     packed = current()
     if packed is None:
         raise RuntimeError("a packed model was called outside of Packed.active()")
-    for unsupported in ("softcap", "s_aux"):
-        if kwargs.get(unsupported) is not None:
-            raise NotImplementedError(f"attention with {unsupported}")
-    return packed.attention(module.layer_idx, query, key, value, scaling, sliding_window), None  # type: ignore[arg-type]
+    scores = Scores(scaling, sliding_window, softcap, s_aux)
+    return packed.attention(module.layer_idx, query, key, value, scores), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(ATTENTION, _attend)

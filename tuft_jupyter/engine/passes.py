@@ -87,7 +87,9 @@ class Pass:
             backward=backward,
             recompute=backward and (self.recompute or memory.is_tight(base, packed.tokens)),
         )
-        results, gradient = head.run(base.lm_head, hidden, packed.segments, spans, backward=backward)
+        results, gradient = head.run(
+            base.lm_head, base.readout, hidden, packed.segments, spans, backward=backward
+        )
         counts = np.concatenate([span.counts for span in spans])
         if gradient is not None and counts.any():
             some = np.flatnonzero(counts) if counts.mean() < _SPARSE else None

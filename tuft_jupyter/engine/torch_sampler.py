@@ -285,7 +285,7 @@ class TorchSampler:
     ) -> Tensor:
         """Logits of positions [start, end) of a prompt; the hidden states begin with position ``offset``."""
         rows_MD = hidden_MD[start - offset : end - offset]
-        logits_MV = head.logits(self.base.lm_head, rows_MD, ((0, end - start, adapter),))
+        logits_MV = head.logits(self.base.lm_head, self.base.readout, rows_MD, ((0, end - start, adapter),))
         return logits_MV[:, : self.base.vocab_size]
 
     def _begin(self) -> None:
@@ -295,7 +295,7 @@ class TorchSampler:
             return
         hidden_MD = torch.stack([prompt.last for prompt, _ in ready if prompt.last is not None])
         segments = packing.segments_of([1] * len(ready), [prompt.adapter for prompt, _ in ready])
-        logits_MV = head.logits(self.base.lm_head, hidden_MD, segments)
+        logits_MV = head.logits(self.base.lm_head, self.base.readout, hidden_MD, segments)
         counts_M = torch.tensor([len(lives) for _, lives in ready], device=self.base.device)
         fresh = [live for _, lives in ready for live in lives]
         self._live += fresh
@@ -328,7 +328,7 @@ class TorchSampler:
         batch = self._batch
         hidden_ND = self._forward(batch.packed, batch.tokens_N, batch.attention.positions_N[None])
         batch.attention.advance()
-        logits_NV = head.logits(self.base.lm_head, hidden_ND, batch.packed.segments)
+        logits_NV = head.logits(self.base.lm_head, self.base.readout, hidden_ND, batch.packed.segments)
         batch.tokens_N = self._extend(batch.rows, batch.pick, logits_NV)
         self._leave(batch.rows)
 

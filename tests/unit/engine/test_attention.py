@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from tuft_jupyter.engine import attention
-from tuft_jupyter.engine.attention import CausalAttention
+from tuft_jupyter.engine.attention import CausalAttention, Scores
 from tuft_jupyter.engine.base import load_base
 
 CU = (0, 5, 12, 13)
@@ -79,7 +79,7 @@ def test_the_kernel_of_every_torch_gives_what_the_calls_one_by_one_give(
     outputs, grads = [], []
     for way in (plain, on_gpu):
         inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = way(0, inputs[0], inputs[1], inputs[2], scaling, window)
+        out = way(0, inputs[0], inputs[1], inputs[2], Scores(scaling, window))
         outputs.append(out.detach().float())
         grads.append([t.float() for t in torch.autograd.grad(out.float().square().sum(), inputs)])
     torch.testing.assert_close(outputs[1], outputs[0], rtol=2e-2, atol=2e-2)
@@ -98,7 +98,7 @@ def test_the_way_back_is_the_one_that_autograd_finds(lengths: tuple[int, ...], d
     q, k, v = (torch.randn(1, heads, cu[-1], 8, generator=g).to(dtype) for heads in (4, 2, 2))
     do = torch.randn(1, cu[-1], 4, 8, generator=g).to(dtype)
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-    out = CausalAttention(cu, torch.device("cpu"))(0, inputs[0], inputs[1], inputs[2], 0.4, None)
+    out = CausalAttention(cu, torch.device("cpu"))(0, inputs[0], inputs[1], inputs[2], Scores(0.4))
     expected = torch.autograd.grad(out, inputs, do)
     taped, back = CausalAttention(cu, torch.device("cpu")).taped(q, k, v, 0.4)
     assert torch.equal(taped, out.detach())
@@ -118,7 +118,7 @@ def test_without_flash_attn_attention_is_torchs_and_the_log_says_so(
     with caplog.at_level("INFO", "tuft_jupyter"):
         load_base(qwen3)
     q, k, v = (torch.ones(1, heads, 600, 8) for heads in (4, 2, 2))
-    CausalAttention((0, 600), torch.device("cpu"))(0, q, k, v, None, None)
+    CausalAttention((0, 600), torch.device("cpu"))(0, q, k, v, Scores())
     assert used
     assert "scaled_dot_product_attention" in caplog.text
     assert "flash-attn is not needed" in caplog.text

@@ -10,13 +10,14 @@ import torch
 
 from tests.support.datums import ask, make_datum
 from tests.support.plain_peft import cross_entropy, plain_peft
-from tests.support.tiny_models import make_model
+from tests.support.tiny_models import SCALED, make_model
 from tuft_jupyter.core.errors import TuftError
 from tuft_jupyter.core.types import LoraSpec
 from tuft_jupyter.engine.trainer import PeftTrainer
 
 ALL = LoraSpec(rank=4, alpha=8, seed=1, train_unembed=False)
 ATTENTION = LoraSpec(rank=7, alpha=7, seed=2, train_mlp=False, train_unembed=False)
+UNEMBEDDING = LoraSpec(rank=3, alpha=9, seed=3)
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[LoraSpec, dict[str, Any]]] = {
     "llama": (ALL, {}),
@@ -26,6 +27,8 @@ FAMILIES: dict[str, tuple[LoraSpec, dict[str, Any]]] = {
     "mistral": (ALL, {"sliding_window": 6}),
     "mixtral": (ATTENTION, {"num_local_experts": 4, **EXPERTS}),
     "qwen3_moe": (ATTENTION, {"num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}),
+    "gpt_oss": (ATTENTION, {"num_local_experts": 4, "sliding_window": 6, **EXPERTS}),
+    **{family: (UNEMBEDDING, scaled) for family, scaled in SCALED.items()},
 }
 LIMIT = 2e-6  # relative L2, fp32
 

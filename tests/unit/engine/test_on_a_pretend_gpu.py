@@ -18,7 +18,7 @@ from tests.support.datums import make_datum, make_policy_datum
 from tests.support.losses import clipped, custom, graph_of
 from tests.support.pretend_gpu import A100, H100, T4, pretend_gpu
 from tests.support.sampling import ask, prompt, run, tokens_of
-from tests.support.tiny_models import make_model
+from tests.support.tiny_models import SCALED, make_model
 from tests.support.training import ok, step
 from tuft_jupyter.core.types import (
     ForwardBackward,
@@ -41,8 +41,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {},
     "mistral": {"sliding_window": 6},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": SCALED["gemma2"],
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
 }
-HALF = ("gemma", "mistral")  # for the variable-length kernel, with and without a window
+BY_KERNEL = ("gemma", "mistral")  # the variable-length one, with and without a window
+HALF = (*BY_KERNEL, "gemma2")
+FUSED_EXPERTS = ("mixtral", "gpt_oss")
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
@@ -145,13 +149,13 @@ def test_nothing_of_a_training_step_mixes_devices_and_the_numbers_are_the_cpus(
     """Every loss, prompts without one, adapters that leave the model and come back, and what is saved and read."""
     name, model = family
     dtype = torch.bfloat16 if name in HALF else torch.float32
-    specs = {"a": ATTENTION if name == "mixtral" else EVERYWHERE, "b": ATTENTION}
+    specs = {"a": ATTENTION if name in FUSED_EXPERTS else EVERYWHERE, "b": ATTENTION}
     expected = trained(model, specs, tmp_path, dtype=dtype, device="cpu")
     with pretend_gpu() as seen:
         found = trained(model, specs, tmp_path, dtype=dtype, device="cuda")
     assert found == pytest.approx(expected, rel=LIMIT[dtype], abs=LIMIT[dtype])
     for kernel in ("torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"):
-        assert bool(seen[kernel]) is (dtype == torch.bfloat16)
+        assert bool(seen[kernel]) is (name in BY_KERNEL)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    MptConfig,
+    PretrainedConfig,
+)
 
 from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine import packing
-from tuft_jupyter.engine.attention import CausalAttention
+from tuft_jupyter.engine.attention import CausalAttention, Scores
 from tuft_jupyter.engine.base import BaseModel, load_base
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.llama import LlamaDecoder
@@ -28,28 +34,48 @@ def random_qkv(n: int) -> tuple[torch.Tensor, ...]:
 
 
 def masked_attention(
-    lengths: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
+    lengths: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores
 ) -> torch.Tensor:
     """Attention over the whole row with an explicit mask."""
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     at = torch.arange(len(sequence))
     mask = (sequence[:, None] == sequence[None]) & (at[:, None] >= at[None])
-    if window is not None:
-        mask &= at[:, None] - at[None] < window
+    if how.window is not None:
+        mask &= at[:, None] - at[None] < how.window
     scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    if how.softcap is not None:
+        scores = how.softcap * (scores / how.softcap).tanh()
+    weights = scores.masked_fill(~mask, -torch.inf)
+    if how.sinks is not None:  # one key more, which brings nothing
+        weights = torch.cat([weights, how.sinks.view(1, -1, 1, 1).expand(-1, -1, len(at), -1)], -1)
+    return (weights.softmax(-1)[..., : len(at)] @ v.repeat_interleave(2, 1)).transpose(1, 2)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+SINKS = torch.tensor([-1.0, 0.0, 2.0, 5.0])
+
+
 @pytest.mark.parametrize(
-    "lengths", [[7], [5, 5, 5], [9, 9, 4, 4, 1], [1, 1, 3], [150], [192, 192], [130, 130, 130, 40]], ids=str
+    "how",
+    [
+        Scores(),
+        Scores(window=3),
+        Scores(softcap=1.5),
+        Scores(window=3, sinks=SINKS),
+        Scores(None, 140, 0.5, SINKS),
+    ],
+    ids=str,
 )
-def test_attention_over_a_row_is_that_of_each_sequence_alone(lengths: list[int], window: int | None) -> None:
+@pytest.mark.parametrize(
+    "lengths",
+    [[7], [5, 5, 5], [9, 9, 4, 4, 1], [1, 1, 3], [150], [192, 192], [130, 130, 130, 40], [600, 5]],
+    ids=str,
+)
+def test_attention_over_a_row_is_that_of_each_sequence_alone(lengths: list[int], how: Scores) -> None:
     """Forward and backward, short sequences and those long enough to go by blocks."""
     qkv = random_qkv(sum(lengths))
     attention = CausalAttention(packing.boundaries(lengths), CPU)
     found = []
-    for output in (attention(0, *qkv, None, window), masked_attention(lengths, *qkv, window)):
+    for output in (attention(0, *qkv, how), masked_attention(lengths, *qkv, how)):
         slope = torch.linspace(-1, 1, output.numel()).view(output.shape)
         found.append((output.detach(), *torch.autograd.grad(output, qkv, slope)))
     for ours, theirs in zip(*found, strict=True):
@@ -85,10 +111,25 @@ def test_a_sliding_window_is_kept(tmp_path: Path) -> None:
     assert_packed_equals_alone(directory, base.run)
 
 
-@pytest.mark.parametrize(("family", "reason"), [("gemma2", "softcap"), ("cohere", "logits differ")])
-def test_a_family_that_packing_would_change_is_refused(tmp_path: Path, family: str, reason: str) -> None:
-    with pytest.raises(UserError, match=f"family '{family}' cannot be run over packed rows.*{reason}"):
-        load_base(make_model(tmp_path, family))
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (BloomConfig(n_head=4), "family 'bloom' cannot be run over packed rows.*logits differ"),
+        (
+            FalconConfig(num_attention_heads=4),
+            "attention does not go through transformers' attention interface",
+        ),
+        (MptConfig(n_heads=4), "family 'mpt' cannot be run"),
+    ],
+    ids=["a bias by position", "attention of its own", "modules that want a mask"],
+)
+def test_a_family_that_packing_would_change_is_refused(
+    tmp_path: Path, config: PretrainedConfig, reason: str
+) -> None:
+    config.update({"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=reason):
+        load_base(tmp_path)
 
 
 def assert_packed_equals_alone(directory: Path, decoder: Decoder) -> None:

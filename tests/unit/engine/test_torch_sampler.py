@@ -12,7 +12,7 @@ import torch
 
 from tests.support.adapters import make_adapter, peft_model, plain_model
 from tests.support.sampling import ask, prompt, run, tokens_of
-from tests.support.tiny_models import SPECIAL, make_model, make_tokenizer
+from tests.support.tiny_models import SCALED, SPECIAL, make_model, make_tokenizer
 from tuft_jupyter.core.types import StopReason
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 
@@ -43,16 +43,20 @@ def logprobs_of(model: Any, tokens: np.ndarray) -> np.ndarray:
 # ---- the right tokens
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt_oss", *SCALED])
 def test_greedy_tokens_equal_those_of_generate(family: str, tmp_path: Path) -> None:
     """S2-51: the torch sampler samples the base model on a CPU, token for token as transformers does."""
-    directory = make_model(tmp_path / "m", family, seed=4)
+    more: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "gpt_oss" else {}
+    directory = make_model(tmp_path / "m", family, seed=4, **SCALED.get(family, more))
     prompts = [prompt(length, seed=length) for length in (1, 5, 23, 5)]
     oracle = plain_model(directory)
     oracle.generation_config.eos_token_id = None  # random weights may say so at once
     answers = run(TorchSampler(directory), [(None, ask(p, temperature=0.0, max_tokens=30)) for p in prompts])
     for tokens, answer in zip(prompts, answers, strict=True):
         assert tokens_of(answer) == [generate(oracle, tokens, 30)]
+        (sequence,) = answer.sequences
+        said = logprobs_of(oracle, np.concatenate([tokens, sequence.tokens]))[len(tokens) - 1 : -1]
+        np.testing.assert_allclose(sequence.logprobs, said[np.arange(30), sequence.tokens], atol=1e-5)
 
 
 def test_a_sliding_window_is_kept_to(tmp_path: Path) -> None:
