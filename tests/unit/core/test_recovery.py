@@ -33,6 +33,8 @@ def test_a_redis_that_falls_silent_while_it_is_read_is_read_again_from_the_begin
     redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int
 ) -> None:
     """F7, P1: nothing is begun before all is read, and nothing counts twice."""
+    monkeypatch.setattr(journal_redis, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(journal_redis, "PATIENCE", 0.5)
 
     async def body() -> None:
         async with world(tmp_path, journal=journal(redis, tmp_path), rule=SnapshotRule(99, 1e9)) as w:

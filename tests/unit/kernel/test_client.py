@@ -19,7 +19,7 @@ Raw = Callable[[bytes], str]
 
 @pytest.fixture
 def raw() -> Iterator[Raw]:
-    """Servers that send these bytes to whoever asks first, and close."""
+    """Servers that send these bytes to whoever asks first, and no more."""
     made = []
 
     def serve(text: bytes) -> str:
@@ -31,6 +31,9 @@ def raw() -> Iterator[Raw]:
             with closing(connection):
                 connection.recv(2**16)
                 connection.sendall(text)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(2**16):  # closed on what was not read, it would take back what was sent
+                    pass
 
         threading.Thread(target=once, daemon=True).start()
         return f"http://127.0.0.1:{listening.getsockname()[1]}"
