@@ -11,19 +11,26 @@ import * as React from 'react';
 import { CommandIDs } from './commandids';
 import { formatBytes, formatRelative } from './format';
 import { pinIcon } from './icons';
+import { useListing } from './listing';
 import { ICheckpoint, ISampler } from './objects';
 import { CopyButton, IconButton, Path, Section } from './parts';
 import { IShown } from './shown';
 
-/** Entries in front of the "show all" button. */
+/** Entries that are shown at first. */
 const FIRST_ENTRIES = 6;
 
 /** All checkpoints, the newest first. */
 export function Checkpoints(props: IShown): JSX.Element {
-  const { state, trans } = props;
-  const [all, setAll] = React.useState(false);
+  const { names, state, trans } = props;
   const entries = [...state.checkpoints.values()].reverse();
-  const visible = all ? entries : entries.slice(0, FIRST_ENTRIES);
+  const { visible, search, more } = useListing({
+    things: entries,
+    first: FIRST_ENTRIES,
+    words: entry =>
+      [entry.name, entry.path, names.get(entry.run), entry.tenant].join(' '),
+    label: trans.__('Search checkpoints'),
+    trans
+  });
   return (
     <Section
       title={trans.__('Checkpoints')}
@@ -43,18 +50,13 @@ export function Checkpoints(props: IShown): JSX.Element {
           )}
         </p>
       )}
+      {search}
       <ul className="jp-Tuft-list">
         {visible.map(entry => (
           <Entry key={entry.path} {...props} checkpoint={entry} />
         ))}
       </ul>
-      {entries.length > FIRST_ENTRIES && (
-        <button className="jp-Tuft-textButton" onClick={() => setAll(!all)}>
-          {all
-            ? trans.__('Show the newest only')
-            : trans.__('Show all %1 checkpoints', entries.length)}
-        </button>
-      )}
+      {more}
     </Section>
   );
 }

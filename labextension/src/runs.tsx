@@ -5,12 +5,13 @@ import * as React from 'react';
 import { CommandIDs } from './commandids';
 import { latest, lineOf, throughput } from './curves';
 import { formatCount, formatValue } from './format';
+import { useListing } from './listing';
 import { IRun } from './objects';
 import { phaseOf, phaseWord } from './names';
 import { IconButton, Section } from './parts';
 import { IShown, RUN_MIME } from './shown';
 
-/** Cards in front of the "show all" button. */
+/** Cards that are shown at first, if no more runs train. */
 const FIRST_CARDS = 5;
 
 /** Props of {@link Runs}. */
@@ -19,27 +20,28 @@ export interface IRunsProps extends IShown {
   onToggle: (run: string) => void;
 }
 
-/** All runs, the newest first. */
+/** All runs, the newest first; at first the newest and those that train. */
 export function Runs(props: IRunsProps): JSX.Element {
-  const { state, trans } = props;
-  const [all, setAll] = React.useState(false);
+  const { names, now, state, trans } = props;
   const runs = [...state.runs.values()];
-  const newestFirst = runs.map((run, index) => ({ run, index })).reverse();
-  const visible = all ? newestFirst : newestFirst.slice(0, FIRST_CARDS);
+  const { visible, search, more } = useListing({
+    things: runs.map((run, index) => ({ run, index })).reverse(),
+    first: FIRST_CARDS,
+    words: ({ run }) =>
+      [names.get(run.id), run.id, run.base_model, run.tenant].join(' '),
+    urgent: ({ run }) => ['starting', 'training'].includes(phaseOf(run, now)),
+    label: trans.__('Search runs'),
+    trans
+  });
   return (
     <Section title={trans.__('Runs')} count={runs.length}>
+      {search}
       <ul className="jp-Tuft-list">
         {visible.map(({ run, index }) => (
           <RunCard key={run.id} {...props} run={run} index={index} />
         ))}
       </ul>
-      {runs.length > FIRST_CARDS && (
-        <button className="jp-Tuft-textButton" onClick={() => setAll(!all)}>
-          {all
-            ? trans.__('Show the newest only')
-            : trans.__('Show all %1 runs', runs.length)}
-        </button>
-      )}
+      {more}
     </Section>
   );
 }
