@@ -9,6 +9,7 @@ API only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
@@ -21,6 +22,7 @@ from urllib.parse import quote
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.iostream import StreamClosedError
 
 from tuft_jupyter.core.types import JSON
 from tuft_jupyter.wire.archive import CHUNK
@@ -104,8 +106,11 @@ class HubService:
 
 @functools.cache
 def _client() -> AsyncHTTPClient:
-    """One for all requests of this process: feeds stay open, and must not use up what others need."""
-    return AsyncHTTPClient(force_instance=True, max_clients=200, max_body_size=2**30)
+    """One for all requests of this process: feeds stay open, and must not use up what others need.
+
+    What is long is passed on as it comes, so it may be of any length.
+    """
+    return AsyncHTTPClient(force_instance=True, max_clients=200, max_body_size=2**50)
 
 
 class RelayRead(LabRead):
@@ -124,9 +129,10 @@ class RelayRead(LabRead):
             elif name.lower() in ANSWERED:
                 self.set_header(name, value)
 
-        def chunk(data: bytes) -> None:
+        def chunk(data: bytes) -> asyncio.Future[None]:
             self.write(data)
-            self.flush()
+            # the next one is read when this one has left (by tornado 6.6 and later)
+            return asyncio.ensure_future(self._taken())
 
         try:
             await self.service.ask(path, header_callback=line, streaming_callback=chunk, **options)
@@ -137,6 +143,11 @@ class RelayRead(LabRead):
             self.set_status(502)
             self.write(json.dumps({"problem": problem.log_message, "message": problem.log_message}))
         self.finish(set_content_type=self._headers.get("Content-Type", JSON))
+
+    async def _taken(self) -> None:
+        """What was written has left for the browser, or there is none any more."""
+        with contextlib.suppress(StreamClosedError):
+            await self.flush()
 
 
 class RelayState(RelayRead):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import websocket
 
@@ -126,6 +131,47 @@ def test_what_is_downloaded_in_the_panel_comes_from_the_service(carol: Server) -
     with tarfile.open(fileobj=io.BytesIO(body)) as archive:
         assert "adapter_model.safetensors" in archive.getnames()
     assert plain(carol, "GET", f"{PREFIX}/tuft/files/{ticket[:-4]}")[0] == 403
+
+
+class Endless(BaseHTTPRequestHandler):
+    """A service that has a file of three gigabytes."""
+
+    sent = 0
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(3 * 2**30))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(3 * 2**10):
+                self.wfile.write(bytes(2**20))
+                type(self).sent += 2**20
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_download_that_is_read_slowly_is_not_held_in_memory(tmp_path: Path) -> None:
+    """L7: the service is read no faster than the browser takes it, whatever the file's size."""
+    elsewhere = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+    with own_server(tmp_path, f"http://127.0.0.1:{elsewhere.server_port}") as server:
+        before = psutil.Process(server.pid).memory_info().rss
+        request = urllib.request.Request(
+            f"{server.url}{PREFIX}/tuft/files/ticket", headers={"Authorization": f"token {server.token}"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as answer:
+            assert len(answer.read(2**20)) == 2**20
+            seen = -1
+            while seen != Endless.sent:
+                seen = Endless.sent
+                time.sleep(0.5)
+            assert seen < 50 * 2**20
+            assert psutil.Process(server.pid).memory_info().rss - before < 100e6
+            assert len(answer.read(2**27)) == 2**27, "it goes on when it is read on"
+        until(lambda: server.request("GET", "api/status") is not None, 10, "the server is held up")
+    elsewhere.shutdown()
 
 
 def test_a_refusal_is_the_service_s_own_and_no_page_can_run_in_it(carol: Server) -> None:
