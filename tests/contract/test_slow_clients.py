@@ -24,6 +24,14 @@ def descriptors() -> int:
     return psutil.Process().num_fds()
 
 
+async def cut_off(reader: asyncio.StreamReader) -> bytes:
+    """What came before the end. A socket closed with a byte unread in it is reset, not ended: no less closed."""
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""
+
+
 def test_who_sends_a_byte_now_and_then_is_cut_off_and_disturbs_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,7 +46,7 @@ def test_who_sends_a_byte_now_and_then_is_cut_off_and_disturbs_nobody(
             writer.write(head(server, "/create_session", 1000) + b"{")
         began = time.monotonic()
         slowest = 0.0
-        ended = asyncio.gather(*(reader.read() for reader, _ in slow))
+        ended = asyncio.gather(*(cut_off(reader) for reader, _ in slow))
         while not ended.done():
             asked = time.monotonic()
             await server.post("/create_session", {})
@@ -46,7 +54,7 @@ def test_who_sends_a_byte_now_and_then_is_cut_off_and_disturbs_nobody(
             for _, writer in slow:
                 writer.write(b" ")
             await asyncio.sleep(0.05)
-        assert set(ended.result()) == {b""}
+        assert set(ended.result()) == {b""}, "closed, and nothing answered"
         assert 0.9 < time.monotonic() - began < 10.0
         assert slowest < 1.0
         for _, writer in slow:
