@@ -17,14 +17,26 @@ def plain_model(directory: Path) -> PreTrainedModel:
 
 
 def make_adapter(
-    target: Path, model: Path, *, seed: int, rank: int = 4, modules: tuple[str, ...] = ALL_LINEAR
+    target: Path,
+    model: Path,
+    *,
+    seed: int,
+    rank: int = 4,
+    modules: tuple[str, ...] = ALL_LINEAR,
+    parameters: list[str] | None = None,
 ) -> Path:
-    """Write an adapter that changes what the model says."""
+    """Write an adapter that changes what the model says; ``parameters`` are tensors of experts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft = get_peft_model(
             plain_model(model),
-            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), task_type="CAUSAL_LM"),
+            LoraConfig(
+                r=rank,
+                lora_alpha=2 * rank,
+                target_modules=list(modules),
+                target_parameters=parameters,
+                task_type="CAUSAL_LM",
+            ),
         )
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:

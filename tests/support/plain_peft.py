@@ -17,6 +17,7 @@ from tuft_jupyter.core.types import Datum, LoraSpec
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def plain_peft(
@@ -29,9 +30,15 @@ def plain_peft(
         *(["lm_head"] if spec.train_unembed else []),
     ]
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
-    peft = get_peft_model(
-        base, LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    fused = spec.train_mlp and any(name.endswith("experts.down_proj") for name, _ in base.named_parameters())
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=[name for name in targets if not (fused and name in MLP)],
+        target_parameters=EXPERTS if fused else None,
+        task_type="CAUSAL_LM",
     )
+    peft = get_peft_model(base, config)
     parameters = adapter_parameters(peft)
     assert parameters.keys() == weights.keys()
     with torch.no_grad():

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.engine import frozen, llama, memory, packing, precision
+from tuft_jupyter.engine import experts, frozen, llama, memory, packing, precision
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.head import PLAIN, Readout
 from tuft_jupyter.engine.llama import LlamaDecoder
@@ -94,6 +94,7 @@ def load_base(
             config=config,
             dtype=dtype or "auto",
             attn_implementation=packing.ATTENTION,
+            experts_implementation=experts.IMPLEMENTATION,
             **reading(),
         )
     except (OSError, ValueError) as error:
@@ -179,6 +180,7 @@ def _decoder(hf: Any) -> tuple[Decoder, Readout]:
     size = hf.get_input_embeddings().num_embeddings
     ids = [torch.arange(1, 1 + n, device=hf.device) * 31 % size for n in lengths]
     hf.set_attn_implementation("eager")
+    hf.set_experts_implementation(hf.get_correct_experts_implementation(None))  # as transformers has it
     try:
         alone = torch.cat([hf(input_ids=i[None], use_cache=False).logits[0].float() for i in ids])
     except _UNFIT as unfit:
@@ -187,6 +189,7 @@ def _decoder(hf: Any) -> tuple[Decoder, Readout]:
         raise UserError(f"models of the family {hf.config.model_type!r} cannot be run: {unfit}") from unfit
     finally:
         hf.set_attn_implementation(packing.ATTENTION)
+        hf.set_experts_implementation(experts.IMPLEMENTATION)
     packed = packing.causal(lengths, (None, None), hf.device)
     positions = packing.positions(packed.cu, hf.device)
     tolerance = 1e-4 if hf.dtype == torch.float32 else 0.05

@@ -45,8 +45,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # What may differ from PEFT's defaults in an adapter made elsewhere without changing what we would compute.
 _FREE_FIELDS = {
-    "r", "lora_alpha", "target_modules", "lora_dropout", "init_lora_weights", "base_model_name_or_path",
-    "inference_mode", "task_type", "revision", "peft_version", "auto_mapping", "runtime_config",
+    "r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "init_lora_weights",
+    "base_model_name_or_path", "inference_mode", "task_type", "revision", "peft_version", "auto_mapping",
+    "runtime_config",
 }  # fmt: skip
 
 
@@ -113,6 +114,8 @@ def write(
         described = copy.copy(config)
         if isinstance(described.target_modules, set | list | tuple):
             described.target_modules = sorted(described.target_modules)  # type: ignore[assignment]
+        if described.target_parameters is not None:
+            described.target_parameters = sorted(described.target_parameters)
         described.save_pretrained(str(temporary))
         digests = {CONFIG: _digest((temporary / CONFIG).read_bytes())}
         digests[WEIGHTS] = _save_tensors(temporary / WEIGHTS, weights)

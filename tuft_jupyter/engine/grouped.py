@@ -50,9 +50,7 @@ class Groups:
 
     def matmul(self, x_NK: Tensor, w_TKM: Tensor) -> Tensor:
         """``x`` times each adapter's own ``w``, [N, M]."""
-        sizes = (*w_TKM.shape[1:], x_NK.stride(0), x_NK.storage_offset())
-        aligned = x_NK.stride(1) == 1 and all(size % _ALIGNED == 0 for size in sizes)
-        if aligned and _has_kernel(x_NK.device, x_NK.dtype):
+        if suits(x_NK, w_TKM):
             return F.grouped_mm(x_NK, w_TKM, offs=self._ends_T)
         return self.rows.gather(torch.bmm(self.rows.spread(x_NK), w_TKM))
 
@@ -112,6 +110,13 @@ class GroupedStack:
 
 def _add(grads: Sequence[Tensor], more_T: Tensor) -> None:
     torch._foreach_add_(list(grads), list(more_T.float().unbind()))
+
+
+def suits(x_NK: Tensor, w_TKM: Tensor) -> bool:
+    """Whether torch's grouped matmul takes such factors, and has a kernel for where they are."""
+    sizes = (*w_TKM.shape[1:], x_NK.stride(0), x_NK.storage_offset())
+    aligned = x_NK.stride(1) == 1 and all(size % _ALIGNED == 0 for size in sizes)
+    return aligned and _has_kernel(x_NK.device, x_NK.dtype)
 
 
 @cache

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from tuft_jupyter.engine import frozen
 from tuft_jupyter.engine.frozen import Frozen
-from tuft_jupyter.engine.lora import MultiLoraLinear, Part, add_updates, pull_updates, take
+from tuft_jupyter.engine.lora import MultiLoraLinear
 from tuft_jupyter.engine.losses import Config, Inputs, Loss
+from tuft_jupyter.engine.low_rank import Part, add_updates, pull_updates, take
 from tuft_jupyter.engine.packing import Segment
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}  # logits held at once

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tuft_jupyter.engine.frozen import Frozen
 from tuft_jupyter.engine.grouped import GroupedStack, Groups, Member
-from tuft_jupyter.engine.lora import MultiLoraLinear, Slot, accumulate, take
+from tuft_jupyter.engine.lora import MultiLoraLinear
+from tuft_jupyter.engine.low_rank import Slot, accumulate, take
 from tuft_jupyter.engine.packing import Segment, boundaries
 from tuft_jupyter.engine.side_by_side import Rows, SideBySide
 

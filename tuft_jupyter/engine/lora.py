@@ -4,7 +4,7 @@ PEFT injects the layers, resolves target modules, names the tensors and defines 
 ours (:class:`MultiLoraLinear`, registered as PEFT's custom module for ``nn.Linear``). Over a packed row it
 does one base matmul for all tokens and two thin ones per segment, and in the backward pass adds the gradients
 of A and B straight into the adapter's own fp32 accumulator: an adapter that has no tokens in the row costs
-nothing.
+nothing. Experts that are one tensor are adapted by :mod:`~tuft_jupyter.engine.experts`, in PEFT's names too.
 
 Each adapter lives in one flat fp32 vector (weights) and, if trainable, a second one (gradients); its A and B are views
 of that, so a step, a norm or a copy is one operation. Knows nothing of losses, optimizers, files or requests.
@@ -15,6 +15,7 @@ Reference: Hu et al. 2021, LoRA (arXiv 2106.09685).
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -32,81 +33,18 @@ from torch import Tensor, nn
 
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import LoraSpec
-from tuft_jupyter.engine import packing
+from tuft_jupyter.engine import experts, packing
+from tuft_jupyter.engine.low_rank import Part, Slot, add_updates, pull_updates
 
 if TYPE_CHECKING:
     from tuft_jupyter.engine.base import BaseModel
 
 _ALIGN = 16  # elements: A and B start on cache lines
-_LONG = 128  # rows
 _PAIR = ("lora_A", "lora_B")
 _IDLE_GEOMETRIES = 8
+_EXPERTS_ONCE = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""Names of layers that experts had before they were one tensor: PEFT still means those, in a model that has experts."""
 _NO_GEOMETRY = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-
-
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
-class Slot:
-    """One adapter in one layer: ``a`` [R, I] and ``b`` [O, R] in the model's dtype.
-
-    ``grad_a`` and ``grad_b`` are where their gradients add up; None if the adapter is only read.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    grad_a: Tensor | None
-    grad_b: Tensor | None
-
-    def add_gradients(self, x_NI: Tensor, h_NR: Tensor, dy_NO: Tensor) -> Tensor:
-        """Accumulate dA and dB of ``y += scale * h B^T`` with ``h = x A^T``.
-
-        Returns ``dy B`` [N, R]; the adapter's share of dx is ``scale`` times that times A.
-        """
-        dh_NR = torch.mm(dy_NO, self.b)
-        if self.grad_a is None or self.grad_b is None:
-            return dh_NR
-        accumulate(self.grad_b, dy_NO.t(), h_NR, self.scale)
-        accumulate(self.grad_a, dh_NR.t(), x_NI, self.scale)
-        return dh_NR
-
-
-def accumulate(grad: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """``grad += scale * left right``; ``grad`` is fp32, the factors may be half."""
-    if len(left) > right.shape[1] and len(right) >= _LONG:
-        # A tall, narrow product of many rows: BLAS takes up to twice as long as for its transpose.
-        grad.add_(torch.mm(right.t(), left.t()).t(), alpha=scale)
-    elif grad.dtype == left.dtype:
-        grad.addmm_(left, right, alpha=scale)
-    else:
-        grad.add_(torch.mm(left, right), alpha=scale)
-
-
-Part = tuple[int, int, Slot]
-
-
-def take(x: Tensor, start: int, end: int) -> Tensor:
-    """Rows [start, end); a view is only made where it is less than all."""
-    return x if start == 0 and end == len(x) else x[start:end]
-
-
-def add_updates(x_NI: Tensor, parts: list[Part], y_NO: Tensor) -> list[Tensor]:
-    """``y += scale * (x A^T) B^T`` for each part's rows, in place; returns each part's ``x A^T``."""
-    hidden = []
-    for start, end, slot in parts:
-        h_NR = torch.mm(take(x_NI, start, end), slot.a.t())
-        take(y_NO, start, end).addmm_(h_NR, slot.b.t(), alpha=slot.scale)
-        hidden.append(h_NR)
-    return hidden
-
-
-def pull_updates(
-    dy_NO: Tensor, x_NI: Tensor, parts: list[Part], hidden: list[Tensor], dx_NI: Tensor | None
-) -> None:
-    """The way back: gradients of A and B to the parts' slots, the rest added to ``dx_NI`` if that is wanted."""
-    for (start, end, slot), h_NR in zip(parts, hidden, strict=True):
-        dh_NR = slot.add_gradients(take(x_NI, start, end), h_NR, take(dy_NO, start, end))
-        if dx_NI is not None:
-            take(dx_NI, start, end).addmm_(dh_NR, slot.a, alpha=slot.scale)
 
 
 class _FusedLora(torch.autograd.Function):
@@ -146,6 +84,12 @@ class MultiLoraLinear(PeftLinear):
         self.slots: dict[str, Slot] = {}
         self._anchor = torch.zeros((), requires_grad=True)  # makes autograd call us where x needs no gradient
 
+    def put(
+        self, name: str, a: Tensor, b: Tensor, scale: float, grad_a: Tensor | None, grad_b: Tensor | None
+    ) -> None:
+        """Give an adapter its place in this layer: views of its vectors."""
+        self.slots[name] = Slot(a, b, scale, grad_a, grad_b)
+
     def parts(self, segments: tuple[packing.Segment, ...]) -> list[Part]:
         """The segments whose adapter has weights in this layer."""
         return [(start, end, self.slots[name]) for start, end, name in segments if name in self.slots]
@@ -160,6 +104,9 @@ class MultiLoraLinear(PeftLinear):
         # Without gradients, apply is a plain call.
         y: Tensor = _FusedLora.apply(x, self._anchor, base.weight, base.bias, self.parts(packed.segments))
         return y
+
+
+_Layer = MultiLoraLinear | experts.ExpertWeights
 
 
 @dataclass(slots=True)
@@ -195,8 +142,8 @@ class Adapter:
 class _Geometry:
     """What PEFT made of one configuration: the layers it names, where each A and B lies in a flat vector [P]."""
 
-    peft_name: str
-    layers: tuple[tuple[MultiLoraLinear, tuple[str, str], float], ...]  # layer, file names of A and B, scale
+    peft_name: str | None  # None: nothing that PEFT would wrap
+    layers: tuple[tuple[_Layer, tuple[str, str], float], ...]  # layer, file names of A and B, scale
     layout: Mapping[str, tuple[int, torch.Size]]
     size: int
 
@@ -246,7 +193,7 @@ class AdapterBank:
             grad_a, grad_b = (
                 None if adapter.grads is None else _view(adapter.grads, *place) for place in places
             )
-            layer.slots[name] = Slot(a, b, scale, grad_a, grad_b)
+            layer.put(name, a, b, scale, grad_a, grad_b)
         self._adapters[name] = adapter
         return adapter
 
@@ -286,12 +233,56 @@ class AdapterBank:
         idle = [(key, geometry) for key, geometry in others if id(geometry.layout) not in used]
         for key, geometry in idle[: max(0, len(idle) - _IDLE_GEOMETRIES)]:
             del self._geometries[key]
+            if geometry.peft_name is None:
+                continue
             assert self._peft is not None
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
                 self._peft.delete_adapter(geometry.peft_name)
 
     def _inject(self, config: LoraConfig) -> _Geometry:
+        """PEFT is asked for linear layers only: of ``target_parameters`` it allows for one set in a model."""
+        try:
+            fused = experts.targeted(self.base.hf, set(config.target_parameters or ()))
+        except KeyError as error:
+            raise UserError(f"target_parameters cannot be adapted: no experts have {error}") from error
+        linear = config
+        if fused:
+            linear = copy.copy(config)
+            linear.target_parameters = None
+        name = self._wrap(linear) if linear.target_modules else None
+        adapted = {
+            path: module
+            for path, module in self.base.hf.named_modules()
+            if isinstance(module, MultiLoraLinear) and name in module.lora_A
+        }
+        layout: dict[str, tuple[int, torch.Size]] = {}
+        total = 0
+
+        def place(path: str, which: str, shape: torch.Size) -> None:
+            nonlocal total
+            layout[_file_name(path, which)] = (total, shape)
+            total += -(-shape.numel() // _ALIGN) * _ALIGN
+
+        for _, block in groupby(adapted, key=lambda path: path.rpartition(".")[0]):
+            # All A of a block before all B: layers that share their input find their A side by side.
+            for which, path in product(_PAIR, list(block)):
+                place(path, which, getattr(adapted[path], which)[name].weight.shape)
+        for path, weights in fused.items():
+            for which, shape in zip(_PAIR, weights.shapes(config.r), strict=True):
+                place(path, which, shape)
+        layers: list[tuple[str, _Layer, float]] = [
+            (path, layer, layer.scaling[name]) for path, layer in adapted.items()
+        ]
+        layers += [(path, weights, config.lora_alpha / config.r) for path, weights in fused.items()]
+        named = tuple(
+            (layer, (_file_name(path, _PAIR[0]), _file_name(path, _PAIR[1])), scale)
+            for path, layer, scale in layers
+        )
+        return _Geometry(name, named, layout, total)
+
+    def _wrap(self, config: LoraConfig) -> str:
+        """Have PEFT wrap the linear layers that a configuration names; the name that it knows it by."""
         self._serial += 1
         name = f"tuft{self._serial}"
         config._register_custom_module({nn.Linear: MultiLoraLinear})
@@ -307,25 +298,7 @@ class AdapterBank:
                     self._peft.add_adapter(name, config, low_cpu_mem_usage=True)
             except ValueError as error:
                 raise UserError(f"target_modules cannot be adapted: {error}") from error
-        modules = self.base.hf.named_modules()
-        adapted = {
-            path: module
-            for path, module in modules
-            if isinstance(module, MultiLoraLinear) and name in module.lora_A
-        }
-        layout: dict[str, tuple[int, torch.Size]] = {}
-        total = 0
-        for _, block in groupby(adapted, key=lambda path: path.rpartition(".")[0]):
-            # All A of a block before all B: layers that share their input find their A side by side.
-            for which, path in product(_PAIR, list(block)):
-                shape = getattr(adapted[path], which)[name].weight.shape
-                layout[_file_name(path, which)] = (total, shape)
-                total += -(-shape.numel() // _ALIGN) * _ALIGN
-        layers = tuple(
-            (layer, (_file_name(path, _PAIR[0]), _file_name(path, _PAIR[1])), layer.scaling[name])
-            for path, layer in adapted.items()
-        )
-        return _Geometry(name, layers, layout, total)
+        return name
 
 
 def _view(vector: Tensor, offset: int, shape: torch.Size) -> Tensor:
@@ -361,6 +334,7 @@ def lora_config(base: BaseModel, spec: LoraSpec) -> LoraConfig:
         r=spec.rank,
         lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,  # type: ignore[arg-type]
         target_modules=target_modules(base, spec),
+        target_parameters=(experts.targets(base.hf) if spec.train_mlp else None) or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -373,19 +347,26 @@ def target_modules(base: BaseModel, spec: LoraSpec) -> list[str]:
     """The names of the linear layers that the flags of ``spec`` stand for in this model family.
 
     Inside the decoder, linear layers under a module whose name speaks of attention are attention projections,
-    all others belong to the MLP; the output embedding is the unembedding. UserError if a flag stands for
-    nothing or for weights that are not linear layers (fused experts).
+    all others belong to the MLP; the output embedding is the unembedding. Experts that are one tensor are no linear
+    layers: :func:`experts.targets`. UserError if a flag stands for nothing, or for weights that have no adapters.
     """
     flags = {"train_attn": spec.train_attn, "train_mlp": spec.train_mlp, "train_unembed": spec.train_unembed}
     if not any(flags.values()):
         raise UserError("an adapter needs at least one of train_attn, train_mlp and train_unembed")
-    if spec.train_mlp and any("experts" in n and p.dim() == 3 for n, p in base.hf.named_parameters()):
-        raise UserError("train_mlp: the experts of this model are fused tensors; set train_mlp=False")
+    ours = {id(tensor) for _, module in experts.layers(base.hf) for tensor in module.parameters()}
+    fused = [p for n, p in base.hf.named_parameters() if "experts" in n and p.dim() == 3]
+    if spec.train_mlp and any(id(tensor) not in ours for tensor in fused):
+        raise UserError(
+            "train_mlp: the experts of this family do not go through transformers' experts interface; "
+            "set train_mlp=False"
+        )
     found: dict[str, set[tuple[str, str]]] = {flag: set() for flag in flags}
     head = base.lm_head
     for path, module in base.hf.named_modules():
         inner = module.base_layer if isinstance(module, MultiLoraLinear) else module
-        if not isinstance(inner, nn.Linear) or path.endswith(".base_layer") or ".lora_" in path:
+        if not isinstance(inner, nn.Linear) or type(inner).forward is not nn.Linear.forward:
+            continue  # a router, say, that is one but answers more
+        if path.endswith(".base_layer") or ".lora_" in path:
             continue
         parents, _, name = path.rpartition(".")
         attention = "attn" in parents or "attention" in parents
@@ -393,7 +374,13 @@ def target_modules(base: BaseModel, spec: LoraSpec) -> list[str]:
         found[flag].add((parents.rpartition(".")[2], name))
     chosen: set[str] = set()
     for flag in (flag for flag, on in flags.items() if on):
-        if not found[flag]:
+        if flag == "train_mlp" and fused:
+            if misread := sorted({name for _, name in found[flag]} & _EXPERTS_ONCE):
+                raise UserError(
+                    f"train_mlp: this model has {', '.join(misread)} beside its experts, which PEFT takes for parts of "
+                    "experts; set train_mlp=False"
+                )
+        elif not found[flag]:
             raise UserError(f"{flag}: this model has no such linear layers; set {flag}=False")
         elsewhere = {name for other, pairs in found.items() if other != flag for _, name in pairs}
         chosen |= {f"{parent}.{name}" if name in elsewhere else name for parent, name in found[flag]}

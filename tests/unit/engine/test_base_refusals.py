@@ -88,14 +88,24 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(
     [
         (LoraSpec(65, 4, 0), "rank must be from 1 to 64 on this server, not 65"),
         (LoraSpec(2, 4, 0, train_attn=False, train_mlp=False, train_unembed=False), "at least one of"),
-        (LoraSpec(2, 4, 0, train_attn=False, train_unembed=False), "train_mlp.*experts.*train_mlp=False"),
+        (
+            LoraSpec(2, 4, 0, train_attn=False, train_unembed=False),
+            "train_mlp.*beside its experts.*train_mlp=False",
+        ),
     ],
 )
 def test_a_geometry_that_the_model_does_not_have_is_refused_and_the_others_go_on(
     spec: LoraSpec, said: str, tmp_path: Path
 ) -> None:
     trainer = PeftTrainer(
-        make_model(tmp_path, "qwen3_moe", num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2)
+        make_model(
+            tmp_path,
+            "qwen2_moe",
+            num_experts=4,
+            moe_intermediate_size=32,
+            num_experts_per_tok=2,
+            shared_expert_intermediate_size=32,
+        )
     )
     trainer.create("run", LoraSpec(2, 4, 0, train_mlp=False))
     with pytest.raises(UserError, match=said):

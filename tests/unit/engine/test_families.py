@@ -25,9 +25,9 @@ FAMILIES: dict[str, tuple[LoraSpec, dict[str, Any]]] = {
     "qwen3": (ALL, {}),
     "gemma": (ALL, {}),
     "mistral": (ALL, {"sliding_window": 6}),
-    "mixtral": (ATTENTION, {"num_local_experts": 4, **EXPERTS}),
-    "qwen3_moe": (ATTENTION, {"num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}),
-    "gpt_oss": (ATTENTION, {"num_local_experts": 4, "sliding_window": 6, **EXPERTS}),
+    "mixtral": (ALL, {"num_local_experts": 4, **EXPERTS}),
+    "qwen3_moe": (ALL, {"num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}),
+    "gpt_oss": (ALL, {"num_local_experts": 4, "sliding_window": 6, **EXPERTS}),
     **{family: (UNEMBEDDING, scaled) for family, scaled in SCALED.items()},
 }
 LIMIT = 2e-6  # relative L2, fp32

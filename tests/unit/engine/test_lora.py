@@ -164,18 +164,3 @@ def test_an_adapter_without_any_target_is_refused(qwen3: Path) -> None:
     spec = LoraSpec(2, 4, 0, train_attn=False, train_mlp=False, train_unembed=False)
     with pytest.raises(UserError, match="train_attn"):
         target_modules(load_base(qwen3), spec)
-
-
-def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
-    base = load_base(tmp_path)
-    assert isinstance(base.run, ModuleDecoder)
-    with pytest.raises(UserError, match="train_mlp=False"):
-        target_modules(base, LoraSpec(2, 4, 0))
-    assert "q_proj" in target_modules(base, LoraSpec(2, 4, 0, train_mlp=False))

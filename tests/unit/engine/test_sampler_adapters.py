@@ -16,7 +16,7 @@ from tests.support.sampling import ask, prompt, run, tokens_of
 from tests.support.tiny_models import make_model
 from tuft_jupyter.core.errors import NotFound, TuftError, UserError
 from tuft_jupyter.engine import checkpoint, lora
-from tuft_jupyter.engine.lora import Slot
+from tuft_jupyter.engine.low_rank import Slot
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 
 

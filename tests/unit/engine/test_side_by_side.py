@@ -12,7 +12,8 @@ from torch import nn
 
 from tuft_jupyter.engine import linears as module
 from tuft_jupyter.engine.linears import Linears
-from tuft_jupyter.engine.lora import MultiLoraLinear, Slot
+from tuft_jupyter.engine.lora import MultiLoraLinear
+from tuft_jupyter.engine.low_rank import Slot
 from tuft_jupyter.engine.packing import segments_of
 from tuft_jupyter.engine.side_by_side import rows_of
 
