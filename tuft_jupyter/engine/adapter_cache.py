@@ -17,7 +17,7 @@ from torch import Tensor
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine import checkpoint, memory
 from tuft_jupyter.engine.base import BaseModel
-from tuft_jupyter.engine.lora import AdapterBank
+from tuft_jupyter.engine.lora import Adapter, AdapterBank, NoRoom
 from tuft_jupyter.engine.lru import LruCache, version_key
 
 
@@ -54,7 +54,7 @@ class AdapterCache:
 
     def _read(self, name: str, directory: Path) -> None:
         saved = checkpoint.read(directory, self._base, optimizer=False)
-        adapter = self._bank.add(name, saved.config, trainable=False)
+        adapter = self._added(name, saved.config)
         try:
             saved.check_fits(adapter)
         except UserError:
@@ -66,9 +66,18 @@ class AdapterCache:
     def _bring_back(self, name: str) -> None:
         config, weights = self._host.pop(name)
         self._room += weights.nbytes
-        adapter = self._bank.add(name, config, trainable=False)
+        adapter = self._added(name, config)
         adapter.compute.copy_(weights)
         adapter.drop_masters()
+
+    def _added(self, name: str, config: LoraConfig) -> Adapter:
+        """In the model; where memory is short, others leave it first."""
+        while True:
+            try:
+                return self._bank.add(name, config, trainable=False)
+            except NoRoom:
+                if not self._held.drop_one():
+                    raise
 
     def _evict(self, name: str) -> None:
         adapter = self._bank[name]

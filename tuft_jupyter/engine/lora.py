@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import LoraSpec
-from tuft_jupyter.engine import experts, packing
+from tuft_jupyter.engine import experts, memory, packing
 from tuft_jupyter.engine.low_rank import Part, Slot, add_updates, pull_updates
 
 if TYPE_CHECKING:
@@ -109,6 +109,10 @@ class MultiLoraLinear(PeftLinear):
 _Layer = MultiLoraLinear | experts.ExpertWeights
 
 
+class NoRoom(UserError):
+    """There is not as much memory as an adapter takes."""
+
+
 @dataclass(slots=True)
 class Adapter:
     """One adapter: ``weights`` fp32 [P], ``grads`` fp32 [P] or None if it is only read.
@@ -172,12 +176,20 @@ class AdapterBank:
     def add(self, name: str, config: LoraConfig, *, trainable: bool) -> Adapter:
         """A new adapter with A = B = 0.
 
-        UserError if its target modules are not in the base model or are of a kind that cannot be adapted.
+        UserError if its target modules are not in the base model or are of a kind that cannot be adapted, NoRoom
+        if there is no memory for it.
         """
         if name in self._adapters:
             raise UserError(f"adapter {name!r} exists already")
         geometry = self._geometry(config)
         device, dtype = self.base.device, self.base.dtype
+        need = geometry.size * ((16 if trainable else 4) + (0 if dtype == torch.float32 else dtype.itemsize))
+        free = memory.available(device)
+        if need > free:
+            raise NoRoom(
+                f"rank {config.r} takes {need / 1e9:.1f} GB here{' with its gradient and moments' * trainable}, and "
+                f"{free / 1e9:.1f} GB are free: choose a smaller rank, or fewer layers"
+            )
         weights = torch.zeros(geometry.size, device=device)
         adapter = Adapter(
             name=name,
@@ -254,7 +266,7 @@ class AdapterBank:
         adapted = {
             path: module
             for path, module in self.base.hf.named_modules()
-            if isinstance(module, MultiLoraLinear) and name in module.lora_A
+            if name is not None and isinstance(module, MultiLoraLinear) and name in module.lora_A
         }
         layout: dict[str, tuple[int, torch.Size]] = {}
         total = 0

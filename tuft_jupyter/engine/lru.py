@@ -46,8 +46,10 @@ class LruCache(Generic[T]):
 
     def make_room(self) -> bool:
         """True if one more may be put, dropping what nobody uses if need be."""
-        if len(self._held) < self.capacity:
-            return True
+        return len(self._held) < self.capacity or self.drop_one()
+
+    def drop_one(self) -> bool:
+        """Drop what nobody uses and was used least recently; False if all is in use."""
         idle = next((key for key in self._held if not self._uses[key]), None)
         if idle is not None:
             self.forget(idle)

@@ -54,9 +54,17 @@ class RayTrainingEngine(RayEngine):
         *,
         standby: bool = False,
         meeting: Meeting | None = None,
+        sampler: str = "torch",
     ) -> None:
+        """``sampler``: the one that is to sample what is trained."""
         super().__init__(runtime, options, demand, standby=standby)
         self._meeting = meeting
+        self._sampler = sampler
+
+    def actor_options(self, on_gpu: bool) -> ActorOptions:
+        """What cannot be sampled later is not trained."""
+        experts = _chosen(self._sampler, on_gpu)[0] != "vllm"
+        return replace(self._options, options={**self._options.options, "experts": experts})
 
     async def meeting(self, actor: Actor) -> str:
         """A file where all ranks are on one machine, else an address on the first rank's node."""
@@ -126,8 +134,7 @@ class RaySamplingEngine(RayEngine):
 
     def actor_options(self, on_gpu: bool) -> ActorOptions:
         """With vLLM's part of them only if that is the sampler."""
-        installed = importlib.util.find_spec("vllm") is not None
-        choice, why = sampler_choice(self._asked, installed=installed, gpu=on_gpu)
+        choice, why = _chosen(self._asked, on_gpu)
         log.info("%s is sampled with %s: %s", self.card.name, choice, why)
         return replace(self._options, vllm=self._options.vllm if choice == "vllm" else None)
 
@@ -163,6 +170,11 @@ class RaySamplingEngine(RayEngine):
         return str(await self._answer(self._ready(), self._ready().handle.waits_for.remote(request_id)))
 
 
+def _chosen(asked: str, on_gpu: bool) -> tuple[str, str]:
+    """The sampler, and why it is that one."""
+    return sampler_choice(asked, installed=importlib.util.find_spec("vllm") is not None, gpu=on_gpu)
+
+
 class RayEngines:
     """Makes the engines of one server; a process has one Ray and so should have one of these."""
 
@@ -176,6 +188,7 @@ class RayEngines:
         settings = self.settings
         demands = self._demanded(card).training
         ranks = len(demands)
+        sampler = "vllm" if settings.backends.on_vllm else settings.sampler_asked(card.name)
         threads = max(1, (settings.trainer_threads or cpus() - 1) // ranks)
         model = settings.model(card.name)
         options = {
@@ -191,6 +204,7 @@ class RayEngines:
                 ActorOptions(card, threads, model.dtype, options),
                 demands[0],
                 standby=settings.standby_worker,
+                sampler=sampler,
             )
             self._made.append(alone)
             return alone
@@ -204,6 +218,7 @@ class RayEngines:
                 ),
                 demand,
                 meeting=meeting,
+                sampler=sampler,
             )
             for rank, demand in enumerate(demands)
         ]

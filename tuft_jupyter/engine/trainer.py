@@ -35,6 +35,7 @@ from tuft_jupyter.engine.lora import AdapterBank, initialize, lora_config
 from tuft_jupyter.engine.offload import OffloadStore
 from tuft_jupyter.engine.passes import Item, Pass
 from tuft_jupyter.engine.resident import ResidentRuns
+from tuft_jupyter.engine.vllm_adapters import NO_EXPERTS
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class PeftTrainer:
     ``micro_batch_tokens`` bounds the tokens in one pass, and with it memory. ``max_length`` bounds a datum,
     by default and at most the model's own limit. ``custom_loss``: whether losses that users wrote are computed.
     ``adapter_bytes`` bounds what idle runs may take in the model and in host memory, by default a share of what there
-    is; the rest lies in a file in ``spill``. UserError if the model cannot be served.
+    is; the rest lies in a file in ``spill``. ``experts``: whether adapters may be on experts that are one tensor: not
+    where vLLM samples. UserError if the model cannot be served.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class PeftTrainer:
         custom_loss: bool = False,
         adapter_bytes: tuple[int, int] | None = None,
         spill: Path | None = None,
+        experts: bool = True,
     ) -> None:
         self.base = load_base(model_path, name=name, dtype=dtype, device=device)
         self.bank = AdapterBank(self.base)
@@ -70,6 +73,7 @@ class PeftTrainer:
         self.custom_loss = custom_loss
         self.micro_batch_tokens = micro_batch_tokens or memory.micro_batch(self.base)
         room, host = adapter_bytes or memory.for_adapters(self.base.device)
+        self._experts = experts
         self._runs = ResidentRuns(self.bank, OffloadStore(host, spill), room)
 
     def create(self, run: str, lora: LoraSpec) -> None:
@@ -77,7 +81,10 @@ class PeftTrainer:
         self._check_geometry(lora)
         if run in self._runs:
             raise UserError(f"run {run!r} exists already")
-        adapter = self.bank.add(run, lora_config(self.base, lora), trainable=True)
+        config = lora_config(self.base, lora)
+        if config.target_parameters and not self._experts:
+            raise UserError(f"train_mlp: {NO_EXPERTS}, or train_mlp=False")
+        adapter = self.bank.add(run, config, trainable=True)
         initialize(adapter, lora.seed)
         self._runs.admit(run, lora, adapter)
 
@@ -92,6 +99,8 @@ class PeftTrainer:
             saved.check_fits(live.adapter)
         else:
             self._check_geometry(saved.spec)
+            if saved.config.target_parameters and not self._experts:
+                raise UserError(f"checkpoint: {NO_EXPERTS}")
             adapter = self.bank.add(run, saved.config, trainable=True)
             try:
                 saved.check_fits(adapter)

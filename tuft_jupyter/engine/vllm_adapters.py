@@ -13,19 +13,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuft_jupyter.core.errors import ServerError
+from tuft_jupyter.core.errors import ServerError, UserError
 from tuft_jupyter.engine.lru import LruCache, version_key
 
 NO_ADAPTERS = (
     "vLLM may not be asked for adapters here (VLLM_ENABLE_LORA is false): sample from the base model, or set "
     "VLLM_ENABLE_LORA=true"
 )
-WEIGHTS = "adapter_model.safetensors"
+NO_EXPERTS = (
+    "it has weights on experts, with which vLLM is not asked to sample (it has them for some models, on a GPU): set "
+    "sampler_type: torch for this model"
+)
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,17 @@ class NamedAdapters:
             await self._freed.wait()
 
     async def _loaded(self, key: str, named: Named) -> None:
+        if await asyncio.to_thread(_is_on_experts, named.directory):
+            raise UserError(f"checkpoint: {NO_EXPERTS}")  # one that it does not expect ends an engine
         await self._load(named)
         if version_key(named.directory, WEIGHTS) != key:
             raise ServerError("the saved weights were replaced while they were read; sample again")
+
+
+def _is_on_experts(directory: Path) -> bool:
+    """A file that cannot be read is not: whoever loads it says why."""
+    try:
+        config = json.loads((directory / CONFIG).read_bytes())
+        return bool(config.get("target_parameters"))
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tuft_jupyter.engine import checkpoint
+from tuft_jupyter.core.errors import UserError
+from tuft_jupyter.engine import checkpoint, memory
 from tuft_jupyter.engine.adapter_cache import AdapterCache
 from tuft_jupyter.engine.base import load_base
 
@@ -63,3 +64,27 @@ def test_host_memory_is_bounded_and_forgets_what_was_used_least_recently(
     use(cache, adapters[0])
     names = [adapters[i].name for i in (0, 1, 2, 0)]
     assert reads == names
+
+
+def test_where_memory_is_short_those_that_nobody_uses_leave_first(
+    sampled: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters are counted, and of a model with many experts one takes gigabytes."""
+    cache = AdapterCache(load_base(sampled), 8)
+    sizes = [use(cache, directory).nbytes for directory in adapters[:3]]
+
+    def short(device: torch.device) -> int:
+        held = sum(adapter.compute.nbytes for adapter in cache._bank._adapters.values())
+        return sizes[0] + sizes[1] - held
+
+    cache = AdapterCache(load_base(sampled), 8)
+    monkeypatch.setattr(memory, "available", short)
+    for directory in (adapters[0], adapters[1], adapters[0]):
+        use(cache, directory)
+    assert len(cache._bank._adapters) == 2
+    in_use = [cache.take(directory) for directory in adapters[:2]]
+    with pytest.raises(
+        UserError, match=r"rank \d+ takes .* GB here, and .* GB are free: choose a smaller rank"
+    ):
+        cache.take(adapters[2])
+    assert cache.take(adapters[0]) == in_use[0]

@@ -112,3 +112,20 @@ def test_a_geometry_that_the_model_does_not_have_is_refused_and_the_others_go_on
         trainer.create("bad", spec)
     assert "bad" not in trainer.bank
     assert isinstance(trainer.forward_backward([("run", ask([make_datum(4)]))])[0], ForwardBackwardResult)
+
+
+def test_an_adapter_that_takes_more_memory_than_there_is_is_refused_and_the_others_go_on(
+    qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = PeftTrainer(qwen3)
+    trainer.create("run", LoraSpec(2, 4, 0))
+    size = trainer.bank["run"].weights.nbytes
+    with monkeypatch.context() as short:
+        short.setattr(memory, "available", lambda _: 4 * 8 * size - 1)  # sixteen times the rank is more
+        with pytest.raises(
+            UserError, match=r"rank 32 takes .* GB here with its gradient and moments, and .* are free"
+        ):
+            trainer.create("large", LoraSpec(32, 4, 0))
+    assert "large" not in trainer.bank
+    trainer.create("large", LoraSpec(32, 4, 0))
+    assert isinstance(trainer.forward_backward([("run", ask([make_datum(4)]))])[0], ForwardBackwardResult)

@@ -172,6 +172,17 @@ def test_a_gpu_is_given_the_kernels_that_it_has(
     assert found == pytest.approx(expected, rel=LIMIT[torch.bfloat16], abs=LIMIT[torch.bfloat16])
 
 
+def test_experts_go_through_grouped_matmuls(tmp_path: Path) -> None:
+    """All experts of a layer at once; each adapter's part in each is small."""
+    model = make_model(tmp_path / "m", "mixtral", spread=0.05, max_length=96, **FAMILIES["mixtral"])
+    specs = {"a": replace(EVERYWHERE, train_attn=False), "b": ATTENTION}
+    expected = trained(model, specs, tmp_path, dtype=torch.bfloat16, device="cpu")
+    with pretend_gpu(H100) as seen:
+        found = trained(model, specs, tmp_path, dtype=torch.bfloat16, device="cuda")
+    assert seen["aten::_grouped_mm"]
+    assert found == pytest.approx(expected, rel=LIMIT[torch.bfloat16], abs=LIMIT[torch.bfloat16])
+
+
 def test_long_rows_and_layers_that_are_computed_again(
     family: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

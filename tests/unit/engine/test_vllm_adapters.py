@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import types
+from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import yaml
 
 from tests.support.loops import on_a_loop
 from tests.support.server_configs import MODEL, SAMPLER, SERVER, changed
+from tests.support.tiny_models import make_model
 from tuft_jupyter.config import ModelSettings, Settings, load_settings
 from tuft_jupyter.core.errors import NotFound, ServerError, UserError
-from tuft_jupyter.core.types import ModelCard
-from tuft_jupyter.engine.ray_actors import ActorOptions, SamplingActor, VllmOptions
+from tuft_jupyter.core.types import LoraSpec, ModelCard
+from tuft_jupyter.engine.ray_actors import ActorOptions, SamplingActor, TrainingActor, VllmOptions
 from tuft_jupyter.engine.ray_engines import RayEngines, RaySamplingEngine
-from tuft_jupyter.engine.supervision import GPU_SHARE, Demand
+from tuft_jupyter.engine.supervision import GPU_SHARE, Demand, RayEngine
 from tuft_jupyter.engine.vllm_adapters import WEIGHTS, Named, NamedAdapters
 from tuft_jupyter.engine.vllm_sampler import VllmSampler
 
@@ -88,6 +90,38 @@ async def test_the_one_used_least_recently_goes_and_is_loaded_again_under_a_new_
     assert [named.directory.name for named in engine.loaded] == ["a", "b", "c", "b"]
     assert again.name not in {named.name for named in engine.loaded[:-1]}
     assert len(engine.held) == 2
+
+
+@on_a_loop
+async def test_an_adapter_on_experts_is_refused_before_the_engine_sees_it(
+    engine: Engine, tmp_path: Path
+) -> None:
+    """An engine that does not expect one ends when it is used, with everybody's samples."""
+    adapters = NamedAdapters(4, engine.load, engine.unload)
+    directory = saved(tmp_path, "a")
+    (directory / "adapter_config.json").write_text('{"target_parameters": ["mlp.experts.down_proj"]}')
+    with pytest.raises(UserError, match=r"weights on experts.*set sampler_type: torch"):
+        await use(adapters, directory)
+    assert not engine.loaded
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_gpu", "trained"),
+    [({}, False, True), ({"sampler_type": "torch"}, True, True), ({"sampler_type": "vllm"}, False, False)],
+)
+def test_experts_are_trained_only_where_they_can_be_sampled(
+    settings: dict[str, str], on_gpu: bool, trained: bool, tmp_path: Path
+) -> None:
+    moe = make_model(tmp_path / "m", "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    served = ModelSettings("m", str(moe), **settings)  # type: ignore[arg-type]
+    engines = RayEngines(Settings(tmp_path, tmp_path / "checkpoints", supported_models=(served,)))
+    engine = engines.training(ModelCard("m", str(moe), 64, 512, "mixtral"))
+    assert isinstance(engine, RayEngine)
+    actor = TrainingActor(engine.actor_options(on_gpu=on_gpu))
+    actor.load()
+    with nullcontext() if trained else pytest.raises(UserError, match=r"train_mlp: .* or train_mlp=False"):
+        actor.worker.trainer.create("a", LoraSpec(2, 4, 0))
+    actor.worker.trainer.create("b", LoraSpec(2, 4, 0, train_mlp=False))
 
 
 @on_a_loop
