@@ -45,14 +45,19 @@ def activations(base: BaseModel, tokens: int) -> int:
     """Bytes kept for the backward pass over a row of ``tokens``.
 
     Per layer and token: two norms, queries, keys and values (and their fp32 copies), attention's output, gate and up
-    and their product; on a CPU the probabilities of attention, which a GPU's kernel does not keep.
+    and their product, for each of a token's experts; on a CPU the probabilities of attention, which a GPU's kernel does
+    not keep.
     """
     config = base.hf.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // heads
-    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    kept = 3 * hidden + 6 * heads * size + 3 * experts * mlp
+    mlp = 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    experts = getattr(config, "num_experts_per_tok", None)
+    if experts:  # each reads and writes rows of its own
+        mlp = max(
+            mlp, experts * (2 * hidden + 3 * (getattr(config, "moe_intermediate_size", None) or mlp // 3))
+        )
+    kept = 3 * hidden + 6 * heads * size + mlp
     seen = 256 if base.device.type == "cpu" else 0  # keys of a token, on average, where they are kept
     probabilities = 4 * heads * seen  # fp32
     return int(config.num_hidden_layers * tokens * (kept * base.dtype.itemsize + probabilities))
