@@ -35,6 +35,7 @@ class Staged(Lab):
 
     def play(self, runs: int = 3, steps: int = 400) -> Stage:
         """Begin anew: a fresh page, an empty notebook, the panel open over so many runs."""
+        self.page.goto("about:blank")  # the page of the test before asks no more, and complains no more
         self.page.unroute_all()
         self.stage = Stage(self.page, state(runs, steps))
         self.complaints.clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, expect, sync_playwright
 from playwright.sync_api import TimeoutError as TookTooLong
 
 from examples.run_on_server import Server
@@ -29,6 +29,8 @@ FLAGS = (
 # Lab asks at its first start whether it may fetch news; the question would cover the page.
 NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE_MS = 120_000
+"""What a page may take on a busy machine."""
 
 
 def chromium() -> str | None:
@@ -101,6 +103,12 @@ class Lab:
         self.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
         self.page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
 
+    def ask(self, prompt: str) -> None:
+        """Type a prompt into the playground, and send it as soon as it can be sent."""
+        self.page.fill(".jp-Tuft-playground textarea", prompt)
+        expect(self.page.locator(".jp-Tuft-playground .jp-Tuft-primary")).to_be_enabled()
+        self.page.keyboard.press("Control+Enter")
+
     def scroll_to(self, text: str) -> None:
         """Bring the first cell that contains ``text`` to the top of the page."""
         self.page.evaluate(
@@ -145,6 +153,7 @@ class Lab:
 @contextmanager
 def chromium_browser() -> Iterator[Browser]:
     """A browser; skips the test where there is none. While it is open no other event loop runs in this thread."""
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
@@ -161,7 +170,7 @@ def lab_page(server: Server, browser: Browser) -> Iterator[Lab]:
     """A fresh page, which knows nothing of others."""
     page = browser.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=2)
     try:
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(PATIENCE_MS)
         yield Lab(page, server)
     finally:
         page.context.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.browser.conftest import Staged
 
@@ -26,8 +27,9 @@ def test_an_admin_makes_a_key_that_is_shown_once_and_revokes_it_after_a_question
     asked = {"tenant": "bob", "name": "laptop", "admin": False, "ttl_seconds": 604800}
     assert ("POST", "tuft/keys", asked) in stage.calls
     page.click(f"{KEYS} >> text=I have it")
-    assert "tml-" not in page.inner_text("#tuft-panel")
-    assert page.locator(f"{KEYS} button[aria-label^='Revoke']").count() == 1, "the server's own stays"
+    expect(page.locator("#tuft-panel")).not_to_contain_text("tml-")
+    revoke = page.locator(f"{KEYS} button[aria-label^='Revoke']")
+    expect(revoke, "the server's own stays").to_have_count(1)
     page.click(f"{KEYS} button[aria-label='Revoke the key of bob']")
     page.click(".jp-Dialog .jp-mod-reject")
     assert "DELETE" not in {method for method, _, _ in stage.calls}
@@ -49,7 +51,7 @@ def test_a_refusal_is_shown_in_the_servers_words_and_others_see_no_keys(staged: 
     page.fill(f"{KEYS} [aria-label='Whom the key is for']", "a b")
     page.click(f"{KEYS} >> text=Create key")
     page.wait_for_selector(f"{KEYS} [role=alert]")
-    assert page.inner_text(f"{KEYS} [role=alert]") == words
+    expect(page.locator(f"{KEYS} [role=alert]")).to_have_text(words)
     stage.status["admin"] = False
     stage.send({"type": "status", "status": stage.status})
     page.wait_for_selector(KEYS, state="detached")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.browser.conftest import Staged
 
@@ -64,7 +65,9 @@ def test_pinning_publishing_and_code_are_one_click_away(staged: Staged) -> None:
         assert stage.calls[-1][1].endswith(end)
     button(staged, "Insert code to load draft").click()
     path = next(c["path"] for c in stage.snapshot["checkpoints"] if c["name"] == "draft")
-    assert f'create_sampling_client(model_path="{path}")' in staged.cells()[0]["source"]
+    code = f'create_sampling_client(model_path="{path}")'
+    expect(page.locator(".jp-Notebook .jp-Cell").first).to_contain_text(code)
+    assert code in staged.cells()[0]["source"]
 
 
 def test_names_of_any_kind_are_text_everywhere(staged: Staged) -> None:
@@ -78,7 +81,7 @@ def test_names_of_any_kind_are_text_everywhere(staged: Staged) -> None:
     page.click("#tuft-panel >> text=Enlarge")
     page.wait_for_selector(".jp-Tuft-view canvas")
     page.hover(".jp-Tuft-view .u-over")
-    assert "onerror" in page.inner_text(".jp-Tuft-view .jp-Tuft-tooltip")
+    expect(page.locator(".jp-Tuft-view .jp-Tuft-tooltip")).to_contain_text("onerror")
     staged.execute("tuft:open-playground")
     page.wait_for_selector(".jp-Tuft-playground select")
     assert page.evaluate("() => window.evil") is None

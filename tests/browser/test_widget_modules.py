@@ -30,6 +30,9 @@ SHOW = """async ([module, traits]) => {
     window.end = (await import(url)).default.render({ model, el });
 }"""
 
+PICTURE = "() => document.querySelector('canvas').toDataURL()"
+ANOTHER_PICTURE = "former => document.querySelector('canvas').toDataURL() !== former"
+
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
@@ -127,16 +130,16 @@ def test_points_that_come_while_one_looks_closer_are_drawn(page: Page) -> None:
     tell(page, runs=[line(1, list(range(1, 101)), [5.0 - n / 25 for n in range(100)])])
     box = page.locator(".u-over").bounding_box()
     assert box is not None
+    whole = page.evaluate(PICTURE)
     middle = box["y"] + box["height"] / 2
     page.mouse.move(box["x"] + box["width"] / 2, middle)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] - 1, middle, steps=5)
     page.mouse.up()
-    picture = "() => document.querySelector('canvas').toDataURL()"
-    before = page.evaluate(picture)
+    page.wait_for_function(ANOTHER_PICTURE, arg=whole)
+    closer = page.evaluate(PICTURE)
     tell(page, runs=[line(1, list(range(1, 101)), [1.0 + n / 25 for n in range(100)])])
-    page.wait_for_timeout(100)
-    assert page.evaluate(picture) != before
+    page.wait_for_function(ANOTHER_PICTURE, arg=closer)
 
 
 def test_a_page_without_a_kernel_is_told_what_to_do(page: Page) -> None:
