@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.live import ask, environment, python
+from tests.support.live import ask, environment, listening, python
 from tuft_jupyter.kernel import launch
 
 pytestmark = pytest.mark.timeout(240)
@@ -68,7 +69,7 @@ def test_marked_secrets_are_nowhere_in_what_a_server_writes_and_shows(tmp_path: 
             ]
         )
         shown += _metrics(server.address)
-        arguments = " ".join(" ".join(each.cmdline()) for each in _processes())
+        arguments = " ".join(" ".join(_arguments(each)) for each in psutil.process_iter())
         assert not _open_to_others(server.process.pid)
         assert not _cores(server.process.pid)
         for secret in secrets:
@@ -100,20 +101,19 @@ def _signed(address: str, key: str, path: str) -> tuple[str, str]:
 
 def _cores(pid: int) -> list[int]:
     """Processes from a server's on down that would leave a core file when they crash."""
-    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return [each.pid for each in processes if _readable(each) and each.rlimit(psutil.RLIMIT_CORE)[0] != 0]
+    found = []
+    for each in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if each.rlimit(psutil.RLIMIT_CORE)[0] != 0:
+                found.append(each.pid)
+    return found
 
 
 def _open_to_others(pid: int) -> list[tuple[int, str]]:
     """(port, interface) of listening sockets of a process and everything below it that others could reach."""
     below = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    assert any("raylet" in " ".join(each.cmdline()) for each in below if _readable(each)), "Ray is there"
-    sockets = [
-        socket.laddr
-        for process in below
-        for socket in process.net_connections("inet")
-        if socket.status == psutil.CONN_LISTEN
-    ]
+    assert any("raylet" in " ".join(_arguments(each)) for each in below), "Ray is there"
+    sockets = [at for process in below for at in listening(process)]
     return [(at.port, at.ip) for at in sockets if not _loopback(at.ip)]
 
 
@@ -124,16 +124,12 @@ def _loopback(ip: str) -> bool:
     )
 
 
-def _processes() -> list[psutil.Process]:
-    own = psutil.Process(os.getpid())
-    return [each for each in psutil.process_iter() if each.pid != own.pid and _readable(each)]
-
-
-def _readable(process: psutil.Process) -> bool:
+def _arguments(process: psutil.Process) -> list[str]:
+    """Those of another process; none of one that has ended meanwhile."""
     try:
-        return bool(process.cmdline())
+        return process.cmdline() if process.pid != os.getpid() else []
     except psutil.Error:
-        return False
+        return []
 
 
 def _completion(address: str, key: str, body: dict[str, object]) -> dict[str, object]:

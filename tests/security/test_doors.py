@@ -21,6 +21,7 @@ from examples.run_on_server import Server
 from tests.contract.conftest import clean_environment
 from tests.support.http_server import BOB_KEY, on_server
 from tests.support.http_server import Server as Host
+from tests.support.live import listening
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
 from tuft_jupyter.core.types import Principal
@@ -224,6 +225,5 @@ def test_nothing_of_a_single_user_server_listens_beyond_the_machine(server: Serv
     """T11: neither our server nor any process below it; Ray's own sockets are looked at beside a worker."""
     ours = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     for process in ours:
-        for socket in process.net_connections("inet"):
-            if socket.status == psutil.CONN_LISTEN:
-                assert socket.laddr.ip in ("127.0.0.1", "::1"), (process.cmdline(), socket.laddr)
+        for at in listening(process):
+            assert at.ip in ("127.0.0.1", "::1"), (process, at)

@@ -7,6 +7,7 @@ import time
 from typing import Self
 
 import pytest
+from tornado.httpclient import HTTPResponse
 
 from tests.support.fuzz import wrong_with
 from tests.support.fuzz_cases import Case
@@ -38,6 +39,19 @@ class Turns:
         self.longest, self._last = max(self.longest, now - self._last), now
         if not self._over:
             self._loop.call_later(0.0005, self._tick)
+
+
+async def asked(scene: Scene, case: Case, seconds: float) -> tuple[HTTPResponse, float]:
+    """An answer, and the longest turn meanwhile: of the first of three tries within ``seconds``, else of the last.
+
+    Into one try may fall a collection of all the garbage of this process; what a body costs it costs each time.
+    """
+    for _ in range(3):
+        with Turns() as turns:
+            answer = await scene.target.ask(case)
+        if turns.longest < seconds:
+            break
+    return answer, turns.longest
 
 
 def small_things(head: bytes, one: bytes, tail: bytes, size: int) -> bytes:
@@ -79,10 +93,9 @@ def test_a_body_full_of_the_smallest_things_does_not_stop_the_notebook(on_scene:
 
     async def body(scene: Scene) -> None:
         case = Case("POST", f"/api/v1/{verb}", raw, {"Content-Type": JSON})
-        with Turns() as turns:
-            answer = await scene.target.ask(case)
+        answer, longest = await asked(scene, case, 0.25)
         assert answer.code in codes, answer.body[:300]
-        assert turns.longest < 0.25, turns.longest
+        assert longest < 0.25, longest
 
     on_scene(body)
 
@@ -114,9 +127,8 @@ def test_odd_json_is_refused_and_the_loop_stays_free(on_scene: OnScene, verb: st
         for raw in NESTED + ODD:
             path = "/oai/api/v1/chat/completions" if "oai" in verb else f"/api/v1/{verb}"
             case = Case("POST", path, raw, {"Content-Type": JSON})
-            with Turns() as turns:
-                answer = await scene.target.ask(case)
-            assert turns.longest < 0.05, (raw[:50], turns.longest)
+            answer, longest = await asked(scene, case, 0.05)
+            assert longest < 0.05, (raw[:50], longest)
             assert not wrong_with(case, answer), (raw[:50], answer.body)
             assert answer.code >= 400 or verb == "telemetry"
 

@@ -28,7 +28,7 @@ async def raw(port: int, data: bytes) -> bytes:
     writer.write(data)
     said = b""
     try:
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(10):
             while chunk := await reader.read(65536):
                 said += chunk
     except TimeoutError:

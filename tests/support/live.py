@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
+
 if TYPE_CHECKING:
     import tinker
 
@@ -89,6 +91,15 @@ def standby(address: str, key: str, seconds: float = 60) -> int:
 
     until(there, seconds, "no process stands by")
     return found[0]
+
+
+def listening(process: psutil.Process) -> list[Any]:
+    """The addresses (``ip``, ``port``) at which a process listens; none if it has ended meanwhile."""
+    try:
+        sockets = process.net_connections("inet")
+    except psutil.NoSuchProcess:
+        return []
+    return [each.laddr for each in sockets if each.status == psutil.CONN_LISTEN]
 
 
 def python(

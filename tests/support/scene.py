@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.support.fuzz import Bystander, Target, wrong_with
 from tests.support.fuzz_cases import Case, World
 from tuft_jupyter.core.types import JSON
 
+Outcome = TypeVar("Outcome")
 Body = Callable[["Scene"], Awaitable[None]]
 
 
@@ -43,6 +45,19 @@ class Scene:
             **fields,
             "sampling_params": {"max_tokens": 1, **(params or {})},
         }
+
+
+async def quickest(
+    act: Callable[[], Awaitable[Outcome]], seconds: float, tries: int = 3
+) -> tuple[Outcome, float]:
+    """The outcome and the seconds of the first try within ``seconds``, else of the last one: as in ``live``."""
+    for _ in range(tries):
+        began = time.perf_counter()
+        outcome = await act()
+        took = time.perf_counter() - began
+        if took < seconds:
+            break
+    return outcome, took
 
 
 OnScene = Callable[[Body], None]
