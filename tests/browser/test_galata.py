@@ -17,7 +17,7 @@ PLAYWRIGHT = ROOT / "node_modules" / ".bin" / "playwright"
 SUITE = ROOT / "tests" / "galata"
 HELPERS = Path(jupyterlab.__file__).parent / "galata"
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(780)]
 
 
 def test_the_galata_suite_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_the_galata_suite_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 "TUFT_SCREENSHOTS": os.environ.get("TUFT_SCREENSHOTS", str(tmp_path)),
                 "GALATA_OUTPUT": str(tmp_path / "galata"),
             },
-            capture_output=True, text=True, timeout=540, check=False,
+            capture_output=True, text=True, timeout=720, check=False,
         )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\nserver: {running.log.read_text()[-3000:]}"
     assert "2 passed" in done.stdout

@@ -8,8 +8,8 @@ export default {
   outputDir: process.env.GALATA_OUTPUT,
   workers: 1,
   reporter: [['list']],
-  timeout: 240000,
-  expect: { timeout: 60000 },
+  timeout: 480000,
+  expect: { timeout: 150000 },
   use: {
     baseURL: process.env.TARGET_URL,
     extraHTTPHeaders: { Authorization: `token ${process.env.JUPYTER_TOKEN}` },
