@@ -70,8 +70,8 @@ def run_now(server: Server) -> dict[str, Any]:
     return found
 
 
-def frames_of(lab: Lab) -> list[str]:
-    """What our websocket brings from now on, as the browser's own network log tells it."""
+def frames_of(lab: Lab) -> tuple[set[str], list[str]]:
+    """Our websockets that are open and what they bring, from now on, as the browser's own network log tells it."""
     ours: set[str] = set()
     frames: list[str] = []
     client = lab.page.context.new_cdp_session(lab.page)
@@ -83,8 +83,9 @@ def frames_of(lab: Lab) -> list[str]:
         "Network.webSocketFrameReceived",
         lambda event: frames.append(event["response"]["payloadData"]) if event["requestId"] in ours else None,
     )
+    client.on("Network.webSocketClosed", lambda event: ours.discard(event["requestId"]))
     client.send("Network.enable")
-    return frames
+    return ours, frames
 
 
 def exported(lab: Lab) -> list[dict[str, Any]]:
@@ -116,14 +117,19 @@ def test_the_lid_is_closed_during_500_steps_and_nothing_is_missing(
         working = threading.Thread(target=kernel.run, args=(TRAIN,))
         working.start()
         with lab_page(server, browser) as lab:
-            frames = frames_of(lab)
+            sockets, frames = frames_of(lab)
             lab.open("empty.ipynb")
             lab.open_panel()
             lab.wait(SHOWN, 5, seconds=120)
             assert frames
             lab.page.click('.jp-SideBar.jp-mod-left [data-id="tuft-panel"]')
             lab.page.wait_for_selector("#tuft-panel", state="hidden")
-            lab.page.evaluate("() => 0")  # what was on its way has arrived
+
+            def hung_up() -> bool:
+                lab.page.evaluate("() => 0")  # what the browser has to tell arrives meanwhile
+                return not sockets
+
+            until(hung_up, 60, "a hidden panel listens no more")
             frames.clear()
             before = run_now(server)["step"]
             until(lambda: run_now(server)["step"] >= min(STEPS, before + 20), 120, "training goes on")
@@ -175,8 +181,7 @@ def test_the_lid_is_closed_during_500_steps_and_nothing_is_missing(
         page.wait_for_selector("text=That is no PEFT adapter")
 
         page.click('#tuft-panel button[aria-label="Try tried in the playground"]')
-        page.fill(".jp-Tuft-playground textarea", "Where is the treasure?")
-        page.keyboard.press("Control+Enter")
+        lab.ask("Where is the treasure?")
         lab.wait(ANSWERED, None, seconds=120)
         assert all(page.locator(".jp-Tuft-playground .jp-Tuft-answerText").all_inner_texts())
 

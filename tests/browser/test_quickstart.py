@@ -93,9 +93,9 @@ def test_the_loss_curve_moves_while_the_quickstart_runs(lab: Lab) -> None:
 
     readings, pictures = [], []
     for step in (1, 15, 30, 45, LAST_STEP):
+        if readings and readings[-1][0] >= step:
+            continue  # on a busy machine a look takes as long as several steps
         lab.wait(STEP_IS, step, seconds=180)
-        if readings and readings[-1][0] == LAST_STEP:
-            break  # on a busy machine a look takes as long as the rest of the training
         readings.append(reading(lab))
         pictures.append(picture(lab))
         if step == 30:
@@ -128,8 +128,7 @@ def test_the_loss_curve_moves_while_the_quickstart_runs(lab: Lab) -> None:
     lab.page.wait_for_selector(".jp-Tuft-view .jp-Tuft-sampleAnswer")
     take_pictures(lab, "runs")
     lab.page.click('#tuft-panel button[aria-label="Try pirate-sampler in the playground"]')
-    lab.page.fill(".jp-Tuft-playground textarea", "What is your name?")
-    lab.page.keyboard.press("Control+Enter")
+    lab.ask("What is your name?")
     lab.wait(ANSWERED, None, seconds=120)
     take_pictures(lab, "lab-playground")
     assert lab.complaints == []
