@@ -50,7 +50,7 @@ def sampled(server: Server) -> dict[str, int]:
     """Tokens that its owner sampled without a session, by kind, as the usage of the account tells."""
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     query = {
-        "starting_on": (hour - timedelta(hours=1)).isoformat().replace("+00:00", "Z"),
+        "starting_on": (hour - timedelta(days=1)).isoformat().replace("+00:00", "Z"),
         "ending_before": (hour + timedelta(hours=1)).isoformat().replace("+00:00", "Z"),
     }
     told = httpx.get(
@@ -267,10 +267,7 @@ def test_a_client_that_goes_away_stops_the_drawing(tmp_path: Path) -> None:
         sampler = server.engines.sampler
         for stream in (True, False):
             before = sampler.closed
-            connection = await connected(server.port)
-            sent = json.dumps({"model": "tuft/demo", "prompt": "a", "stream": stream, "user": "hang"})
-            head = f"POST {ROOT}/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: {BOB_KEY}\r\n"
-            await connection.write(f"{head}Content-Length: {len(sent)}\r\n\r\n{sent}".encode())
+            connection = await hanging(server, stream=stream)
             if stream:
                 await connection.read_until(b"data: ")
             connection.close()
@@ -280,8 +277,13 @@ def test_a_client_that_goes_away_stops_the_drawing(tmp_path: Path) -> None:
     scripted(tmp_path, body)
 
 
-async def connected(port: int) -> IOStream:
-    return await TCPClient(resolver=Resolver()).connect("127.0.0.1", port)
+async def hanging(server: Scripted, *, stream: bool) -> IOStream:
+    """A connection on which Bob has asked for what is drawn until he goes."""
+    connection = await TCPClient(resolver=Resolver()).connect("127.0.0.1", server.port)
+    sent = json.dumps({"model": "tuft/demo", "prompt": "a", "stream": stream, "user": "hang"})
+    head = f"POST {ROOT}/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: {BOB_KEY}\r\n"
+    await connection.write(f"{head}Content-Length: {len(sent)}\r\n\r\n{sent}".encode())
+    return connection
 
 
 def test_a_dead_worker_is_replaced_before_the_first_chunk(tmp_path: Path) -> None:
@@ -303,18 +305,14 @@ def test_a_tenant_with_too_much_under_way_is_told_to_come_back(
 
     async def body(server: Scripted) -> None:
         asked = {"model": "tuft/demo", "prompt": "a"}
-        hanging = asyncio.ensure_future(
-            server.ask("/completions", {**asked, "user": "hang"}, X_API_Key=BOB_KEY)
-        )
+        connection = await hanging(server, stream=False)
         while not server.host.service.sampling._count:  # noqa: ASYNC110 - a plain number
             await asyncio.sleep(0.001)
         refused = await server.ask("/completions", asked, X_API_Key=BOB_KEY)
         assert "wait for results" in refusal(refused, 429)
         assert refused.headers["Retry-After"] == "1"
         assert (await server.ask("/completions", asked, X_API_Key=server.host.key)).code == 200
-        hanging.cancel()
-        server.client.close()
-        server.client = AsyncHTTPClient(force_instance=True)
+        connection.close()
         while server.host.service.sampling._count:  # noqa: ASYNC110 - a plain number
             await asyncio.sleep(0.001)
         assert (await server.ask("/completions", asked, X_API_Key=BOB_KEY)).code == 200
