@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
-from tests.support.world import ALICE, BOB, scenario, world
+from tests.support.world import ALICE, BOB, scenario, until, world
 from tuft_jupyter.core import usage
 from tuft_jupyter.core.errors import Overloaded
 from tuft_jupyter.core.image import plain, state_of
@@ -71,5 +72,44 @@ def test_a_journal_that_takes_nothing_for_a_while_loses_no_tokens(tmp_path: Path
                 ("sampling_prefill", "s"): 4,
                 ("sampling_sample", "s"): 2,
             }
+
+    scenario(body)
+
+
+class SlowJournal(MemoryJournal):
+    """Takes nothing until the disk is ``there``; ``asked`` is what waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there = asyncio.Event()
+        self.asked = 0
+
+    async def append(self, record: Record) -> Record:
+        self.asked += 1
+        await self.there.wait()
+        return await super().append(record)
+
+
+def test_who_reads_usage_while_it_is_put_on_record_misses_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        journal = SlowJournal()
+        journal.there.set()
+        async with world(tmp_path, journal=journal) as w:
+            sampled = w.service.sampling.usage
+            sampled.add("alice", "s", "tiny", {"prompt_tokens": 2, "tokens": 1})
+            journal.there.clear()
+            before = journal.asked
+            first = asyncio.create_task(sampled.flush())
+            await until(lambda: journal.asked > before)
+            second = asyncio.create_task(sampled.flush())
+            await asyncio.sleep(0)
+            assert not second.done()
+            journal.there.set()
+            await second
+            assert used(w.service.state, "alice") == {
+                ("sampling_prefill", "s"): 2,
+                ("sampling_sample", "s"): 1,
+            }
+            await first
 
     scenario(body)
