@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
@@ -38,6 +39,8 @@ API = {TINKER: "/api/v1", OPENAI: "/oai/api/v1"}
 """Below what a path of the lab is found at the service."""
 ASKED, ANSWERED = ("Content-Type", "Accept"), ("content-type", "content-disposition", "retry-after")
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 3600.0
+SILENT_SECONDS = 60.0
+"""The service tells its load each second: one that says nothing for so long is gone."""
 LAGS = 256
 """Messages that a slow panel may lag behind before it must fetch the state anew."""
 
@@ -87,12 +90,12 @@ class HubService:
                 waiting.append(b'{"type":"resync"}')
             arrived.set()
 
-        def ended(listening: asyncio.Future[HTTPResponse]) -> None:
+        def ended(listening: asyncio.Future[None]) -> None:
             if not listening.cancelled() and (problem := listening.exception()):
                 log.info("%s", problem)
             arrived.set()
 
-        listening = asyncio.ensure_future(self.ask(path, streaming_callback=heard))
+        listening = asyncio.ensure_future(self._listen(path, heard))
         listening.add_done_callback(ended)
         try:
             while waiting or not listening.done():
@@ -103,10 +106,24 @@ class HubService:
         finally:
             listening.cancel()
 
+    async def _listen(self, path: str, heard: Callable[[bytes], None]) -> None:
+        """By a client that hangs up when it is cancelled: Tornado's would listen on, to what nobody reads."""
+        timeout = httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS)
+        headers = {"X-API-Key": self.key}
+        try:
+            async with (
+                httpx.AsyncClient(trust_env=False, timeout=timeout) as client,
+                client.stream("GET", self.address + path, headers=headers) as answer,
+            ):
+                async for chunk in answer.aiter_bytes():
+                    heard(chunk)
+        except httpx.HTTPError as error:
+            raise Unreachable(self, error) from None
+
 
 @functools.cache
 def _client() -> AsyncHTTPClient:
-    """One for all requests of this process: feeds stay open, and must not use up what others need.
+    """One for all requests of this process.
 
     What is long is passed on as it comes, so it may be of any length.
     """

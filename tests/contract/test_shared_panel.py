@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -102,6 +103,23 @@ def test_the_panel_hears_at_once_what_happens_there(service: str, carol: Server)
     assert mine in json.dumps(records)
     assert other not in json.dumps(heard)
     assert "log" not in heard
+
+
+def test_a_panel_that_is_closed_is_not_listened_for_any_longer(service: str, carol: Server) -> None:
+    """L7: no connection to the service stays."""
+
+    def connected() -> bool:
+        there = urlsplit(service).port
+        connections = psutil.Process(carol.pid).net_connections("tcp")
+        return any(each.raddr and each.raddr.port == there for each in connections)
+
+    until(lambda: not connected(), 30, "the panels of other tests are listened for")
+    address = f"{carol.url.replace('http', 'ws', 1)}tuft/lab/feed"
+    socket = websocket.create_connection(address, header=[f"Authorization: token {carol.token}"], timeout=30)
+    assert json.loads(socket.recv())["type"] == "status"
+    assert connected()
+    socket.close()
+    until(lambda: not connected(), 30, "the service is listened to still")
 
 
 def test_what_the_panel_asks_for_is_done_at_the_service(service: str, carol: Server) -> None:
