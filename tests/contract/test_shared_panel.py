@@ -243,7 +243,7 @@ def test_a_feed_ends_with_the_service_so_that_the_panel_asks_anew(tmp_path: Path
         def ended() -> bool:
             try:
                 closed.append(socket.recv() == "")
-            except websocket.WebSocketException:
+            except (websocket.WebSocketException, ConnectionError):
                 closed.append(True)
             return closed[-1]
 

@@ -99,7 +99,7 @@ class Installed:
 
 
 def ask(runtime_file: Path, process: subprocess.Popen[bytes], log: Path, path: str) -> Any:
-    """GET a path as JSON, as soon as the server listens: it writes its runtime file a moment before."""
+    """GET a path as JSON, as soon as the server listens: it writes its runtime file a moment before, bit by bit."""
     key = {"X-API-Key": "tml-t", "Authorization": "token t"}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
@@ -107,11 +107,13 @@ def ask(runtime_file: Path, process: subprocess.Popen[bytes], log: Path, path: s
         try:
             address = f"{json.loads(runtime_file.read_text())['url']}{path}"
             with opener.open(urllib.request.Request(address, headers=key), timeout=30) as answer:
-                return json.load(answer)
+                text = answer.read()
         except urllib.error.HTTPError:
             raise
-        except (urllib.error.URLError, FileNotFoundError):
+        except (OSError, json.JSONDecodeError):
             time.sleep(0.05)
+        else:
+            return json.loads(text)
 
 
 @pytest.fixture(scope="module")
