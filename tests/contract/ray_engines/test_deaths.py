@@ -99,7 +99,7 @@ def test_a_broken_sampler_ends_its_process(sampling: RaySamplingEngine, runner: 
         process = psutil.Process(sampling.pid)
         outcome = await sampling.sample("r", None, sample_body(actors.BREAK))
         assert outcome.category == "server"
-        await asyncio.to_thread(process.wait, 5)
+        await asyncio.to_thread(process.wait, 30)
         with pytest.raises(EngineDied):
             await sampling.sample("s", None, sample_body(1))
 
@@ -141,7 +141,7 @@ def test_the_death_of_ray_itself_is_noticed_and_survived(
         await asyncio.sleep(0)
         next(p for p in psutil.Process().children() if p.name() == victim).kill()
         with pytest.raises(EngineDied):
-            await asyncio.wait_for(hanging, 5)
+            await asyncio.wait_for(hanging, 30)  # half of the time that Ray takes to end us
         await training.start()
         good((await training.step([create()]))[0])
 

@@ -100,11 +100,11 @@ def test_what_ray_starts_late_does_not_outlive_the_driver_either(tmp_path: Path)
     try:
         assert driver.stdout is not None
         logs = driver.stdout.readline().strip()
-        _until(lambda: len([p for p in _writers(logs) if p.name().startswith("ray::")]) >= 2, 60)
+        _until(lambda: len([p for p in _writers(logs) if p.name().startswith("ray::")]) >= 2, 120)
     finally:
         driver.kill()
         driver.wait()
-    _until(lambda: not _writers(logs), 10)
+    _until(lambda: not _writers(logs), 30)
 
 
 def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing_either(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing_either(tmp_path
             return found
 
         try:
-            _until(lambda: len(agents()) >= 2, 60)
+            _until(lambda: len(agents()) >= 2, 120)
         finally:
             driver.kill()
-    _until(lambda: not agents(), 10)
+    _until(lambda: not agents(), 30)
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> None:
