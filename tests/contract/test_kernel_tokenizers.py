@@ -121,7 +121,7 @@ def test_the_sdk_finds_them_with_and_without_a_hub(
     answer = json.loads(done.stdout)
     assert answer["decoded"] == ["a cat"] * 3
     assert answer["note"] is None
-    assert answer["seconds"] < 5
+    assert answer["seconds"] < 30
     assert "Could not reach" not in done.stderr
     models = {path for path in fake_hub.paths if "agent-harnesses" not in path}
     assert models <= {"/api/models/acme/tiny"}, "only a name of the form org/name may be asked about, once"

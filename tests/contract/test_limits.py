@@ -177,7 +177,7 @@ def test_requests_beyond_those_at_work_are_told_to_come_back_and_polls_do_not_co
         server.host.engines.trainer.gate.set()
         assert {answer.code for answer in await asyncio.gather(*polls)} == {200}
 
-    on_server(tmp_path, body, max_ongoing_requests=2, rps_limit=4)
+    on_server(tmp_path, body, max_ongoing_requests=2, rps_limit=2)
 
 
 def test_sixty_requests_at_once_wait_or_come_back_and_none_is_lost(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def test_while_the_journal_is_read_requests_wait_and_nothing_seems_to_be_gone(tm
         second.host.journal.open = slow  # type: ignore[method-assign]
         starting = asyncio.ensure_future(second.host.start())
         asked = asyncio.ensure_future(second.ask("POST", "/get_info", {"model_id": run}))
+        while not second.host._tried._waiters:  # noqa: ASYNC110 - until it has arrived
+            await asyncio.sleep(0.01)
         assert (await second.ask("GET", "/healthz")).code == 200
         status = json.loads((await second.ask("GET", "/tuft/status")).body)
         assert (status["ready"], status["waiting_for"]) == (False, "reading the journal")

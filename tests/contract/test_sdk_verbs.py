@@ -13,6 +13,8 @@ from examples.run_on_server import Kernel, Server
 from tests.support import sdk_verbs
 from tests.support.live import key_of
 
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.fixture(scope="module")
 def client(kernel: Kernel) -> Kernel:

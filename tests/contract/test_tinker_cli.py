@@ -23,6 +23,7 @@ from tests.contract.conftest import clean_environment
 from tests.support.live import TO_THE_END
 from tuft_jupyter import home as homes
 
+pytestmark = pytest.mark.timeout(300)
 CLI = Path(sys.executable).with_name("tinker")
 SECONDS = 120
 

@@ -118,6 +118,7 @@ def test_the_panel_uploads_under_jupyters_own_identity(alice: Server) -> None:
         assert ask_lab(alice, adapter(), **headers)[0] == 403
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("trip", [trip.__name__ for trip in peft_trip.TRIPS])
 def test_adapters_travel_between_peft_and_the_server(kernel: Kernel, trip: str) -> None:
     """S1-40: PEFT's own adapter continues training and is sampled; ours says the same in PEFT, to 1e-5."""
