@@ -56,6 +56,10 @@ class World:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
 
+    async def until_taken(self, gpus: float) -> None:
+        """Of those that there are at first; the cluster hears of it from its nodes."""
+        await self.until(lambda: sum(node.gpus for node in cluster_nodes()) == GPUS - gpus)
+
     async def until_free(self, gpus: float = GPUS) -> None:
         await self.until(lambda: sum(node.gpus for node in cluster_nodes()) >= gpus)
 

@@ -52,7 +52,7 @@ def test_actors_run_where_they_were_placed_with_their_environment(
         await asyncio.gather(training.start(), sampling.start())
         trains, samples = await where(training), await where(sampling)
         assert trains["node"] != samples["node"]
-        assert sum(node.gpus for node in cluster_nodes()) == GPUS - 4
+        await world.until_taken(4)
         for one in (trains, samples):
             assert one["CUDA_VISIBLE_DEVICES"] == one["gpus"]
             assert (one["NCCL_SOCKET_IFNAME"], one["GLOO_SOCKET_IFNAME"], one["TP_SOCKET_IFNAME"]) == (
@@ -69,8 +69,10 @@ def test_actors_run_where_they_were_placed_with_their_environment(
         ]
         names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
         assert {name.rpartition(" ")[0] for name in names} == {"training demo", "sampling demo"}
-        used = [node for node in cluster_nodes() if node.id in (trains["node"], samples["node"])]
-        assert [round(4 - node.cpus, 1) for node in used] == [0.1, 0.1]
+        used = (trains["node"], samples["node"])
+        await world.until(
+            lambda: [round(4 - node.cpus, 1) for node in cluster_nodes() if node.id in used] == [0.1, 0.1]
+        )
         await training.start()  # a new process in the old place
         assert gpus_of(await where(training)) == gpus_of(trains)
         await training.stop()
@@ -110,7 +112,7 @@ def test_in_colocate_both_have_the_same_gpu(world: World) -> None:
         await asyncio.gather(training.start(), sampling.start())
         trains, samples = await where(training), await where(sampling)
         assert (trains["node"], trains["gpus"]) == (samples["node"], samples["gpus"])
-        assert sum(node.gpus for node in cluster_nodes()) == GPUS - 1
+        await world.until_taken(1)
         await asyncio.gather(training.stop(), sampling.stop())
         await world.until_free()
 
@@ -132,7 +134,7 @@ def test_a_single_mode_reserves_its_own_and_refuses_the_other(world: World, mode
             await engines.pop(refused).start()
         (works,) = engines.values()
         await works.start()
-        assert sum(node.gpus for node in cluster_nodes()) == GPUS - 1
+        await world.until_taken(1)
         await works.stop()
         await world.until_free()
 
