@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from tests.support.live import environment, python, until
+from tuft_jupyter.engine.ray_local import without_needless_import
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TRAIN = """
 import tinker
@@ -54,13 +55,14 @@ def head() -> Iterator[str]:
     ray = Path(sys.executable).with_name("ray")
     command = [ray, "start", "--head", "--block", f"--port={port}", f"--ray-client-server-port={client}"]
     command += [f"--temp-dir={temp}", "--num-cpus=4", "--num-gpus=0", "--include-dashboard=false"]
-    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    path = os.pathsep.join(filter(None, [without_needless_import(temp), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     with (temp / "head.txt").open("wb") as log:
         process = subprocess.Popen(
             [*map(str, command), "--disable-usage-stats"], env=env, stdout=log, stderr=log
         )
     try:
-        until(lambda: _listens(client) or process.poll() is not None, 60, "the head node did not start")
+        until(lambda: _listens(client) or process.poll() is not None, 120, "the head node did not start")
         assert process.poll() is None, (temp / "head.txt").read_text()
         yield f"ray://127.0.0.1:{client}"
     finally:
@@ -99,7 +101,7 @@ def test_a_server_outside_the_cluster_trains_and_samples_in_it(head: str, tmp_pa
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
-        until(lambda: _listens(port) or server.poll() is not None, 60, "the server did not start")
+        until(lambda: _listens(port) or server.poll() is not None, 120, "the server did not start")
         done = python(TRAIN, env)
         assert "DONE [7, 7, 7]" in done.stdout, done.stderr[-2000:] + (tmp_path / "log").read_text()[-3000:]
     finally:

@@ -13,10 +13,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from tuft_jupyter.engine.ray_local import without_needless_import
+
 ROOT = Path(__file__).parents[2]
+ATTEMPTS = 3
+"""A raylet gives its agent 15 s to come up and then ends itself; a busy machine may need longer."""
 
 
 class RayCluster:
@@ -27,8 +32,7 @@ class RayCluster:
         self.address = ""
         environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         environment |= {
-            "PYTHONPATH": str(ROOT),
-            "RAY_raylet_start_wait_time_s": "120",
+            "PYTHONPATH": os.pathsep.join([without_needless_import(self.temp), str(ROOT)]),
             "OMP_NUM_THREADS": "1",
         }
         environment |= {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -95,9 +99,25 @@ def main(temp: str) -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
         own = {} if cluster.head_node else {"temp_dir": temp, "include_dashboard": False}
         with _without(ray._private.node.Node, UNUSED):
-            cluster.add_node(num_gpus=int(gpus), num_cpus=4, object_store_memory=100 << 20, **own)
+            add_node(cluster, num_gpus=int(gpus), num_cpus=4, object_store_memory=100 << 20, **own)
         print("up", cluster.address, flush=True)
     cluster.shutdown()
+
+
+def add_node(cluster: Any, **node: Any) -> None:
+    """Of a node that does not come up nothing stays: it might join later, beside the one that is tried next."""
+    others = {*psutil.Process().children(recursive=True)}
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            cluster.add_node(**node)
+        except Exception:
+            for process in {*psutil.Process().children(recursive=True)} - others:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            if attempt == ATTEMPTS:
+                raise
+        else:
+            return
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def start(home: Path, namespace: str) -> tuple[Any, Path]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": os.pathsep.join(
-            filter(None, [_without_needless_import(home), os.environ.get("PYTHONPATH")])
+            filter(None, [without_needless_import(home), os.environ.get("PYTHONPATH")])
         ),
         "RAY_worker_niceness": "0",  # Ray's 15 lets any other work on the machine starve training
         **PATIENT,
@@ -161,7 +161,7 @@ def _init(ray: Any, temp: Path, namespace: str) -> None:
             return
 
 
-def _without_needless_import(home: Path) -> str:
+def without_needless_import(home: Path) -> str:
     """A directory for the module path in which :data:`NEEDLESS_IMPORT` is a module that is not there."""
     directory = home / "ray" / "path"
     directory.mkdir(parents=True, exist_ok=True)
