@@ -91,6 +91,7 @@ class World:
         await post("/create_sampling_session", opened, carol)
         sample = await post("/asample", {**SAMPLE, "sampling_session_id": f"{session}:sample:0"}, carol)
         await self.server.ask("POST", "/retrieve_future", {"request_id": sample["request_id"]}, carol)
+        await self.server.host.service.sampling.usage.flush()  # else the next sweep records it
         for checkpoint in self.server.host.ledger.state.checkpoints.values():
             for file in ("adapter_config.json", "adapter_model.safetensors"):
                 (Path(checkpoint.directory) / file).write_bytes(b"{}")
