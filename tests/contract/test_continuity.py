@@ -33,7 +33,14 @@ for _ in range({STEPS}):
     passed, stepped = step(training)
     stepped.result(timeout=120)
 """
-LEAVE_TWO_BEHIND = "last = [step(training) for _ in range(2)]; import time; time.sleep(0.3)"
+LEAVE_TWO_BEHIND = """
+import time
+from tuft_jupyter.kernel.stopping import on_its_way
+
+last = [step(training) for _ in range(2)]
+while on_its_way(training):  # what the server has not accepted dies with the kernel
+    time.sleep(0.01)
+"""
 
 
 def kill(kernel: Kernel) -> None:
