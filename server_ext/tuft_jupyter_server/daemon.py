@@ -58,18 +58,24 @@ async def serve_host(host: Host, prefix: str = "") -> None:
     address = reached_at(settings.host, sockets[0].getsockname()[1])
     if settings.host not in ("", "0.0.0.0", "::"):  # a name that holds from other machines too
         host.answers_at(address + prefix)
-    await host.start()
-    if host.problem and not host.journal.elsewhere:
-        server.stop()
-        raise OSError(host.problem)
-    write_address(settings.home, address)
-    log.info("serving at %s", address)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stopping.set)
     _watch_owner(stopping)
-    await stopping.wait()
+    starting, told = asyncio.ensure_future(host.start()), asyncio.ensure_future(stopping.wait())
+    await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        await starting
+        if host.problem and not host.journal.elsewhere:
+            server.stop()
+            raise OSError(host.problem)
+        write_address(settings.home, address)
+        log.info("serving at %s", address)
+        await told
+    else:  # a long journal need not be read for a server that nobody wants any more
+        starting.cancel()
+        await asyncio.wait((starting,))
     log.info("stopping")
     remove_address(settings.home, address)
     server.stop()
