@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sqlite3
 import subprocess
-import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from tinker import types
 
 from examples.run_on_server import Server
-from tests.support.live import TO_THE_END, key_of, sdk
+from tests.support.live import TO_THE_END, ask, below, key_of, sdk, until
 
 
 def run_users(alice: Server, *arguments: str) -> str:
@@ -46,7 +48,8 @@ def test_twenty_steps_of_four_users_never_mix(alice: Server) -> None:
 
 def test_two_users_with_full_queues_take_turns(alice: Server) -> None:
     """X11, S4-37: with ten passes of each queued, neither waits until the other's are done."""
-    with sdk(f"{alice.url}tuft", key_of(alice.work)) as client:
+    key, address = key_of(alice.work), f"{alice.url}tuft"
+    with sdk(address, key) as client:
         tokens = list(range(200))
         datum = types.Datum(
             model_input=types.ModelInput.from_ints(tokens),
@@ -58,19 +61,32 @@ def test_two_users_with_full_queues_take_turns(alice: Server) -> None:
         ]
         for run in runs:
             run.forward_backward([datum], "cross_entropy").result()
-        queued = [[run.forward_backward([datum] * 4, "cross_entropy") for _ in range(10)] for run in runs]
-        ended: list[int] = []
+        names = [run.model_id for run in runs]
 
-        def wait(user: int) -> None:
-            for future in queued[user]:
-                future.result(timeout=200)
-                ended.append(user)
+        def all_wait() -> bool:
+            listed = ask(address, "tuft/outlook", key)["runs"]
+            return [run["pending"] for run in listed if run["id"] in names] == [10, 10]
 
-        threads = [threading.Thread(target=wait, args=(user,)) for user in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        ahead = [abs(ended[:n].count(0) - ended[:n].count(1)) for n in range(1, len(ended) + 1)]
-        assert len(ended) == 20
-        assert max(ahead) <= 3, ended
+        workers = below(alice.pid, "TrainingActor")
+        for worker in workers:  # so that nothing is done before all is queued
+            worker.suspend()
+        try:
+            queued = [run.forward_backward([datum] * 4, "cross_entropy") for run in runs for _ in range(10)]
+            until(all_wait, 60, "ten passes of each are queued")
+        finally:
+            for worker in workers:
+                worker.resume()
+        for future in queued:
+            future.result(timeout=200)
+    ended = passes_done(alice.work / "tuft" / "journal.sqlite", names)[2:]
+    ahead = [abs(ended[:n].count(0) - ended[:n].count(1)) for n in range(1, len(ended) + 1)]
+    assert len(ended) == 20
+    assert max(ahead) <= 3, ended
+
+
+def passes_done(journal: Path, runs: list[str]) -> list[int]:
+    """Whose passes the server ended, by number, in that order: when a client hears of it says less."""
+    with closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True)) as opened:
+        rows = opened.execute("SELECT data FROM records WHERE kind = 'op_done' ORDER BY n").fetchall()
+    done = [json.loads(data) for (data,) in rows]
+    return [runs.index(op["run"]) for op in done if op["op"] == "forward_backward" and op["run"] in runs]

@@ -102,6 +102,16 @@ def listening(process: psutil.Process) -> list[Any]:
     return [each.laddr for each in sockets if each.status == psutil.CONN_LISTEN]
 
 
+def below(pid: int, words: str) -> list[psutil.Process]:
+    """The processes below one, however deep, that have ``words`` in their command line."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            if words in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def python(
     code: str, env: Mapping[str, str], *arguments: str, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
