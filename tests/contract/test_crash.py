@@ -8,13 +8,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import psutil
 import pytest
 
 from examples.run_on_server import Server
 from tests.contract.conftest import OURS, clean_environment
-from tests.support.live import TO_THE_END
+from tests.support.live import TO_THE_END, below
 
 SCRIPT = Path(__file__).parents[1] / "support" / "crash_script.py"
 STEPS = 30
@@ -29,7 +29,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         os.environ.pop(name, None)
     made = Server(tmp_path / "root", tmp_path, base_url="/user/alice/", env=clean_environment(tmp_path))
     with made:
-        made.port = psutil.Process(made.pid).net_connections("tcp")[0].laddr.port
+        made.port = urlsplit(made.url).port or 0
         yield made
 
 
@@ -68,8 +68,7 @@ def test_the_same_cell_goes_on_after_kill_9_of_the_server_and_of_a_worker(server
         server.start()
 
     def kill_trainer() -> None:
-        below = psutil.Process(server.pid).children(recursive=True)
-        (trainer,) = [p for p in below if "TrainingActor" in " ".join(p.cmdline())]
+        (trainer,) = below(server.pid, "TrainingActor")
         trainer.kill()
 
     calm = train(server, {})

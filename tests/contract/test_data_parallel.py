@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.actor_tasks import runs
 from tests.support.steps import losses, steps
 from tests.support.tiny_models import make_model
 from tuft_jupyter import models
@@ -64,15 +63,15 @@ def test_two_actors_train_as_one_and_the_death_of_either_is_the_death_of_both(
     async def scenario() -> None:
         await group.start()
         assert losses(await group.step(steps())) == pytest.approx(wanted, rel=1e-5)
-        pids = [pid for _, pid in engines.workers()]
-        assert len(pids) == 2
-        os.kill(pids[1], signal.SIGSTOP)  # so that it cannot answer before it dies
+        ranks = [psutil.Process(pid) for _, pid in engines.workers()]
+        assert len(ranks) == 2
+        ranks[1].suspend()  # so that it cannot answer before it dies
         waiting = asyncio.ensure_future(group.step(steps()))
         await asyncio.sleep(0)
-        os.kill(pids[1], signal.SIGKILL)
+        ranks[1].kill()
         with pytest.raises(EngineDied):
             await waiting
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not any(map(runs, ranks))
         await group.start()
         assert losses(await group.step(steps())) == pytest.approx(wanted, rel=1e-5)
 

@@ -15,7 +15,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
 from tests.contract.test_kernel_servers import BIN, SPELLINGS, Daemon, alive, config, daemon, env, home, port
-from tests.support.live import ask, key_of, python, until
+from tests.support.live import ask, below, key_of, python, until
 from tests.support.stub_server import StubServer
 from tuft_jupyter import home as homes
 from tuft_jupyter.kernel import discovery, launch
@@ -111,7 +111,7 @@ def test_a_kernel_s_server_and_its_workers_end_with_the_kernel(
     address, pid = json.loads(told.rpartition("OWNED ")[2])
     server = psutil.Process(pid)
     family = [server, *server.children(recursive=True)]
-    assert any("ray::" in " ".join(each.cmdline()) for each in family)
+    assert below(pid, "ray::")
 
     if end == "shutdown":
         # After an error a kernel refuses what comes within a moment, unless it is told not to.

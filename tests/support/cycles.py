@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from examples.run_on_server import Server
-from tests.support.live import environment, key_of
+from tests.support.live import below, environment, key_of
 from tests.support.load import Client
 from tuft_jupyter.core.types import PROTOBUF
 
@@ -45,10 +45,9 @@ class Kept:
 def kept(server: Server, home: Path) -> Kept:
     process = psutil.Process(server.pid)
     workers = {"TrainingActor": 0.0, "SamplingActor": 0.0}
-    for below in process.children(recursive=True):
-        for name in workers:
-            if name in " ".join(below.cmdline()):
-                workers[name] = below.memory_info().rss / 1e6
+    for name in workers:
+        for worker in below(server.pid, name):
+            workers[name] = worker.memory_info().rss / 1e6
     weights = [each for place in ("snapshots", "ephemeral") for each in (home / "tuft" / place).glob("*")]
     return Kept(
         process.memory_info().rss / 1e6,
