@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -77,19 +79,17 @@ def state(server: Server, run: str) -> dict[str, Any]:
     return {**found, "saved": [c for c in shown["checkpoints"] if c["run"] == run]}
 
 
-def interrupted(kernel: Kernel, cell: str, *delays: float) -> str:
-    """Run a cell that never ends, interrupt it moments after it printed; what the cell then says."""
-    timers: list[threading.Timer] = []
+def interrupted(kernel: Kernel, cell: str, delay: float) -> str:
+    """Run a cell that never ends, interrupt it a moment after it printed; what the cell then says."""
+    timer = threading.Timer(delay, kernel.interrupt)
 
     def begun(_: str) -> None:
-        if not timers:
-            timers.extend(threading.Timer(delay, kernel.interrupt) for delay in delays)
-            for timer in timers:
-                timer.start()
+        if timer.ident is None:
+            timer.start()
 
     with pytest.raises(CellFailed) as stopped:
         kernel.run(cell, live=begun)
-    for timer in timers:
+    if timer.is_alive():
         timer.join()
     return str(stopped.value)
 
@@ -130,8 +130,22 @@ def test_between_two_steps_it_stops_at_once_and_the_sdk_is_as_it_was(kernel: Ker
 def test_the_third_interrupt_stops_a_loop_that_never_ends_a_step(alice: Server, kernel: Kernel) -> None:
     """The first two wait for an optimizer step. What the loop leaves is said, and the client stays usable."""
     kernel.run(SETUP)
-    loop = "while True:\n    print(training.forward_backward([datum], 'cross_entropy').result(), flush=True)"
-    said = interrupted(kernel, f"%%tuft_train --no-curve --no-save\n{loop}", 0.1, 0.6, 1.1)
+    loop = (
+        "import time\nwhile True:\n    training.forward_backward([datum], 'cross_entropy').result()\n"
+        "    print(f'at {time.monotonic()} s', flush=True)"
+    )
+    sent = [0.0]
+
+    def going_on(text: str) -> None:
+        """Interrupt again when the loop has printed behind the last one: two that come at once are one signal."""
+        if any(float(at) > sent[-1] for at in re.findall(r"at ([\d.]+) s", text)):
+            kernel.interrupt()
+            sent.append(time.monotonic())
+
+    with pytest.raises(CellFailed) as stopped:
+        kernel.run(f"%%tuft_train --no-curve --no-save\n{loop}", live=going_on)
+    said = str(stopped.value)
+    assert len(sent) > 3, "the first two did not stop it"
     assert "stopped after step 0, in the middle of the next one: its gradients are added" in said
     run = str(kernel.value("training.model_id"))
     left = state(alice, run)
