@@ -59,8 +59,15 @@ class StubVllm:
 
     def begin(self) -> None:
         self.adapters.clear()
-        self._http = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler())
-        self._http.daemon_threads = True
+        stub = self
+
+        class Http(ThreadingHTTPServer):
+            def get_request(self) -> tuple[socket.socket, Any]:
+                connection, address = super().get_request()
+                stub._open.append(connection)  # here, so that the end of serving has seen them all
+                return connection, address
+
+        self._http = Http(("127.0.0.1", self.port), self._handler())
         self.port = self._http.server_port
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -186,10 +193,6 @@ class StubVllm:
     def _handler(stub) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - "self" is the handler below
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-
-            def setup(self) -> None:
-                super().setup()
-                stub._open.append(self.connection)
 
             def do_GET(self) -> None:
                 self._reply({})
