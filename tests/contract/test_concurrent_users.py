@@ -16,6 +16,8 @@ from tinker import types
 from examples.run_on_server import Server
 from tests.support.live import TO_THE_END, ask, below, key_of, sdk, until
 
+pytestmark = pytest.mark.timeout(300)
+
 
 def run_users(alice: Server, *arguments: str) -> str:
     key = (alice.work / "tuft" / "credentials").read_text().strip()

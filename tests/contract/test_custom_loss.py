@@ -16,6 +16,8 @@ from tests.support.sdk_verbs import datum
 
 SECONDS = 120
 
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tinker.ServiceClient]:
