@@ -16,7 +16,7 @@ import pytest
 from examples.run_on_server import Kernel, Server
 from tests.support.hub_trial import everybody
 from tests.support.hubs import Hub, proxy_command
-from tests.support.live import until
+from tests.support.live import below, until
 
 pytestmark = [
     pytest.mark.timeout(400),
@@ -147,10 +147,16 @@ def test_a_culled_server_s_training_goes_on(hub: Hub) -> None:
     until(lambda: (home / "begun").exists(), 120, "the first step was sent")
     run = (home / "begun").read_text()
     until(lambda: state(hub, token, run)["pending"] > 10, 60, "more is sent than is done")
-    hub.stop("long-cara")
-    before = state(hub, token, run)
+    assert hub.process is not None
+    (trainer,) = below(hub.process.pid, "TrainingActor")
+    trainer.suspend()  # so that it is in the middle, however long the Hub takes to stop a server
+    try:
+        hub.stop("long-cara")
+        before = state(hub, token, run)
+    finally:
+        trainer.resume()
     assert not (home / "result.json").exists(), "it was culled in the middle"
-    until(lambda: state(hub, token, run)["pending"] == 0, 60, "what was accepted is done")
+    until(lambda: state(hub, token, run)["pending"] == 0, 120, "what was accepted is done")
     done = state(hub, token, run)
     assert before["pending"] > 0
     assert done["step"] > before["step"]
@@ -185,8 +191,8 @@ def test_a_token_that_is_revoked_at_the_hub_stops_here_also_where_a_poll_is_park
 
     polling = threading.Thread(target=parked)
     polling.start()
-    began = time.monotonic()
     hub.api("DELETE", f"users/dan/tokens/{made['id']}")
+    began = time.monotonic()
     polling.join(15)
     assert ended == [403]
     assert time.monotonic() - began < 5.0
