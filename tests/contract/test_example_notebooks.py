@@ -21,7 +21,7 @@ PROMISES = {
     "preference": "margins[-1] > 1 and sum(map(len, after)) < 0.7 * sum(map(len, before))",
     "distillation": "divergences[-1] < divergences[0] / 3 and any('matey' in answer for answer in after)",
     "custom_loss": "hard[-1] < hard[0] / 2",
-    "environment": "sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.2 and chosen.count('red') > 35",
+    "environment": "sum(rewards[-5:]) / 5 > rewards[0] + 0.4 and chosen.count('red') > 35",
 }
 
 
