@@ -180,7 +180,7 @@ def test_a_server_of_another_user_is_neither_found_nor_told_the_key(
         homes.write_address(home / "tuft", address)
         with suppress(TuftConnectionError):  # this user's own lookalike refuses a key that is not its own
             discovery.discover(None, None, env)
-        told, _ = process.communicate(timeout=10)
+        told, _ = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
