@@ -189,10 +189,11 @@ def _forward(module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tenso
         raise RuntimeError("a packed model was called outside of Packed.active()")
     rows = _Routed.of(packed, index_TK, module.num_experts)
     weights, chosen = of(module), index_TK.shape[1]
-    y = weights["gate_up_proj" if module.has_gate else "up_proj"](hidden_TD[rows.order // chosen], rows)
-    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    gated = getattr(module, "has_gate", True)  # earlier versions of transformers know no others
+    y = weights["gate_up_proj" if gated else "up_proj"](hidden_TD[rows.order // chosen], rows)
+    y = module._apply_gate(y) if gated else module.act_fn(y)
     y = weights["down_proj"](y, rows)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
     y_TKD = (y * weights_TK.reshape(-1)[rows.order, None])[rows.back].view(*index_TK.shape, -1)
     return y_TKD.sum(1).to(hidden_TD.dtype)
@@ -214,7 +215,7 @@ def of(module: nn.Module) -> Mapping[str, ExpertWeights]:
 def layers(hf: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a model, by their paths, whose experts are computed here."""
     for path, module in hf.named_modules():
-        if hasattr(module, "has_post_expert_norm") and hasattr(module, "is_transposed"):
+        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
             yield path, module
 
 
