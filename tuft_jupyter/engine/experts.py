@@ -35,30 +35,25 @@ class ExpertSlot:
     def __init__(
         self, experts: int, a: Tensor, b: Tensor, scale: float, grad_a: Tensor | None, grad_b: Tensor | None
     ) -> None:
-        self._a_ERI, self._grad_a = (_by_first(tensor, experts) for tensor in (a, grad_a))
-        self._b_ORE, self._grad_b = (_by_last(tensor, experts) for tensor in (b, grad_b))
-        self._scale = scale
+        self._experts, self._scale = experts, scale
+        self._a, self._b, self._grad_a, self._grad_b = a, b, grad_a, grad_b
         self._of: dict[int, Slot] = {}
 
     def of(self, expert: int) -> Slot:
         """Its update of one expert's matrix; made when a row first needs it, of a hundred experts few are."""
-        slot = self._of.get(expert)
-        if slot is None:
-            assert self._a_ERI is not None
-            assert self._b_ORE is not None
-            grad_a = None if self._grad_a is None else self._grad_a[expert]
-            grad_b = None if self._grad_b is None else self._grad_b[..., expert]
-            slot = Slot(self._a_ERI[expert], self._b_ORE[..., expert], self._scale, grad_a, grad_b)
-            self._of[expert] = slot
-        return slot
+        if expert not in self._of:
+            grad_a = None if self._grad_a is None else self._rows(self._grad_a, expert)
+            grad_b = None if self._grad_b is None else self._columns(self._grad_b, expert)
+            self._of[expert] = Slot(
+                self._rows(self._a, expert), self._columns(self._b, expert), self._scale, grad_a, grad_b
+            )
+        return self._of[expert]
 
+    def _rows(self, a: Tensor, expert: int) -> Tensor:
+        return a.view(self._experts, -1, a.shape[1])[expert]
 
-def _by_first(tensor: Tensor | None, experts: int) -> Tensor | None:
-    return None if tensor is None else tensor.view(experts, -1, tensor.shape[1])
-
-
-def _by_last(tensor: Tensor | None, experts: int) -> Tensor | None:
-    return None if tensor is None else tensor.view(len(tensor), -1, experts)
+    def _columns(self, b: Tensor, expert: int) -> Tensor:
+        return b.view(len(b), -1, self._experts)[..., expert]
 
 
 @dataclass(frozen=True, slots=True)

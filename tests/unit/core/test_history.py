@@ -162,6 +162,7 @@ def test_a_tenant_s_weights_for_sampling_have_so_many_places_and_a_loop_goes_on(
     scenario(body)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_months_of_visits_leave_nothing_that_grows(tmp_path: Path) -> None:
     """L7: in small; a hundred times as much: ``make soak``."""

@@ -128,6 +128,7 @@ def rest(heard: Connection) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_a_holder_that_was_asleep_cannot_write_any_more(redis: RedisServer, tmp_path: Path) -> None:
     """F8: 20 of 20 holders that are stopped in the middle of writing, outlived and woken are refused by their epoch."""
     spare = get_context("forkserver")  # imports once, not twenty times

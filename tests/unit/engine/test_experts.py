@@ -26,6 +26,8 @@ from tuft_jupyter.engine import checkpoint, experts, memory, packing
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 from tuft_jupyter.engine.trainer import PeftTrainer
 
+pytestmark = pytest.mark.slow
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},

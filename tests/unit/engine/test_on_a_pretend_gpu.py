@@ -34,6 +34,8 @@ from tuft_jupyter.engine.ray_actors import GPU_PART_TOKENS, ActorOptions, Traini
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 from tuft_jupyter.engine.trainer import PeftTrainer
 
+pytestmark = pytest.mark.slow
+
 EVERYWHERE = LoraSpec(rank=8, alpha=8, seed=1)
 ATTENTION = LoraSpec(rank=8, alpha=16, seed=2, train_mlp=False)
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -30,6 +30,8 @@ from tuft_jupyter.core.types import Datum, ForwardBackward, LoraSpec
 from tuft_jupyter.engine.losses import REGISTRY, resolve
 from tuft_jupyter.engine.trainer import PeftTrainer
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("PROPERTY_CASES", "8"))
 TARGETS = (
     (True, True, False),

@@ -71,6 +71,7 @@ def test_each_run_says_what_it_takes_of_memory(qwen3: Path, tmp_path: Path, host
     assert trainer.memory().keys() == {"b"}
 
 
+@pytest.mark.slow
 def test_three_hundred_runs_take_the_memory_of_a_few(qwen3: Path, tmp_path: Path) -> None:
     big = LoraSpec(rank=64, alpha=64, seed=0)
     one = PeftTrainer(qwen3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.support.canaries import make_canaries
 from tests.support.sampling import ask, prompt
@@ -15,6 +16,7 @@ TOKENS = (40, 80, 120, 160, 200, 240)
 INTERLEAVINGS = 1000
 
 
+@pytest.mark.slow
 def test_each_tenant_hears_its_own_weights_in_a_thousand_random_interleavings(
     qwen3: Path, tmp_path: Path
 ) -> None:
