@@ -14,7 +14,8 @@ import functools
 import json
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -22,7 +23,6 @@ from urllib.parse import quote
 import httpx
 from jupyter_server.auth.decorator import authorized
 from tornado import web
-from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.iostream import StreamClosedError
 
 from tuft_jupyter.core.types import JSON
@@ -37,7 +37,7 @@ log = logging.getLogger("tuft_jupyter.relay")
 
 API = {TINKER: "/api/v1", OPENAI: "/oai/api/v1"}
 """Below what a path of the lab is found at the service."""
-ASKED, ANSWERED = ("Content-Type", "Accept"), ("content-type", "content-disposition", "retry-after")
+ASKED, ANSWERED = ("Content-Type", "Accept"), {"content-type", "content-disposition", "retry-after"}
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 3600.0
 SILENT_SECONDS = 60.0
 """The service tells its load each second: one that says nothing for so long is gone."""
@@ -59,22 +59,26 @@ class HubService:
     address: str
     key: str = field(repr=False)
 
-    async def ask(self, path: str, **options: Any) -> HTTPResponse:
-        """One request, whatever its status; Unreachable if there is none."""
-        headers = {**options.pop("headers", {}), "X-API-Key": self.key}
-        request = HTTPRequest(
-            self.address + path,
-            headers=headers,
-            connect_timeout=CONNECT_SECONDS,
-            request_timeout=ANSWER_SECONDS,
-            follow_redirects=False,
-            allow_nonstandard_methods=True,
-            **options,
-        )
+    @asynccontextmanager
+    async def answer(
+        self, path: str, method: str = "GET", **options: Any
+    ) -> AsyncGenerator[httpx.Response, None]:
+        """The answer to one request, whatever its status, its body still to be read; Unreachable if there is none.
+
+        Whoever leaves the block before the end hangs up, and so ends what the service does for it.
+        """
+        headers = {**options.pop("headers", {}), "X-API-Key": self.key, "Accept-Encoding": "identity"}
         try:
-            return await _client().fetch(request, raise_error=False)
-        except (OSError, HTTPClientError) as error:
-            raise Unreachable(self, error) from None
+            async with _client().stream(method, self.address + path, headers=headers, **options) as answer:
+                yield answer
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise Unreachable(self, str(error) or type(error).__name__) from None
+
+    async def ask(self, path: str, method: str = "GET", **options: Any) -> httpx.Response:
+        """The same, read to its end."""
+        async with self.answer(path, method, **options) as answer:
+            await answer.aread()
+            return answer
 
     async def events(self, path: str) -> AsyncGenerator[bytes, None]:
         """The data of server-sent events, until the service ends them. A reader that lags is told to ``resync``."""
@@ -107,27 +111,20 @@ class HubService:
             listening.cancel()
 
     async def _listen(self, path: str, heard: Callable[[bytes], None]) -> None:
-        """By a client that hangs up when it is cancelled: Tornado's would listen on, to what nobody reads."""
         timeout = httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS)
-        headers = {"X-API-Key": self.key}
-        try:
-            async with (
-                httpx.AsyncClient(trust_env=False, timeout=timeout) as client,
-                client.stream("GET", self.address + path, headers=headers) as answer,
-            ):
-                async for chunk in answer.aiter_bytes():
-                    heard(chunk)
-        except httpx.HTTPError as error:
-            raise Unreachable(self, error) from None
+        async with self.answer(path, timeout=timeout) as answer:
+            async for chunk in answer.aiter_raw():
+                heard(chunk)
 
 
 @functools.cache
-def _client() -> AsyncHTTPClient:
-    """One for all requests of this process.
-
-    What is long is passed on as it comes, so it may be of any length.
-    """
-    return AsyncHTTPClient(force_instance=True, max_clients=200, max_body_size=2**50)
+def _client() -> httpx.AsyncClient:
+    """One for all requests of this process. Each has a connection of its own: feeds stay open."""
+    return httpx.AsyncClient(
+        trust_env=False,
+        timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS, pool=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+    )
 
 
 class RelayRead(LabRead):
@@ -135,24 +132,30 @@ class RelayRead(LabRead):
 
     def initialize(self, service: HubService) -> None:  # type: ignore[override]
         self.service = service
+        self._passing: asyncio.Task[None] | None = None
 
     async def pass_on(self, path: str, **options: Any) -> None:
-        """Send the answer's status, its telling headers and its body, as they come."""
+        """Send the answer's status, its telling headers and its body as they come, until the browser leaves."""
+        self._passing = asyncio.ensure_future(self._pass_on(path, **options))
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._passing
 
-        def line(text: str) -> None:
-            name, _, value = text.strip().partition(": ")
-            if name.startswith("HTTP/"):
-                self.set_status(int(name.split()[1]))
-            elif name.lower() in ANSWERED:
-                self.set_header(name, value)
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        if self._passing is not None:
+            self._passing.cancel()
 
-        def chunk(data: bytes) -> asyncio.Future[None]:
-            self.write(data)
-            # the next one is read when this one has left (by tornado 6.6 and later)
-            return asyncio.ensure_future(self._taken())
-
+    async def _pass_on(self, path: str, **options: Any) -> None:
         try:
-            await self.service.ask(path, header_callback=line, streaming_callback=chunk, **options)
+            async with self.service.answer(path, **options) as answer:
+                self.set_status(answer.status_code)
+                for name in ANSWERED & answer.headers.keys():
+                    self.set_header(name, answer.headers[name])
+                async for chunk in answer.aiter_raw():
+                    self.write(chunk)
+                    await self.flush()  # the next one is read when this one has left
+        except StreamClosedError:  # nobody is there any more
+            return
         except Unreachable as problem:
             if self._headers_written:  # what was cut off must not look whole
                 self.detach().close()
@@ -160,11 +163,6 @@ class RelayRead(LabRead):
             self.set_status(502)
             self.write(json.dumps({"problem": problem.log_message, "message": problem.log_message}))
         self.finish(set_content_type=self._headers.get("Content-Type", JSON))
-
-    async def _taken(self) -> None:
-        """What was written has left for the browser, or there is none any more."""
-        with contextlib.suppress(StreamClosedError):
-            await self.flush()
 
 
 class RelayState(RelayRead):
@@ -180,7 +178,7 @@ class RelayExport(LabExport):
 
     async def columns(self, run: str) -> dict[str, list[float | None]] | None:
         answer = await self.service.ask(f"/api/v1/tuft/runs/{quote(run, safe='')}/curve")
-        return json.loads(answer.body)["columns"] if answer.code == 200 else None
+        return answer.json()["columns"] if answer.status_code == 200 else None
 
 
 class RelayFeed(LabFeed):
@@ -227,7 +225,7 @@ class RelayCall(RelayRead):
     async def _call(self) -> None:
         headers = {name: self.request.headers[name] for name in ASKED if name in self.request.headers}
         body = self.request.body or None
-        await self.pass_on(path_there(self), method=self.request.method, headers=headers, body=body)
+        await self.pass_on(path_there(self), method=self.request.method, headers=headers, content=body)
 
 
 class RelayUpload(LabUpload):
@@ -238,22 +236,22 @@ class RelayUpload(LabUpload):
         self.service = service
 
     async def keep(self, spool: Spool) -> None:
-        async def produce(write: Callable[[bytes], Awaitable[None]]) -> None:
+        async def chunks() -> AsyncGenerator[bytes, None]:
             spool.file.seek(0)
             while chunk := await asyncio.to_thread(spool.file.read, CHUNK):
-                await write(chunk)
+                yield chunk
 
         headers = {"Content-Type": "application/x-tar", "Content-Length": str(spool.size)}
-        answer = await self.service.ask(
-            path_there(self), method="POST", headers=headers, body_producer=produce
-        )
-        self.set_status(answer.code)
-        self.finish(answer.body, set_content_type=answer.headers.get("Content-Type", JSON))
+        answer = await self.service.ask(path_there(self), "POST", headers=headers, content=chunks())
+        self.set_status(answer.status_code)
+        self.finish(answer.content, set_content_type=answer.headers.get("Content-Type", JSON))
 
 
 def path_there(handler: web.RequestHandler) -> str:
     """What was asked for, as the service has it."""
     uri = handler.request.uri or ""
+    if not {".", ".."}.isdisjoint(uri.partition("?")[0].split("/")):
+        raise web.HTTPError(404)  # on its way it would become another path
     for ours, theirs in API.items():
         _, found, rest = uri.partition(f"/tuft{ours}/")
         if found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import tarfile
@@ -155,22 +154,27 @@ class Endless(BaseHTTPRequestHandler):
     """A service that has a file of three gigabytes."""
 
     sent = 0
+    broken = False
 
     def do_GET(self) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(3 * 2**30))
         self.end_headers()
-        with contextlib.suppress(OSError):
+        try:
             for _ in range(3 * 2**10):
                 self.wfile.write(bytes(2**20))
                 type(self).sent += 2**20
+        except OSError:
+            type(self).broken = True
 
     def log_message(self, *_: object) -> None:
         pass
 
 
-def test_a_download_that_is_read_slowly_is_not_held_in_memory(tmp_path: Path) -> None:
-    """L7: the service is read no faster than the browser takes it, whatever the file's size."""
+def test_a_download_that_is_read_slowly_is_not_held_in_memory_and_ends_with_its_reader(
+    tmp_path: Path,
+) -> None:
+    """L7: the service is read no faster than the browser takes it, whatever the file's size, and not for nobody."""
     elsewhere = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
     threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
     with own_server(tmp_path, f"http://127.0.0.1:{elsewhere.server_port}") as server:
@@ -188,6 +192,8 @@ def test_a_download_that_is_read_slowly_is_not_held_in_memory(tmp_path: Path) ->
             assert seen < 50 * 2**20
             assert psutil.Process(server.pid).memory_info().rss - before < 100e6
             assert len(answer.read(2**27)) == 2**27, "it goes on when it is read on"
+        until(lambda: Endless.broken, 20, "the browser has left, and the service is read on")
+        assert Endless.sent < 2**29
         until(lambda: server.request("GET", "api/status") is not None, 10, "the server is held up")
     elsewhere.shutdown()
 
