@@ -26,7 +26,7 @@ from tinker import types
 
 from examples.run_on_server import Server
 from tests.fault.bench import Fault, Trial
-from tests.support.live import OURS, ask, environment, key_of, sdk, standby
+from tests.support.live import OURS, ask, below, environment, key_of, sdk, standby
 
 STEPS = 12
 
@@ -85,9 +85,9 @@ class Bench:
 
     def kill_worker(self) -> None:
         with contextlib.suppress(psutil.Error):
-            for below in psutil.Process(self.server.pid).children(recursive=True):
-                if below.pid != self.spare and "TrainingActor" in " ".join(below.cmdline()):
-                    below.kill()
+            for worker in below(self.server.pid, "TrainingActor"):
+                if worker.pid != self.spare:
+                    worker.kill()
 
     def kill_server(self) -> None:
         self.server.kill()
