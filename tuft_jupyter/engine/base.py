@@ -94,7 +94,6 @@ def load_base(
             config=config,
             dtype=dtype or "auto",
             attn_implementation=packing.ATTENTION,
-            experts_implementation=experts.IMPLEMENTATION,
             **reading(),
         )
     except (OSError, ValueError) as error:
@@ -180,7 +179,6 @@ def _decoder(hf: Any) -> tuple[Decoder, Readout]:
     size = hf.get_input_embeddings().num_embeddings
     ids = [torch.arange(1, 1 + n, device=hf.device) * 31 % size for n in lengths]
     hf.set_attn_implementation("eager")
-    hf.set_experts_implementation(hf.get_correct_experts_implementation(None))  # as transformers has it
     try:
         alone = torch.cat([hf(input_ids=i[None], use_cache=False).logits[0].float() for i in ids])
     except _UNFIT as unfit:
@@ -189,7 +187,7 @@ def _decoder(hf: Any) -> tuple[Decoder, Readout]:
         raise UserError(f"models of the family {hf.config.model_type!r} cannot be run: {unfit}") from unfit
     finally:
         hf.set_attn_implementation(packing.ATTENTION)
-        hf.set_experts_implementation(experts.IMPLEMENTATION)
+        experts.take_over(hf)
     packed = packing.causal(lengths, (None, None), hf.device)
     positions = packing.positions(packed.cu, hf.device)
     tolerance = 1e-4 if hf.dtype == torch.float32 else 0.05

@@ -214,6 +214,13 @@ def layers(hf: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+def take_over(hf: nn.Module) -> None:
+    """Compute a model's experts here from now on. The setter for this takes only what transformers has, in 5.0."""
+    for _, module in layers(hf):
+        config: Any = module.config
+        config._experts_implementation = IMPLEMENTATION
+
+
 def targets(hf: nn.Module) -> list[str]:
     """PEFT's ``target_parameters`` for all experts of a model; empty if it has none."""
     return sorted(
