@@ -148,13 +148,15 @@ def test_a_culled_server_s_training_goes_on(hub: Hub) -> None:
     run = (home / "begun").read_text()
     until(lambda: state(hub, token, run)["pending"] > 10, 60, "more is sent than is done")
     assert hub.process is not None
-    (trainer,) = below(hub.process.pid, "TrainingActor")
-    trainer.suspend()  # so that it is in the middle, however long the Hub takes to stop a server
+    workers = below(hub.process.pid, "TrainingActor")  # one trains, one may stand by
+    for worker in workers:  # so that it is in the middle, however long the Hub takes to stop a server
+        worker.suspend()
     try:
         hub.stop("long-cara")
         before = state(hub, token, run)
     finally:
-        trainer.resume()
+        for worker in workers:
+            worker.resume()
     assert not (home / "result.json").exists(), "it was culled in the middle"
     until(lambda: state(hub, token, run)["pending"] == 0, 120, "what was accepted is done")
     done = state(hub, token, run)

@@ -262,7 +262,7 @@ class AdapterBank:
         if fused:
             linear = copy.copy(config)
             linear.target_parameters = None
-        name = self._wrap(linear) if linear.target_modules else None
+        name = None if fused and not linear.target_modules else self._wrap(linear)
         adapted = {
             path: module
             for path, module in self.base.hf.named_modules()
