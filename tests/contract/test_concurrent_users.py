@@ -14,7 +14,7 @@ import pytest
 from tinker import types
 
 from examples.run_on_server import Server
-from tests.support.live import TO_THE_END, ask, below, key_of, sdk, until
+from tests.support.live import TO_THE_END, ask, key_of, sdk, standing_still, until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -69,15 +69,9 @@ def test_two_users_with_full_queues_take_turns(alice: Server) -> None:
             listed = ask(address, "tuft/outlook", key)["runs"]
             return [run["pending"] for run in listed if run["id"] in names] == [10, 10]
 
-        workers = below(alice.pid, "TrainingActor")
-        for worker in workers:  # so that nothing is done before all is queued
-            worker.suspend()
-        try:
+        with standing_still(alice.pid, "TrainingActor"):  # nothing is done before all is queued
             queued = [run.forward_backward([datum] * 4, "cross_entropy") for run in runs for _ in range(10)]
             until(all_wait, 60, "ten passes of each are queued")
-        finally:
-            for worker in workers:
-                worker.resume()
         for future in queued:
             future.result(timeout=200)
     ended = passes_done(alice.work / "tuft" / "journal.sqlite", names)[2:]

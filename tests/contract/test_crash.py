@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from examples.run_on_server import Server
@@ -68,8 +70,11 @@ def test_the_same_cell_goes_on_after_kill_9_of_the_server_and_of_a_worker(server
         server.start()
 
     def kill_trainer() -> None:
-        (trainer,) = below(server.pid, "TrainingActor")
-        trainer.kill()
+        trainers = below(server.pid, "TrainingActor")
+        assert trainers
+        for trainer in trainers:
+            with contextlib.suppress(psutil.Error):
+                trainer.kill()
 
     calm = train(server, {})
     hit = train(server, {7: kill_server, 15: kill_trainer, 22: kill_server})

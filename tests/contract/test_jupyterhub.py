@@ -16,7 +16,7 @@ import pytest
 from examples.run_on_server import Kernel, Server
 from tests.support.hub_trial import everybody
 from tests.support.hubs import Hub, proxy_command
-from tests.support.live import below, until
+from tests.support.live import standing_still, until
 
 pytestmark = [
     pytest.mark.timeout(400),
@@ -148,15 +148,9 @@ def test_a_culled_server_s_training_goes_on(hub: Hub) -> None:
     run = (home / "begun").read_text()
     until(lambda: state(hub, token, run)["pending"] > 10, 60, "more is sent than is done")
     assert hub.process is not None
-    workers = below(hub.process.pid, "TrainingActor")  # one trains, one may stand by
-    for worker in workers:  # so that it is in the middle, however long the Hub takes to stop a server
-        worker.suspend()
-    try:
+    with standing_still(hub.process.pid, "TrainingActor"):  # however long the Hub takes to stop a server
         hub.stop("long-cara")
         before = state(hub, token, run)
-    finally:
-        for worker in workers:
-            worker.resume()
     assert not (home / "result.json").exists(), "it was culled in the middle"
     until(lambda: state(hub, token, run)["pending"] == 0, 120, "what was accepted is done")
     done = state(hub, token, run)

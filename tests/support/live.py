@@ -103,13 +103,32 @@ def listening(process: psutil.Process) -> list[Any]:
 
 
 def below(pid: int, words: str) -> list[psutil.Process]:
-    """The processes below one, however deep, that have ``words`` in their command line."""
+    """The processes below one, however deep, that have ``words`` in their command line.
+
+    For a moment there may be one more: what a process starts has its command line at first.
+    """
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ended meanwhile
             if words in " ".join(process.cmdline()):
                 found.append(process)
     return found
+
+
+@contextlib.contextmanager
+def standing_still(pid: int, words: str) -> Iterator[None]:
+    """The processes that :func:`below` finds do nothing in the block."""
+    stopped = below(pid, words)
+    assert stopped
+    for process in stopped:
+        with contextlib.suppress(psutil.Error):
+            process.suspend()
+    try:
+        yield
+    finally:
+        for process in stopped:
+            with contextlib.suppress(psutil.Error):
+                process.resume()
 
 
 def python(
