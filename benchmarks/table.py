@@ -36,8 +36,9 @@ def held(mark: str, measured: float, more: str = "") -> Row:
     return Row(found.what, f"{measured:.3g}{found.unit}{more}", found.text, ok, "" if ok else found.note)
 
 
-def at_most(what: str, measured: float, mark: float, unit: str = "") -> Row:
-    return Row(what, f"{measured:.3g}{unit}", f"<= {mark:g}{unit}", measured <= mark)
+def at_most(what: str, measured: float, mark: float, unit: str = "", *, note: str = "") -> Row:
+    ok = measured <= mark
+    return Row(what, f"{measured:.3g}{unit}", f"<= {mark:g}{unit}", ok, "" if ok else note)
 
 
 def at_least(what: str, measured: float, mark: float, unit: str = "") -> Row:
