@@ -139,6 +139,7 @@ def test_the_quickstart_data_is_what_the_generator_makes() -> None:
     assert [json.loads(line)["messages"] for line in lines] == data.pirate_chats()
 
 
+@pytest.mark.slow
 def test_a_stopped_training_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     quick = ["--quick", "--questions", "0", "--out", str(tmp_path / "model")]
     train.main([*quick, "--work", str(tmp_path / "whole")])

@@ -131,6 +131,7 @@ def test_after_a_compaction_and_a_restart_everything_goes_on(make: Make, tmp_pat
     scenario(body)
 
 
+@pytest.mark.slow
 def test_the_file_stays_below_twice_what_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """L7: after many steps, with the maintenance that a server does by itself."""
     monkeypatch.setattr(ledgers, "SLACK", 4096)

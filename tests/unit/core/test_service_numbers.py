@@ -112,6 +112,7 @@ async def results(
         return answers, [(run.weight, run.steps) for run in runs], engines.trainer.starts
 
 
+@pytest.mark.slow
 @on_a_loop
 async def test_a_worker_killed_at_any_point_gives_the_numbers_of_an_undisturbed_run(tmp_path: Path) -> None:
     """F1, F15 on fakes: no op is lost, none is doubled, every answer has the same bytes."""

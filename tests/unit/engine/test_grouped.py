@@ -31,6 +31,7 @@ def trainer_with(model: Path, ranks: dict[str, int], *, together: bool) -> PeftT
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [8, 3], ids=["a grouped kernel", "no kernel for this rank"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("recompute", [False, True])

@@ -103,6 +103,7 @@ class World:
             attention.advance()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["one pass", "matmuls"])
 @given(st.data())
 @settings(max_examples=60, deadline=None)

@@ -23,6 +23,7 @@ def spec(i: int) -> LoraSpec:
     return LoraSpec(rank=2 + i % 3, alpha=8, seed=i, train_unembed=i % 2 == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", [0, 1 << 30], ids=["on disk", "in host memory"])
 def test_runs_that_were_put_away_go_on_bit_by_bit(qwen3: Path, tmp_path: Path, host: int) -> None:
     """With room for none but those of a call, also between a gradient and its step, against room for all."""

@@ -27,6 +27,7 @@ def test_more_adapters_than_are_held_are_served_in_turn(sampled: Path, adapters:
     assert [tokens_of(a) for a in run(few, jobs)] == [tokens_of(a) for a in expected]
 
 
+@pytest.mark.slow
 def test_hundreds_of_adapters_are_served_and_few_are_held(
     sampled: Path, adapters: list[Path], tmp_path: Path
 ) -> None:

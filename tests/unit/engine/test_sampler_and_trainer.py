@@ -56,6 +56,7 @@ def test_logprobs_of_sampled_tokens_are_those_of_the_trainer(
         np.testing.assert_allclose(ours, scored(trainer, whole), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, -1), (0.5, -1), (1.0, 5)])
 def test_a_thousand_samples_of_one_request_are_distributed_as_the_model_says(
     qwen3: Path, trainer: PeftTrainer, adapter: Path, temperature: float, top_k: int

@@ -221,6 +221,7 @@ async def test_as_many_texts_are_tokenized_at_once_as_there_are_threads_and_the_
     assert len({id(model) for model in models}) == 2
 
 
+@pytest.mark.slow
 @on_a_loop
 async def test_an_answer_that_is_cut_says_that_it_was_stopped(directory: Path) -> None:
     """Bytes that are no text are read as U+FFFD, by the sampler in other pieces than by who reads the whole."""

@@ -174,6 +174,7 @@ def test_a_wrong_sample_request_is_refused_by_name(params: Any, fields: Any, wor
     assert caught.value.status < 500, "the SDK repeats a 5xx for ever"
 
 
+@pytest.mark.slow
 @given(
     st.binary(max_size=100)
     | st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists).map(
