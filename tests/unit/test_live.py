@@ -83,6 +83,24 @@ def test_the_panel_is_told_the_clock_of_the_records(tmp_path: Path) -> None:
     scenario(body)
 
 
+def test_a_panel_that_comes_back_is_told_that_nothing_waits_any_more(tmp_path: Path) -> None:
+    """It shows the queue of an hour ago until it hears of another."""
+
+    async def body() -> None:
+        host = Host(load_settings(None, {"TUFT_HOME": str(tmp_path)}, {}), ScriptedEngines())
+        await host.start()
+        heard: list[str] = []
+        async with aclosing(messages(host, host.owner, None, host.ledger.state.n)) as told:
+            while "gauges" not in heard:
+                message = await anext(told)
+                heard.append(message["type"])
+                assert message.get("queue", []) == []
+        assert "queue" in heard
+        await host.stop()
+
+    scenario(body)
+
+
 def test_a_log_line_that_is_no_utf8_can_be_sent() -> None:
     """A path of a file system without an encoding, for one: the feed of every panel would end with it."""
     tail = LogTail()
