@@ -196,15 +196,18 @@ class Checkpoints:
             "facts": {"checkpoint": saved, "size_bytes": source.size_bytes},
             "source": source.path,
         }
-        directory = Path(saved["directory"])
-        with self.room(session.tenant, str(directory), source.size_bytes):
+        # Whoever asked may hang up meanwhile: what is on record by then keeps its files.
+        await asyncio.shield(self._copy(source, Path(saved["directory"]), session.tenant, data))
+        return path
+
+    async def _copy(self, source: Checkpoint, directory: Path, tenant: str, data: Mapping[str, Any]) -> None:
+        with self.room(tenant, str(directory), source.size_bytes):
             try:
                 await asyncio.to_thread(_link, Path(source.directory), directory)
-                await self.ledger.record("weights_copied", session.tenant, data)
+                await self.ledger.record("weights_copied", tenant, data)
             except BaseException:
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
-        return path
 
     async def adopt(
         self,

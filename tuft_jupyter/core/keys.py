@@ -7,6 +7,7 @@ It keeps the :class:`~tuft_jupyter.core.access.KeyRing` in step, which has the k
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from collections.abc import Mapping
@@ -117,12 +118,9 @@ class KeyBook:
             raise UserError(
                 f"key {key!r} was not issued here or is revoked, so it cannot be changed: create a new one"
             )
-        data = {"id": known[:ID_LENGTH], "digest": known, "expires": self._end(seconds)}
-        await self.ledger.record("key_changed", kept.tenant, data)
-        if known in self.ledger.state.revoked:  # meanwhile: it must not come back
+        await self._record("key_changed", kept.tenant, known, {"expires": self._end(seconds)})
+        if known in self.ledger.state.revoked:  # meanwhile: it did not come back
             raise UserError(f"key {key!r} was just revoked, so it cannot be changed: create a new one")
-        self.ring.admit(known, Principal(kept.tenant, kept.admin), kept.expires)
-        self.ring.expire()
         return next(each for each in self.listed(principal) if each.id == known[:ID_LENGTH])
 
     async def revoke(self, principal: Principal, key: str) -> None:
@@ -135,9 +133,27 @@ class KeyBook:
                 "this is the server's own key: remove $TUFT_HOME/credentials (or change TUFT_API_KEY) and restart"
             )
         if known not in self.ledger.state.revoked:
-            tenant = self._tenant(known) or principal.tenant
-            await self.ledger.record("key_revoked", tenant, {"id": known[:ID_LENGTH], "digest": known})
+            await self._record("key_revoked", self._tenant(known) or principal.tenant, known, {})
         self.ring.forget(known)
+
+    async def _record(self, kind: str, tenant: str, known: str, data: Mapping[str, Any]) -> None:
+        """Put a change of a key on record and bring the ring to it, also if who asked for it hangs up meanwhile."""
+        change = {"id": known[:ID_LENGTH], "digest": known, **data}
+        recording = asyncio.ensure_future(self.ledger.record(kind, tenant, change))
+        try:
+            await asyncio.shield(recording)
+        except asyncio.CancelledError:
+            recording.add_done_callback(lambda _: self._follow(known))
+            raise
+        self._follow(known)
+
+    def _follow(self, known: str) -> None:
+        kept = self.ledger.state.keys.get(known)
+        if known in self.ledger.state.revoked:
+            self.ring.forget(known)
+        elif kept is not None:
+            self.ring.admit(known, Principal(kept.tenant, kept.admin), kept.expires)
+            self.ring.expire()
 
     def _find(self, principal: Principal, key: str) -> str:
         """The digest of the key with this id; a foreign one and a missing one look the same."""

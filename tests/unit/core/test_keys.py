@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
-from tuft_jupyter.core.access import KeyRing
+from tests.support.world import until
+from tuft_jupyter.core.access import KeyRing, digest
 from tuft_jupyter.core.errors import Forbidden, NotFound, UserError
 from tuft_jupyter.core.journal import MemoryJournal
+from tuft_jupyter.core.journal_sqlite import SqliteJournal
 from tuft_jupyter.core.keys import KeyBook
 from tuft_jupyter.core.ledger import Ledger
 from tuft_jupyter.core.types import Principal, Record
@@ -159,3 +162,30 @@ def test_the_server_s_own_key_and_strange_wishes_are_refused_with_a_reason() -> 
             await book.book.expire(OWNER, own, 5)
 
     with_book(body)
+
+
+@pytest.mark.parametrize("wish", ["revoke", "expire"])
+def test_a_key_that_is_ended_on_record_is_refused_although_nobody_waited_for_it(
+    tmp_path: Path, wish: str
+) -> None:
+    """F18: whoever asked hung up while the disk was written, and the list says that the key is over."""
+
+    async def scenario() -> None:
+        ledger, ring = Ledger(SqliteJournal(tmp_path / "journal")), KeyRing()
+        book = KeyBook(ledger, ring, ("tml-server", OWNER), {})
+        await ledger.open()
+        key, kept = await book.create(OWNER, "bob")
+        ends = book.revoke(OWNER, kept.id) if wish == "revoke" else book.expire(OWNER, kept.id, 0.0)
+        asked = asyncio.ensure_future(ends)
+        await asyncio.sleep(0)
+        asked.cancel()
+        known = digest(key)
+        async with asyncio.timeout(10):
+            await until(lambda: known in ledger.state.revoked or ledger.state.keys[known].expires is not None)
+            for _ in range(10):
+                await asyncio.sleep(0)
+        with pytest.raises(Forbidden):
+            ring.principal(key)
+        await ledger.close()
+
+    asyncio.run(scenario())

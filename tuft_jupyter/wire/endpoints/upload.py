@@ -11,14 +11,14 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tuft_jupyter.core import adapters
 from tuft_jupyter.core.adapters import CONFIG, CONFIG_BYTES, WEIGHTS, Foreign
 from tuft_jupyter.core.checkpoints import check_name
 from tuft_jupyter.core.durable import sync, sync_all
 from tuft_jupyter.core.errors import UserError
-from tuft_jupyter.core.types import ModelCard, run_id
+from tuft_jupyter.core.types import ModelCard, Principal, run_id
 from tuft_jupyter.wire import unpack
 from tuft_jupyter.wire.endpoints.base import Call, Endpoints, Reply, checked_ttl, reply
 
@@ -37,16 +37,23 @@ class UploadEndpoints(Endpoints):
         card = await service.card(call.principal, base)
         if call.upload is None:
             raise UserError(f"the body is empty: {HOW}")
+        # Whoever sent it may hang up meanwhile: what is on record by then keeps its files.
+        return reply(await asyncio.shield(self._keep(call.principal, call.upload, card, name, ttl)))
+
+    async def _keep(
+        self, principal: Principal, archive: BinaryIO, card: ModelCard, name: str, ttl: float | None
+    ) -> dict[str, Any]:
+        service = self.service
         directory = service.checkpoints.root / uuid.uuid4().hex
         limit = card.max_rank or service.limits.max_rank
         try:
-            foreign, size = await asyncio.to_thread(receive, call.upload, directory, card, limit)
-            with service.checkpoints.room(call.principal.tenant, str(directory), size):
+            foreign, size = await asyncio.to_thread(receive, archive, directory, card, limit)
+            with service.checkpoints.room(principal.tenant, str(directory), size):
                 details = {"tags": ["upload"], "display_name": f"upload of {name}"}
-                session = await service.sessions.open(call.principal, details)
+                session = await service.sessions.open(principal, details)
                 run = run_id(session, 0)
                 path = await service.checkpoints.adopt(
-                    service.sessions.get(call.principal, session),
+                    service.sessions.get(principal, session),
                     run,
                     name,
                     card.name,
@@ -59,7 +66,7 @@ class UploadEndpoints(Endpoints):
             shutil.rmtree(directory, ignore_errors=True)
             raise
         told = {"tinker_path": path, "training_run_id": run, "base_model": card.name}
-        return reply({**told, "lora_rank": foreign.lora["rank"]})
+        return {**told, "lora_rank": foreign.lora["rank"]}
 
 
 def receive(archive: BinaryIO, directory: Path, base: ModelCard, max_rank: int) -> tuple[Foreign, int]:
