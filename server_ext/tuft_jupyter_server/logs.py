@@ -17,7 +17,7 @@ import time
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("tuft_request_id", default="")
 PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-QUIET = {"tornado.access": logging.WARNING, "tornado.general": logging.WARNING}
+QUIET = dict.fromkeys(("tornado.access", "tornado.general", "httpx", "httpcore"), logging.WARNING)
 
 
 def begin_request(given: str | None) -> str:
