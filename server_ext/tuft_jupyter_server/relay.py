@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import logging
+import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -70,6 +71,8 @@ class HubService:
         headers = {**options.pop("headers", {}), "X-API-Key": self.key, "Accept-Encoding": "identity"}
         try:
             async with _client().stream(method, self.address + path, headers=headers, **options) as answer:
+                if answer.has_redirect_location:
+                    raise Unreachable(self, f"it redirects to {answer.headers['Location']}")
                 yield answer
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unreachable(self, str(error) or type(error).__name__) from None
@@ -113,15 +116,21 @@ class HubService:
     async def _listen(self, path: str, heard: Callable[[bytes], None]) -> None:
         timeout = httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS)
         async with self.answer(path, timeout=timeout) as answer:
+            if answer.status_code != 200:
+                raise Unreachable(self, f"it answers {answer.status_code}")
             async for chunk in answer.aiter_raw():
                 heard(chunk)
 
 
 @functools.cache
 def _client() -> httpx.AsyncClient:
-    """One for all requests of this process. Each has a connection of its own: feeds stay open."""
+    """One for all requests of this process. Each has a connection of its own: feeds stay open.
+
+    Trusted is what kernels trust: what this machine or SSL_CERT_FILE vouches for.
+    """
     return httpx.AsyncClient(
         trust_env=False,
+        verify=ssl.create_default_context(),
         timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS, pool=None),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
     )
@@ -161,8 +170,9 @@ class RelayRead(LabRead):
                 self.detach().close()
                 return
             self.set_status(502)
+            self.set_header("Content-Type", JSON)
             self.write(json.dumps({"problem": problem.log_message, "message": problem.log_message}))
-        self.finish(set_content_type=self._headers.get("Content-Type", JSON))
+        self.finish(set_content_type=self._headers["Content-Type"])
 
 
 class RelayState(RelayRead):
@@ -223,7 +233,8 @@ class RelayCall(RelayRead):
         await self._call()
 
     async def _call(self) -> None:
-        headers = {name: self.request.headers[name] for name in ASKED if name in self.request.headers}
+        asked = self.request.headers
+        headers = {name: asked[name].encode("latin1") for name in ASKED if name in asked}  # as they came
         body = self.request.body or None
         await self.pass_on(path_there(self), method=self.request.method, headers=headers, content=body)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import ssl
+import subprocess
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -20,7 +23,8 @@ TOKENIZER = {
 
 
 class StubServer:
-    """Routes by ``METHOD /path`` below ``/api/v1``; each answers (status, JSON value, or text as HTML)."""
+    """Routes by ``METHOD /path`` below ``/api/v1``; each answers (status, JSON value or text: HTML, or where a 302
+    leads)."""
 
     def __init__(self, models: tuple[str, ...] = ("tuft/demo",), key: str = KEY) -> None:
         self.models = list(models)
@@ -31,6 +35,7 @@ class StubServer:
         self.backend: dict[str, Any] = {"installed": True, "detail": "torch is installed"}
         self.states: dict[str, dict[str, str]] = {}
         self.asked: list[tuple[str, str | None]] = []
+        self.scheme = "http"
         self.routes: dict[str, Callable[[dict[str, Any]], Answer]] = {
             "GET /healthz": lambda _: (200, {"status": "ok"}),
             "GET /get_server_capabilities": lambda _: (
@@ -81,7 +86,21 @@ class StubServer:
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    def speak_tls(self, directory: Path) -> str:
+        """From now on, with a certificate of its own that nobody vouches for; the certificate's file."""
+        key, certificate = str(directory / "key.pem"), str(directory / "cert.pem")
+        made = [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate,
+            "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
+        ]  # fmt: skip
+        subprocess.run(made, check=True, capture_output=True)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.scheme = "https"
+        return certificate
 
     def _handler(stub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
         class Handler(BaseHTTPRequestHandler):
@@ -107,6 +126,8 @@ class StubServer:
                     status, value = stub.routes[route](given)
                 text = value if isinstance(value, str) else json.dumps(value)
                 self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", text)
                 self.send_header("Content-Length", str(len(text.encode())))
                 self.end_headers()
                 self.wfile.write(text.encode())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import ssl
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,17 +167,10 @@ def test_a_certificate_that_nobody_vouches_for_is_what_is_said(
     server: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server of one's own often has one of one's own; the name in SSL_CERT_FILE mends it."""
-    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate]
-    named = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*made, *named], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
-    address = server.address.replace("http:", "https:")
-    assert "certificate there is not trusted here" in str(check(address, KEY))
+    certificate = server.speak_tls(tmp_path)
+    assert "certificate there is not trusted here" in str(check(server.address, KEY))
     monkeypatch.setenv("SSL_CERT_FILE", certificate)
-    assert check(address, KEY) == ["tuft/demo"]
+    assert check(server.address, KEY) == ["tuft/demo"]
 
 
 def test_a_base_url_of_the_user_s_own_is_respected(

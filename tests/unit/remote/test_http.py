@@ -1,12 +1,18 @@
-"""Servers elsewhere as HTTP sees them: what of the requests is logged."""
+"""Servers elsewhere as HTTP sees them: which of them are trusted, and what of the requests is logged."""
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.stub_server import StubServer
+from tuft_jupyter.engine.remote.http import Server
+from tuft_jupyter.engine.remote.tinker_client import KIND
 
 DOWNLOAD = """
 import asyncio, contextlib, sys
@@ -25,6 +31,28 @@ async def main():
 logs.configure("debug", "lines")
 asyncio.run(main())
 """
+
+
+def probed(address: str) -> bool:
+    async def probe() -> bool:
+        server = Server(KIND, address)
+        try:
+            return await server.probe()
+        finally:
+            await server.close()
+
+    return asyncio.run(probe())
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
+def test_a_server_elsewhere_is_trusted_as_kernels_trust_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StubServer() as there:
+        certificate = there.speak_tls(tmp_path)
+        assert not probed(there.address)
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        assert probed(there.address)
 
 
 def test_no_request_to_a_server_elsewhere_is_logged(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -204,7 +205,8 @@ class Server:
     def _http(self) -> httpx.AsyncClient:
         if self._client is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-            self._client = httpx.AsyncClient(trust_env=False, limits=limits)
+            trusted = ssl.create_default_context()  # by this machine or SSL_CERT_FILE, as in kernels
+            self._client = httpx.AsyncClient(trust_env=False, verify=trusted, limits=limits)
         return self._client
 
     def _headers(self, more: dict[str, str]) -> dict[str, str]:
