@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import shutil
 import time
 import uuid
@@ -279,8 +280,11 @@ def _pass_facts(task: Task, reply: Reply) -> dict[str, Any]:
             total += float(len(datum.tokens))
         else:
             total += float(abs(weight).sum() if weighed == "weights" else (weight != 0).sum())
-    facts = {"tokens": request.tokens, "weight_sum": total}
-    return facts | ({"loss_sum": metrics["loss:sum"]} if "loss:sum" in metrics else {})
+    facts = {"tokens": request.tokens}
+    loss = metrics.get("loss:sum")
+    if loss is None or not math.isfinite(loss):  # it diverged, or is not told: no number that could be kept
+        return facts
+    return facts | {"weight_sum": total, "loss_sum": loss}
 
 
 async def _outcome(task: Task, working: Awaitable[Outcome]) -> Outcome:
