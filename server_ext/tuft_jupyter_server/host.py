@@ -58,8 +58,6 @@ NO_BACKEND = (
     "no training backend is installed in the server's environment (missing: {missing}): run "
     'pip install "tuft-jupyter[backend]" there and restart the server'
 )
-
-
 EXPIRY_SECONDS = 0.5
 """How late a key's end may be noticed by a request that is parked."""
 
@@ -213,10 +211,12 @@ class Host:
         """True if it is worth trying again."""
         try:
             await self.service.start()
-        except TuftError as error:
-            if self.problem != error.message:
-                self.problem = error.message
-                log.error("tuft-jupyter is not serving: %s", error.message)
+        except Exception as error:  # whatever it is, nobody is told for ever that the journal is read
+            known = isinstance(error, TuftError)
+            problem = str(error) if known else f"it could not start ({type(error).__name__}: {error})"
+            if self.problem != problem:
+                self.problem = problem
+                log.error("tuft-jupyter is not serving: %s", problem, exc_info=not known)
             self._tried.set()
             return isinstance(error, Unavailable)
         self.problem = ""

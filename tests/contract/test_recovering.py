@@ -60,6 +60,25 @@ def test_while_the_journal_is_read_requests_wait_and_nothing_seems_to_be_gone(tm
     scenario(body)
 
 
+def test_a_journal_that_cannot_be_understood_is_the_reason_that_is_given(tmp_path: Path) -> None:
+    """Not that it is being read, for ever; and a notebook server goes on without us."""
+
+    async def body() -> None:
+        first = Server(tmp_path)
+        await first.host.start()
+        with pytest.raises(KeyError):  # it is durable, and no server can do anything with it
+            await first.host.ledger.record("op_done", "alice", {"request_id": "r", "run": "none"})
+        await stop(first)
+        second = Server(tmp_path)
+        await second.host.start()
+        refused = await second.ask("POST", "/create_session", {})
+        assert (refused.code, "it could not start (KeyError: 'none')" in refused.body.decode()) == (429, True)
+        assert "KeyError" in json.loads((await second.ask("GET", "/tuft/status")).body)["problem"]
+        await stop(second)
+
+    scenario(body)
+
+
 def test_a_second_server_names_the_first_and_takes_over_when_it_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -362,7 +362,15 @@ def _take_lock(path: Path) -> IO[str]:
     lock = path.with_name(path.name + ".lock").open("a+")  # held open on purpose
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if not isinstance(
+            error, BlockingIOError | PermissionError
+        ):  # a network file system without locks, say
+            lock.close()
+            raise Unavailable(
+                f"the journal {path} cannot be locked ({error.strerror}): choose a file on another file system "
+                "(persistence.file_path), or another TUFT_HOME"
+            ) from None
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.redis_server import RedisServer
+from tuft_jupyter.core import journal_sqlite
 from tuft_jupyter.core.errors import Overloaded, ServerError
 from tuft_jupyter.core.journal import Journal, MemoryJournal, ReadOnly, Unavailable
 from tuft_jupyter.core.journal_redis import RedisJournal
@@ -180,6 +182,19 @@ def test_a_second_server_on_the_same_file_is_refused_and_told_who_holds_it(tmp_p
         await second.close()
 
     asyncio.run(scenario())
+
+
+def test_a_file_system_without_locks_is_named_and_no_other_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Homes of clusters are often on one; there is no other server that could be stopped."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(journal_sqlite.fcntl, "flock", refused)
+    with pytest.raises(Unavailable, match=r"cannot be locked \(No locks available\).*persistence\.file_path"):
+        asyncio.run(SqliteJournal(tmp_path / "journal.sqlite").open(lambda _: None))
 
 
 def test_a_record_that_cannot_be_written_leaves_nothing_and_the_next_one_goes_on(tmp_path: Path) -> None:
