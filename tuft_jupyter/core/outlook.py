@@ -24,10 +24,9 @@ def outlook(service: Service, tenant: str | None) -> dict[str, Any]:
 
     Runs come without their curves, with their present numbers.
     """
-    shown = state_view(service.state, tenant)
+    shown = state_view(service.state, tenant, curves=False)
     shown.pop("n")  # it moves with other tenants' work
     for run in shown["runs"]:
-        run.pop("curve")
         run |= now(service, service.state.runs[run["id"]])
     return shown
 

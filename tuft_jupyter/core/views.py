@@ -9,7 +9,7 @@ from tuft_jupyter.core.state import Run, State
 from tuft_jupyter.core.types import Record
 
 
-def state_view(state: State, tenant: str | None = None) -> dict[str, Any]:
+def state_view(state: State, tenant: str | None = None, *, curves: bool = True) -> dict[str, Any]:
     """What the lab may show: plain JSON, of one tenant or (None) of everybody, without directories."""
 
     def mine(items: Iterable[Any]) -> list[Any]:
@@ -28,7 +28,7 @@ def state_view(state: State, tenant: str | None = None) -> dict[str, Any]:
             }
             for s in mine(state.sessions.values())
         ],
-        "runs": [_run_view(r) for r in mine(state.runs.values())],
+        "runs": [_run_view(r) | (_curve_view(r) if curves else {}) for r in mine(state.runs.values())],
         "samplers": [
             {
                 "id": s.id,
@@ -82,8 +82,11 @@ def _run_view(run: Run) -> dict[str, Any]:
         "kl_tokens": run.kl_tokens,
         "step_tokens": run.step_tokens,
         "passes": run.passes,
-        "curve": {name: list(values) for name, values in run.curve.items()},
     }
+
+
+def _curve_view(run: Run) -> dict[str, Any]:
+    return {"curve": {name: list(values) for name, values in run.curve.items()}}
 
 
 def record_view(record: Record) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from tuft_jupyter.core.state import Checkpoint, Run
@@ -35,10 +37,14 @@ class RestEndpoints(Endpoints):
             mine = [run for run in mine if self._project(run) == project]
         page = page_of(sorted(mine, key=lambda r: -r.created), call.query, 20)
         cursor = cursor_of(call.query, 20, len(mine))
-        return reply({"training_runs": [self._run(run) for run in page], "cursor": cursor})
+        saved: defaultdict[str, list[Checkpoint]] = defaultdict(list)
+        for checkpoint in self.service.checkpoints.mine(call.principal):  # once: both may be thousands
+            saved[checkpoint.run].append(checkpoint)
+        return reply({"training_runs": [self._run(run, saved[run.id]) for run in page], "cursor": cursor})
 
     async def get_run(self, call: Call) -> Reply:
-        return reply(self._run(self.service.runs.get(call.principal, call.path["run"])))
+        run = self.service.runs.get(call.principal, call.path["run"])
+        return reply(self._run(run, self.service.checkpoints.mine(Principal(run.tenant), run.id)))
 
     async def list_run_checkpoints(self, call: Call) -> Reply:
         run = self.service.runs.get(call.principal, call.path["run"])
@@ -87,8 +93,8 @@ class RestEndpoints(Endpoints):
         session = self.service.state.sessions.get(run.session)
         return (session.project_id if session else None) or NO_PROJECT
 
-    def _run(self, run: Run) -> dict[str, Any]:
-        saved = self.service.checkpoints.mine(Principal(run.tenant), run.id)
+    def _run(self, run: Run, saved: Sequence[Checkpoint]) -> dict[str, Any]:
+        """``saved``: its checkpoints, newest first."""
         last = {kind: next((c for c in saved if c.kind == kind), None) for kind in CheckpointKind}
         training, sampler = last[CheckpointKind.TRAINING], last[CheckpointKind.SAMPLER]
         return {
