@@ -142,11 +142,9 @@ class RedisJournal:
 
     async def _acquire(self) -> None:
         known = json.loads(self._marker.read_text()) if self._marker.is_file() else {}
-        milliseconds = int(LEASE_SECONDS * 1000)
+        wanted = int(LEASE_SECONDS * 1000), known.get("id", ""), uuid.uuid4().hex
         try:
-            answer = await self._run(
-                ACQUIRE, self._token, milliseconds, known.get("id", ""), uuid.uuid4().hex
-            )
+            answer = await self._run(ACQUIRE, self._token, *wanted)
         except Overloaded as silent:
             reason = silent.__cause__ or silent
             raise Unavailable(
@@ -175,7 +173,9 @@ class RedisJournal:
             self._marker.parent.mkdir(parents=True, exist_ok=True)
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._clock()))
             told = {"id": self._id, "redis": self.place, "namespace": self.namespace, "since": since}
-            self._marker.write_text(json.dumps(told, indent=2))
+            fresh = self._marker.with_suffix(".new")  # an empty mark would end every start
+            fresh.write_text(json.dumps(told, indent=2))
+            fresh.replace(self._marker)
 
     async def _look_at_durability(self) -> None:
         """Say how much of what Redis acknowledges it would still have after a crash of its machine."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
-import resource
 import shutil
 import sqlite3
 import subprocess
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.files import files_of_at_most
 from tests.support.redis_server import RedisServer
 from tuft_jupyter.core import journal_sqlite
 from tuft_jupyter.core.errors import Overloaded, ServerError
@@ -42,17 +41,6 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
         return lambda: SqliteJournal(tmp_path / "journal.sqlite")
     server: RedisServer = request.getfixturevalue("redis")
     return lambda: RedisJournal(server.url, tmp_path.name, tmp_path / "markers")
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """In this process no file can be made longer, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def line(i: int, blob: bytes | None = None) -> Record:

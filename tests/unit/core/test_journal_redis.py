@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import redis as client
 
+from tests.support.files import files_of_at_most
 from tests.support.redis_journals import journal, line, numbers
 from tests.support.redis_server import RedisServer
 from tuft_jupyter.core.errors import Overloaded, ServerError
@@ -119,6 +120,13 @@ def test_an_emptied_redis_is_never_taken_for_a_new_one(redis: RedisServer, tmp_p
     assert json.loads(markers[0].read_text())["namespace"] == "tuft"
     markers[0].unlink()
     assert asyncio.run(numbers(journal(redis, tmp_path))) == []
+
+
+def test_a_first_start_without_room_does_not_end_the_next_ones(redis: RedisServer, tmp_path: Path) -> None:
+    """F12: the mark that this machine leaves of a namespace is whole, or is not there."""
+    with files_of_at_most(0), pytest.raises(OSError, match="too large"):
+        asyncio.run(numbers(journal(redis, tmp_path, "no-room")))
+    assert asyncio.run(numbers(journal(redis, tmp_path, "no-room"))) == []
 
 
 @pytest.mark.parametrize(
