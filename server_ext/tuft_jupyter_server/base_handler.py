@@ -39,6 +39,7 @@ class BaseHandler(RequestHandler):
 
     def on_connection_close(self) -> None:
         """A client that went away is not waited for; an op it asked about goes on."""
+        super().on_connection_close()  # nor is the rest of its body
         if self._working is not None:
             self._working.cancel()
 

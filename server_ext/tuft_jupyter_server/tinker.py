@@ -146,6 +146,11 @@ class TinkerHandler(BaseHandler):
     async def delete(self, **parts: str) -> None:
         await self._serve_while_good(parts)
 
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        if self._spool is not None:
+            self._spool.break_off()
+
     def on_finish(self) -> None:
         super().on_finish()
         if self._spool is not None:

@@ -31,6 +31,7 @@ class Spool:
         self.limit = limit
         self.size = 0
         self._failed: OSError | None = None
+        self._whole = False
 
     def write(self, chunk: bytes) -> None:
         self.size += len(chunk)
@@ -41,7 +42,8 @@ class Spool:
                 self._failed = error
 
     def check(self, path: str) -> None:
-        """TooLarge if more came than ``path`` takes, ServerError if the disk did not take it."""
+        """When all has come: TooLarge if it is more than ``path`` takes, ServerError if the disk did not take it."""
+        self._whole = True
         if self.size > self.limit:
             raise TooLarge(
                 f"the body has {self.size} bytes or more, the limit of {path} is {self.limit}: "
@@ -52,6 +54,11 @@ class Spool:
                 f"the upload could not be kept ({self._failed.strerror}): "
                 "free space in checkpoint_dir, then send it again"
             )
+
+    def break_off(self) -> None:
+        """Nothing more comes; a part is of no use to anybody."""
+        if not self._whole:
+            self.close()
 
     def close(self) -> None:
         self.file.close()
@@ -103,6 +110,11 @@ class LabUpload(BaseHandler, APIHandler):
         """Have the body taken over, and answer."""
         query = {name: self.get_query_argument(name) for name in self.request.query_arguments}
         await self.answer(self.route, Call(self.host.owner, query=query, upload=spool.file))
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        if self._spool is not None:
+            self._spool.break_off()
 
     def on_finish(self) -> None:
         super().on_finish()

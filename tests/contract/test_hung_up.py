@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.archives import adapter
@@ -55,5 +56,30 @@ def test_a_checkpoint_that_is_on_record_has_its_files_although_nobody_waited_for
         on_record, on_disk = await settled(server)
         assert len(on_record) > 1
         assert on_disk == on_record
+
+    on_server(tmp_path, body)
+
+
+@pytest.mark.parametrize("path", ["/tuft/adapters?base_model=tuft/demo", "/forward_backward"])
+def test_a_body_that_breaks_off_leaves_nothing_open(tmp_path: Path, path: str) -> None:
+    """L7: no descriptor with what came of it on the disk, and nobody who waits for the rest."""
+
+    def held() -> tuple[int, int]:
+        return psutil.Process().num_fds(), len(asyncio.all_tasks())
+
+    async def body(server: Server) -> None:
+        await server.ask("GET", "/sessions")
+        before = held()
+        head = f"POST {ROOT}{path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {server.host.key}\r\n"
+        for _ in range(10):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(head.encode() + b"Content-Length: 200000\r\n\r\n" + bytes(100_000))
+            await writer.drain()
+            await asyncio.sleep(0.02)
+            writer.close()
+            await writer.wait_closed()
+        async with asyncio.timeout(20):
+            while held()[0] > before[0] or held()[1] > before[1]:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.05)
 
     on_server(tmp_path, body)

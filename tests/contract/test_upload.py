@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from examples.run_on_server import Kernel, Server
 from tests.support import http_server, peft_trip
 from tests.support.archives import adapter, packed
 from tests.support.http_server import BOB_KEY, on_server, refusal
-from tests.support.live import key_of
+from tests.support.live import key_of, until
 from tuft_jupyter.core.views import state_view
 from tuft_jupyter_server import tinker
 
@@ -116,6 +119,20 @@ def test_the_panel_uploads_under_jupyters_own_identity(alice: Server) -> None:
     assert "has rank 4" in told["detail"]
     for headers in ({}, {"X-API-Key": key_of(alice.work)}, {"Cookie": "_xsrf=x"}):
         assert ask_lab(alice, adapter(), **headers)[0] == 403
+
+
+def test_an_upload_of_the_panel_that_breaks_off_leaves_no_file_open(alice: Server) -> None:
+    """L7: what came of it takes no room on the disk any more."""
+    server, address = psutil.Process(alice.pid), urlsplit(alice.url)
+    alice.request("GET", "tuft/lab/state")
+    before = server.num_fds()
+    head = f"POST {address.path}tuft/lab/api/v1{WHERE} HTTP/1.1\r\nHost: {address.netloc}\r\n"
+    head += f"Authorization: token {alice.token}\r\nContent-Length: 200000\r\n\r\n"
+    for _ in range(10):
+        with socket.create_connection((address.hostname, address.port), 30) as connection:
+            connection.sendall(head.encode() + bytes(100_000))
+            time.sleep(0.1)
+    until(lambda: server.num_fds() < before + 5, 30, "what came is kept")
 
 
 @pytest.mark.timeout(300)
