@@ -152,7 +152,7 @@ class Host:
         self.journal = open_journal(settings)
         self.ledger = Ledger(self.journal, result_seconds=settings.persistence.future_ttl_seconds)
         self.keys = keys or KeyRing()
-        self.keys.token = self.tickets.credential
+        self.keys.token, self.keys.clock = self.tickets.credential, lambda: self.ledger.clock()
         given = {key: Principal(tenant) for key, tenant in settings.authorized_users.items()}
         self.keybook = KeyBook(self.ledger, self.keys, (self.key, self.owner), given)
         traced = tracing.begin("server")

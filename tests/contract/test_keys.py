@@ -215,3 +215,26 @@ def test_the_lab_makes_and_revokes_keys_under_jupyter_s_own_protection(alice: Ju
             urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
         assert refused.value.code in (403, 404), headers  # a foreign origin is told of no such page
     assert "eve" not in {key["tenant"] for key in alice.request("GET", LAB_KEYS)["keys"]}
+
+
+@pytest.mark.parametrize("jump", [86400.0, -86400.0])
+def test_a_clock_that_is_set_ends_no_key_and_makes_none_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """F18: a machine that slept, or was started with a wrong clock, counts the seconds of a new key from now on."""
+
+    async def body(server: Server) -> None:
+        async def made() -> str:
+            wish = {"tenant": "carol", "ttl_seconds": 60}
+            return str((await server.post("/tuft/keys", wish))["key"])
+
+        keys, wall = [await made()], time.time
+        monkeypatch.setattr(time, "time", lambda: wall() + jump)
+        keys.append(await made())
+        server.host.keys.expire()
+        assert [(await server.ask("GET", "/sessions", key=key)).code for key in keys] == [200, 200]
+        later = server.host.ledger.clock() + 61
+        monkeypatch.setattr(server.host.ledger, "clock", lambda: later)
+        assert [(await server.ask("GET", "/sessions", key=key)).code for key in keys] == [403, 403]
+
+    on_server(tmp_path, body)

@@ -80,7 +80,7 @@ class KeyRing:
     ) -> None:
         self._active: dict[bytes, ActiveKey] = {}
         self.token = token
-        self._clock = clock
+        self.clock = clock
         self._blind = secrets.token_bytes(32)
 
     def add(self, key: str, principal: Principal) -> None:
@@ -112,7 +112,7 @@ class KeyRing:
 
     def expire(self) -> None:
         """Forget the keys whose time has come."""
-        now = self._clock()
+        now = self.clock()
         for found in list(self._active.values()):
             if found.expires is not None and found.expires <= now:
                 self.forget(found.digest)
@@ -140,7 +140,7 @@ class KeyRing:
         if found is None and self.token is not None and key.startswith(TOKEN_PREFIX):
             known = self.token(key, [one.digest for one in self._active.values()])
             found = self._active.get(self._name(known or ""))
-        if found is None or (found.expires is not None and found.expires <= self._clock()):
+        if found is None or (found.expires is not None and found.expires <= self.clock()):
             raise Forbidden("Invalid API key: it is unknown to this server, revoked or expired")
         return found
 
