@@ -133,6 +133,9 @@ class Metrics:
         for run in state.runs.values():
             tokens[run.tenant] += run.tokens
             engine[run.tenant] += run.engine_ms / 1e3  # type: ignore[assignment]
+        for tenant, past in state.past.items():  # a counter that falls is taken for one that began anew
+            tokens[tenant] += past.tokens
+            engine[tenant] += past.engine_ms / 1e3  # type: ignore[assignment]
         for sums in state.sampled.values():
             sampled[sums.tenant] += sums.tokens
         for checkpoint in state.checkpoints.values():

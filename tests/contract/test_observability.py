@@ -63,6 +63,28 @@ def test_metrics_count_what_was_done_for_whom_and_how_it_ended(tmp_path: Path) -
     on_server(tmp_path, body)
 
 
+def test_what_a_tenant_used_counts_on_when_its_runs_leave_the_record(tmp_path: Path) -> None:
+    """A counter that falls would be taken for one of a new server, and all of it for used just now."""
+    names = ("tuft_trained_tokens_total", "tuft_engine_busy_seconds_total")
+
+    async def before(server: Server) -> None:
+        ledger, run = server.host.ledger, await server.new_run(BOB_KEY)
+        over = await server.post("/unload_model", {"model_id": run}, BOB_KEY)
+        await server.post("/retrieve_future", {"request_id": over["request_id"]}, BOB_KEY)
+        ledger.state.runs[run].tokens = 5
+        used = [(await scraped(server))[name, ("bob",)] for name in names]
+        assert min(used) > 0
+        await ledger.record("forgotten", "bob", {"runs": [run], "samplers": [], "sessions": []})
+        assert [(await scraped(server))[name, ("bob",)] for name in names] == used
+        await ledger.compact()
+
+    async def after(server: Server) -> None:
+        assert (await scraped(server))[names[0], ("bob",)] == 5
+
+    on_server(tmp_path, before)
+    on_server(tmp_path, after)
+
+
 UNITS = ("_seconds", "_bytes")
 COUNTED = (
     "_ops",

@@ -129,6 +129,14 @@ class Sampled:
 
 
 @dataclass(slots=True)
+class Past:
+    """What runs of a tenant used that are not on record any more."""
+
+    tokens: int = 0
+    engine_ms: float = 0.0
+
+
+@dataclass(slots=True)
 class State:
     """Everything the journal tells, keyed by id. ``n`` is the last record applied."""
 
@@ -144,6 +152,8 @@ class State:
     """request id -> servers that began it after the one that accepted it had ended, while it has no outcome"""
     sampled: dict[str, Sampled] = field(default_factory=dict)
     """by tenant, session, base model and hour"""
+    past: dict[str, Past] = field(default_factory=dict)
+    """by tenant"""
     keys: dict[str, IssuedKey] = field(default_factory=dict)
     revoked: set[str] = field(default_factory=set)
     """digests of keys that are not accepted any more"""

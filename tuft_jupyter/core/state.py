@@ -40,6 +40,7 @@ from tuft_jupyter.core.objects import (
     CURVE_COLUMNS,
     Checkpoint,
     IssuedKey,
+    Past,
     Run,
     Sampled,
     Sampler,
@@ -305,6 +306,9 @@ def _forgotten(state: State, record: Record, data: Mapping[str, Any]) -> None:
         run = state.runs.pop(name, None)
         if run is None:
             continue
+        past = state.past.setdefault(run.tenant, Past())
+        past.tokens += run.tokens
+        past.engine_ms += run.engine_ms
         for time, tokens in zip(run.curve["time"], run.curve["tokens"], strict=True):
             hour = (time or 0.0) // HOUR * HOUR
             _sums(state, run.tenant, run.session, run.base_model, hour).trained += int(tokens or 0)
