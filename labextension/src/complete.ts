@@ -76,6 +76,7 @@ export async function* complete(
       yield { text: '', finish: null, tokens: usage.completion_tokens };
     }
   }
+  throw new Error('the answer broke off');
 }
 
 /** The data of server-sent events (WHATWG HTML, section 9.2), as they come. */

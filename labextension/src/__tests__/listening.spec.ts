@@ -17,12 +17,14 @@ function said(content: string, finish_reason: string | null = null): unknown {
   return { choices: [{ index: 0, delta: { content }, finish_reason }] };
 }
 
-/** What a panel is told in the end, of a server that sends `events` and hangs up. */
+/** What a panel is told in the end, of a server that sends `events`, says that this was all, and hangs up. */
 async function heard(...events: unknown[]): Promise<[IAnswer, unknown]> {
-  const sent = events.map(event =>
-    new TextEncoder().encode(`data: ${JSON.stringify(event)}\n\n`)
-  );
-  sent.push(new TextEncoder().encode('data: [DONE]\n\n'));
+  return told(...events.map(event => JSON.stringify(event)), '[DONE]');
+}
+
+/** The same, of one that sends just these lines. */
+async function told(...lines: string[]): Promise<[IAnswer, unknown]> {
+  const sent = lines.map(line => new TextEncoder().encode(`data: ${line}\n\n`));
   const reader = {
     read: async () => ({ done: !sent.length, value: sent.shift() }),
     cancel: async () => undefined
@@ -64,6 +66,14 @@ describe('an answer that is listened to', () => {
       usage: { completion_tokens: 8 }
     });
     expect(answer).toMatchObject({ tokens: 8, state: 'cut' });
+  });
+
+  it('has failed, and is not done, when the server hangs up before its end', async () => {
+    const [answer] = await told(JSON.stringify(said('Because of')));
+    expect(answer).toMatchObject({
+      text: 'the answer broke off',
+      state: 'failed'
+    });
   });
 
   it('counts pieces where nobody counts tokens', async () => {
