@@ -38,7 +38,8 @@ log = logging.getLogger("tuft_jupyter.relay")
 
 API = {TINKER: "/api/v1", OPENAI: "/oai/api/v1"}
 """Below what a path of the lab is found at the service."""
-ASKED, ANSWERED = ("Content-Type", "Accept"), {"content-type", "content-disposition", "retry-after"}
+ASKED = ("Content-Type", "Accept")
+ANSWERED = {"content-type", "content-disposition", "retry-after", "cache-control", "x-accel-buffering"}
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 3600.0
 SILENT_SECONDS = 60.0
 """The service tells its load each second: one that says nothing for so long is gone."""
@@ -188,6 +189,8 @@ class RelayExport(LabExport):
 
     async def columns(self, run: str) -> dict[str, list[float | None]] | None:
         answer = await self.service.ask(f"/api/v1/tuft/runs/{quote(run, safe='')}/curve")
+        if answer.status_code not in (200, 404):
+            raise web.HTTPError(answer.status_code, _words(answer))
         return answer.json()["columns"] if answer.status_code == 200 else None
 
 
@@ -256,6 +259,14 @@ class RelayUpload(LabUpload):
         answer = await self.service.ask(path_there(self), "POST", headers=headers, content=chunks())
         self.set_status(answer.status_code)
         self.finish(answer.content, set_content_type=answer.headers.get("Content-Type", JSON))
+
+
+def _words(answer: httpx.Response) -> str:
+    """Why the service refuses, as it says itself."""
+    try:
+        return str(answer.json()["detail"])
+    except (ValueError, KeyError, TypeError):  # a proxy's page
+        return answer.reason_phrase
 
 
 def path_there(handler: web.RequestHandler) -> str:

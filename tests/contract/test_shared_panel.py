@@ -104,6 +104,14 @@ def test_the_panel_hears_at_once_what_happens_there(service: str, carol: Server)
     assert "log" not in heard
 
 
+def test_no_proxy_is_to_hold_back_what_comes_bit_by_bit(carol: Server) -> None:
+    """nginx before a Hub gathers an answer until it has ended, unless it is told not to."""
+    status, headers, body = plain(carol, "GET", f"{PREFIX}/tuft/feed?wait=1")
+    assert (status, headers["Content-Type"]) == (200, "text/event-stream")
+    assert body.startswith(b"data: {")
+    assert (headers["X-Accel-Buffering"], headers["Cache-Control"]) == ("no", "no-store")
+
+
 def test_a_panel_that_is_closed_is_not_listened_for_any_longer(service: str, carol: Server) -> None:
     """L7: no connection to the service stays."""
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tornado.web import HTTPError
 
 from tests.support.stub_server import KEY, StubServer
 from tuft_jupyter_server import relay
-from tuft_jupyter_server.relay import HubService, Unreachable
+from tuft_jupyter_server.relay import HubService, RelayExport, Unreachable
 
 
 @pytest.fixture
@@ -63,3 +64,16 @@ def test_only_a_feed_is_passed_on_as_one(service: StubServer, caplog: pytest.Log
     assert "answers 503" in caplog.text
     service.routes["GET /tuft/feed"] = lambda _: (200, 'data: {"n": 1}\n\ndata: {"n": 2}\n\n')
     assert heard(service) == [b'{"n": 1}', b'{"n": 2}']
+
+
+def test_a_curve_that_cannot_be_had_now_is_not_said_to_be_none(service: StubServer) -> None:
+    export = RelayExport.__new__(RelayExport)
+    export.service = HubService(service.address, KEY)
+    service.routes["GET /tuft/runs/r/curve"] = lambda _: (429, {"detail": "reading the journal"})
+    with pytest.raises(HTTPError, match=r"\(reading the journal\)$") as refused:
+        asyncio.run(export.columns("r"))
+    assert refused.value.status_code == 429
+    service.routes["GET /tuft/runs/r/curve"] = lambda _: (404, {"detail": "does not exist"})
+    assert asyncio.run(export.columns("r")) is None
+    service.routes["GET /tuft/runs/r/curve"] = lambda _: (200, {"columns": {"step": [1]}})
+    assert asyncio.run(export.columns("r")) == {"step": [1]}
