@@ -6,8 +6,8 @@ service. Tokens are not stored, so a client simply goes on after a restart of th
 its groups choose the limits, and its admins may see and stop what belongs to others. Admins may also issue keys.
 
 Promises: a token that the Hub no longer knows is refused after :attr:`HubKeys.max_age` seconds at most, also while a
-request with it is waiting; while the Hub cannot be reached, tokens that it confirmed in the last five minutes stay
-valid.
+request with it is waiting; while the Hub cannot be reached, or takes longer than :data:`SILENT_SECONDS`, tokens that it
+confirmed in the last five minutes stay valid.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ log = logging.getLogger("tuft_jupyter.hub")
 ADMIN_SCOPE = "custom:tuft:admin"
 GRACE_SECONDS = 300.0
 """How long tokens that the Hub confirmed stay valid while it cannot be reached."""
+SILENT_SECONDS = 3.0
+"""How long the Hub may take to confirm one of those again; and it is left alone as long after it took longer."""
 REFUSED_SECONDS = 5.0
 REMEMBERED = 10_000
 
@@ -144,6 +146,8 @@ class HubKeys(KeyRing):
         self._grouped: OrderedDict[str, float] = OrderedDict()
         """tenant with a key that was issued here -> when the Hub last told its groups"""
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._silent = -1e9
+        """when the Hub last did not answer about a token that it had vouched for"""
 
     async def authenticate(self, key: str | None) -> ActiveKey:
         known = digest(key or "")
@@ -159,7 +163,7 @@ class HubKeys(KeyRing):
                     await self._group(found.principal)
                     return self.active(key)
         token, since = self._vouched.get(known, ((key or "").removeprefix(KEY_PREFIX), -1e9))
-        if self._now() - since > self.max_age:
+        if self._stale(since):
             await self._ask(known, self._learn(known, token))
         return self.active(key)
 
@@ -167,8 +171,7 @@ class HubKeys(KeyRing):
         """Ask the Hub anew about tokens under which something is being served; for ever."""
         while True:
             await asyncio.sleep(min(1.0, self.max_age / 2))
-            now = self._now()
-            stale = [(k, token) for k, (token, since) in self._vouched.items() if now - since > self.max_age]
+            stale = [(k, token) for k, (token, since) in self._vouched.items() if self._stale(since)]
             for known, token in stale:
                 if self.serving(known):
                     try:
@@ -177,6 +180,12 @@ class HubKeys(KeyRing):
                         log.warning("%s", error.message)
                     except Exception:  # one that ended this loop would keep every token good that is in use
                         log.exception("JupyterHub could not be asked about a token")
+
+    def _stale(self, since: float) -> bool:
+        """Whether the Hub, which vouched for a token then, is to be asked again."""
+        now = self._now()
+        left_alone = now - self._silent < SILENT_SECONDS and now - since < GRACE_SECONDS
+        return now - since > self.max_age and not left_alone
 
     async def _ask(self, about: str, question: Coroutine[Any, Any, None]) -> None:
         """One question at a time about each token or tenant, however many requests come with it."""
@@ -203,11 +212,14 @@ class HubKeys(KeyRing):
 
     async def _learn(self, known: str, token: str) -> None:
         now = self._now()
+        grace = now - self._vouched.get(known, ("", -1e9))[1] < GRACE_SECONDS
         try:
-            user = await self.hub.user(token)
+            async with asyncio.timeout(SILENT_SECONDS if grace else None):
+                user = await self.hub.user(token)
         except OSError as error:
-            if now - self._vouched.get(known, ("", -1e9))[1] < GRACE_SECONDS:
-                log.warning("%s; a user it vouched for before goes on", error)
+            if grace:
+                self._silent = self._now()
+                log.warning("%s; a user it vouched for before goes on", str(error) or "JupyterHub is silent")
                 return
             raise Overloaded(f"{error}: wait until it is back", 5.0) from None
         if user is None:

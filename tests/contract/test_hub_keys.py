@@ -138,3 +138,21 @@ def test_a_page_in_the_hub_s_place_vouches_for_nobody_and_is_no_failure_of_ours(
         assert await feed.ends()
 
     on_service(body)
+
+
+def test_a_hub_that_hangs_does_not_hang_those_it_vouched_for(on_service: OnService) -> None:
+    """One request waits three seconds and the next ones not at all, where each would have waited for twenty."""
+
+    async def body(server: Server, hub: StubHubApi) -> None:
+        assert (await server.ask("GET", "/sessions", key=STUDENT)).code == 200
+        hub.hangs = True
+        await asyncio.sleep(0.6)
+        async with asyncio.timeout(15):
+            for _ in range(20):
+                assert (await server.ask("GET", "/sessions", key=STUDENT)).code == 200
+        hub.hangs = False
+        feed = await Feed.of(server, "/tuft/feed", STUDENT)
+        del hub.users["57d"]
+        assert await feed.ends()
+
+    on_service(body)

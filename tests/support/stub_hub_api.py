@@ -5,6 +5,7 @@ The real one: tests/contract/test_jupyterhub.py. This one can change its mind be
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +30,15 @@ class User:
 
 
 class StubHubApi:
-    """``users`` by their tokens; ``page``, where it is set, comes in place of every answer, as from a proxy."""
+    """``users`` by their tokens; ``page``, where it is set, comes in place of every answer, as from a proxy.
+
+    Nothing is answered while ``hangs``.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.users: dict[str, User] = {}
         self.page = ""
+        self.hangs = False
         socket, port = bind_unused_port()
         self._socket = socket
         for name, value in (
@@ -48,7 +53,9 @@ class StubHubApi:
         api = self
 
         class Answer(RequestHandler):
-            def get(self, name: str = "") -> None:
+            async def get(self, name: str = "") -> None:
+                while api.hangs:  # noqa: ASYNC110 - until the test says so
+                    await asyncio.sleep(0.05)
                 if api.page:
                     self.finish(api.page)
                 elif name:
