@@ -51,7 +51,8 @@ class Unreachable(web.HTTPError):
     """The service does not answer; the panel shows the reason (``problem``)."""
 
     def __init__(self, service: HubService, why: object) -> None:
-        super().__init__(502, f"the Hub's fine-tuning service at {service.address} cannot be reached: {why}")
+        self.problem = f"the Hub's fine-tuning service at {service.address} cannot be reached: {why}"
+        super().__init__(502, self.problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,10 @@ class RelayRead(LabRead):
         with contextlib.suppress(asyncio.CancelledError):
             await self._passing
 
+    def its_own(self, answer: httpx.Response) -> bool:
+        """Whether an answer is for the browser, and not a sign that there is no service now."""
+        return True
+
     def on_connection_close(self) -> None:
         super().on_connection_close()
         if self._passing is not None:
@@ -158,6 +163,9 @@ class RelayRead(LabRead):
     async def _pass_on(self, path: str, **options: Any) -> None:
         try:
             async with self.service.answer(path, **options) as answer:
+                if not self.its_own(answer):
+                    await answer.aread()
+                    raise Unreachable(self.service, f"it answers {answer.status_code}: {_words(answer)}")
                 self.set_status(answer.status_code)
                 for name in ANSWERED & answer.headers.keys():
                     self.set_header(name, answer.headers[name])
@@ -166,13 +174,13 @@ class RelayRead(LabRead):
                     await self.flush()  # the next one is read when this one has left
         except StreamClosedError:  # nobody is there any more
             return
-        except Unreachable as problem:
+        except Unreachable as error:
             if self._headers_written:  # what was cut off must not look whole
                 self.detach().close()
                 return
             self.set_status(502)
             self.set_header("Content-Type", JSON)
-            self.write(json.dumps({"problem": problem.log_message, "message": problem.log_message}))
+            self.write(json.dumps({"problem": error.problem, "message": error.problem}))
         self.finish(set_content_type=self._headers["Content-Type"])
 
 
@@ -181,6 +189,10 @@ class RelayState(RelayRead):
     @authorized
     async def get(self) -> None:
         await self.pass_on("/api/v1/tuft/state?tenant=*")
+
+    def its_own(self, answer: httpx.Response) -> bool:
+        """From anything else the panel would take it that this server is away, or not set up."""
+        return answer.status_code in (200, 401, 403)
 
 
 class RelayExport(LabExport):

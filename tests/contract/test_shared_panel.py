@@ -22,6 +22,7 @@ import websocket
 from examples.run_on_server import Server
 from tests.support.archives import adapter
 from tests.support.live import ask, environment, until
+from tests.support.stub_server import StubServer
 
 CAROL, BOB = "carol-s-token", "bob-s-token"
 PREFIX = "tuft/lab/api/v1"
@@ -240,6 +241,23 @@ def test_a_service_that_is_away_is_named_and_the_notebook_server_runs(tmp_path: 
         assert status == 502, "503 says that this server is not set up"
         assert "http://127.0.0.1:9/services/tuft cannot be reached" in json.loads(body)["problem"]
         assert server.request("GET", "api/status")["kernels"] == 0
+
+
+def test_a_service_that_is_not_ready_is_what_the_panel_shows(tmp_path: Path) -> None:
+    """Not that the notebook server is to be started: the Hub's proxy answers 503 for a service that is down."""
+    with StubServer(key=f"tml-{CAROL}") as there, own_server(tmp_path, there.address) as server:
+        for answer, said in (
+            ((503, "<html>Service Unavailable</html>"), "it answers 503: Service Unavailable"),
+            (
+                (404, "<html>Jupyter has lots of moons, but this is not one</html>"),
+                "it answers 404: Not Found",
+            ),
+            ((429, {"detail": "not ready yet: 50% of the journal"}), "not ready yet: 50% of the journal"),
+        ):
+            there.routes["GET /tuft/state"] = lambda _, answer=answer: answer
+            status, headers, body = plain(server, "GET", "tuft/lab/state")
+            assert (status, headers["Content-Type"]) == (502, "application/json")
+            assert json.loads(body)["problem"].endswith(said)
 
 
 def test_a_feed_ends_with_the_service_so_that_the_panel_asks_anew(tmp_path: Path) -> None:
