@@ -3,7 +3,7 @@
     import tuft_jupyter
 
     tuft_jupyter.init("tuft/demo")
-    training = tuft_jupyter.create_training_client(rank=8)     # the stock Tinker SDK's TrainingClient
+    training = tuft_jupyter.create_training_client(rank=8).result()  # the stock Tinker SDK's TrainingClient
 
 or, in a notebook, ``%tuft init``. Importing this package imports nothing heavy: no torch, ray, tornado,
 transformers or tinker, each of which is loaded by the first call that needs it.

@@ -86,7 +86,7 @@ export function strangerSentence(
         yours.slice(0, NAMED).join(', ')
       )
     : trans.__(
-        '“%1” is no run of yours, and there is none yet; tuft_jupyter.create_training_client(rank=8) starts one.',
+        '“%1” is no run of yours, and there is none yet; tuft_jupyter.create_training_client(rank=8).result() starts one.',
         run
       );
 }

@@ -64,7 +64,7 @@ def find(client: Client, name: str | None) -> dict[str, Any]:
     if not known:
         raise TuftConnectionError(
             f"There is no run of yours at {client.address} yet; "
-            "tuft_jupyter.create_training_client(rank=8) starts one."
+            "tuft_jupyter.create_training_client(rank=8).result() starts one."
         )
     listed = ", ".join(short(run["id"]) for run in (matching or known)[:5])
     what = f"{name!r} could be any of" if matching else f"{name!r} is no run of yours; you have"

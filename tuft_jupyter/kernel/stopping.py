@@ -148,12 +148,14 @@ class Stopping:
 
 
 def training_clients() -> list[Any]:
-    """Every training client of the SDK in this process, whoever made it."""
+    """Every training client of the SDK in this process, whoever made it; not the futures that stand in for one."""
     module = sys.modules.get("tinker.lib.public_interfaces.training_client")
     if module is None:
         return []
     kinds = {module.TrainingClient, *module.TrainingClient.__subclasses__()}
-    return [found for found in gc.get_objects() if type(found) in kinds]
+    objects = [found for found in gc.get_objects() if type(found) in kinds]
+    # SDK 0.38's future of a client is of a subclass too, and counts nothing itself; nor does a client half made.
+    return [found for found in objects if "_turn_counter" in vars(found)]
 
 
 def made(client: Any) -> int:

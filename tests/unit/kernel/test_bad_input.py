@@ -154,7 +154,7 @@ def a_run_of_somebody_else(world: World) -> Asked:
     """S1-34: what is not yours is not there."""
     shown = {"version": "v", "runs": [], "checkpoints": []}
     world.server.routes["GET /tuft/outlook"] = lambda _: (200, shown)
-    says = ("no run of yours", "tuft_jupyter.create_training_client(rank=8) starts one")
+    says = ("no run of yours", "tuft_jupyter.create_training_client(rank=8).result() starts one")
     return Asked(says, "resume 6f1c2a52:0", None, ("export", "6f1c2a52:0"))
 
 

@@ -14,7 +14,7 @@ from tuft_jupyter.kernel.errors import TuftConnectionError, in_a_sentence
 from tuft_jupyter.kernel.report import Grid, Table, ago, number
 
 COLUMNS = ("run", "base model", "state", "step", "loss", "tokens/s", "last request")
-NONE = "tuft_jupyter.create_training_client(rank=8) starts one"
+NONE = "tuft_jupyter.create_training_client(rank=8).result() starts one"
 HERE = "in this notebook: training = %tuft resume RUN"
 
 
@@ -132,6 +132,7 @@ RESUME = Command(
     "newest saved state.",
     example="training = %tuft resume 6f1c2a52:0",
     complete=_known,
+    returns=True,
 )
 WHY = Command(
     "why",

@@ -10,7 +10,7 @@ import traitlets
 from tuft_jupyter.kernel import continuity
 from tuft_jupyter.kernel.report import number
 from tuft_jupyter.kernel.widgets.downsampling import downsampled
-from tuft_jupyter.kernel.widgets.live import Live, Watcher, asset, script
+from tuft_jupyter.kernel.widgets.live import Live, Watcher, asset, name_of, script
 
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens")
 POINTS = 4000
@@ -90,6 +90,5 @@ class LossCurve(Live):
             columns.setdefault(name, []).extend(values)
 
     def _id_of(self, run: Any) -> str:
-        name = getattr(run, "model_id", run)
-        found: str = continuity.find(self.client, str(name))["id"]
+        found: str = continuity.find(self.client, name_of(run))["id"]
         return found

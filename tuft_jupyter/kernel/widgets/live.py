@@ -49,6 +49,12 @@ def script(name: str, *libraries: str) -> str:
         ) from None
 
 
+def name_of(run: Any) -> str:
+    """A run's name, or that of a training client's run, also where the client is still a future of the SDK's."""
+    client = run.result() if hasattr(type(run), "result") else run
+    return str(getattr(client, "model_id", client))
+
+
 class Live(anywidget.AnyWidget):
     """A view that is kept up to date. ``client`` is asked from the widget's own thread."""
 
@@ -87,7 +93,8 @@ class Live(anywidget.AnyWidget):
 
     def close(self) -> None:
         """Stop watching and take the view away."""
-        self._closing.set()
+        if hasattr(self, "_closing"):  # not where wrong arguments ended __init__
+            self._closing.set()
         super().close()
 
     def _watch(self) -> None:

@@ -12,7 +12,7 @@ import traitlets
 from tuft_jupyter.kernel import continuity
 from tuft_jupyter.kernel.answers import Drawing, answer
 from tuft_jupyter.kernel.client import Refused, Unreachable
-from tuft_jupyter.kernel.widgets.live import Live, Watcher, script
+from tuft_jupyter.kernel.widgets.live import Live, Watcher, name_of, script
 
 PIECES_SECONDS = 0.1
 """Text is gathered for this long before it is sent."""
@@ -37,8 +37,8 @@ class Playground(Live):
         super().__init__(**traits)
         self._watcher = Watcher(self.client)
         self._stopping = threading.Event()
-        named = [models] if isinstance(models, str) or hasattr(models, "model_id") else list(models)
-        chosen = [str(getattr(model, "model_id", model)) for model in named]
+        one = isinstance(models, str) or not isinstance(models, Iterable)
+        chosen = [name_of(model) for model in ([models] if one else models)]
         self.models = chosen or [each["name"] for each in self._offered(0.0) if each["first"]]
 
     def look(self, patience: float) -> dict[str, Any]:

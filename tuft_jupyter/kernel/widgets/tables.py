@@ -7,7 +7,7 @@ from typing import Any
 import traitlets
 
 from tuft_jupyter.kernel import continuity
-from tuft_jupyter.kernel.widgets.live import Live, Watcher, script
+from tuft_jupyter.kernel.widgets.live import Live, Watcher, name_of, script
 
 RUN_FIELDS = (
     "id",
@@ -54,7 +54,7 @@ class CheckpointTable(Live):
     def __init__(self, run: Any = None, **traits: Any) -> None:
         super().__init__(**traits)
         if run is not None:
-            self.run = continuity.find(self.client, str(getattr(run, "model_id", run)))["id"]
+            self.run = continuity.find(self.client, name_of(run))["id"]
         self._watcher = Watcher(self.client)
 
     def look(self, patience: float) -> dict[str, Any]:
