@@ -290,7 +290,7 @@ class Runs:
         if not 1 <= rank <= limit:
             raise UserError(
                 f"lora_config.rank: {rank} is outside 1..{limit}, the limit for {card.name} on this server "
-                "(max_lora_rank): choose a smaller rank"
+                "(max_lora_rank): choose one of those"
             )
         seed = lora.get("seed")
         flags = {name: bool(lora.get(name, True)) for name in ("train_attn", "train_mlp", "train_unembed")}
