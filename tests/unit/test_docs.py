@@ -91,6 +91,14 @@ def test_every_command_and_option_is_documented(prefix: str, parser: argparse.Ar
     assert not [name for name in options if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", COMMANDS)]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_every_line_of_tuft_in_a_cell_can_be_typed_as_it_stands(page: Path) -> None:
+    """With the comment behind it, as in the first lines of the README."""
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for line in re.findall(r"(?<!%)%tuft (.+)", block):
+            assert magic.parser().parse_args(magic.split("%tuft", line)).verb
+
+
 def test_every_command_of_the_panel_has_its_equal_in_code() -> None:
     """S1-64: a table row for each, and what the panel calls is a route of the table that keys may use as well."""
     source = ROOT / "labextension" / "src"

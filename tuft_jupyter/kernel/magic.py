@@ -9,16 +9,19 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
+from IPython.display import display
 
 from tuft_jupyter.kernel import training_cell
 from tuft_jupyter.kernel.commands.command import Text
 from tuft_jupyter.kernel.commands.table import COMMANDS
 from tuft_jupyter.kernel.errors import TuftConnectionError
 
+_COMMENT = re.compile(r"(?<!\S)#")
 _QUESTION = re.compile(r"^(\s*)%tuft\s+(sample\s.*\?)\s*$")
 VERBS = {command.name: command for command in COMMANDS}
 
@@ -60,7 +63,10 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def split(magic: str, line: str) -> list[str]:
-    """The words of a line, as a shell reads them."""
+    """The words of a line, as a shell reads them: a ``#`` that begins a word outside quotation begins a comment."""
+    for comment in _COMMENT.finditer(line):
+        with suppress(ValueError):  # an open quotation before it: the # belongs to a prompt
+            return shlex.split(line[: comment.start()])
     try:
         return shlex.split(line)
     except ValueError as error:
@@ -68,7 +74,10 @@ def split(magic: str, line: str) -> list[str]:
 
 
 def run(line: str) -> Any:
-    """Carry out one ``%tuft`` line; returns what the cell shows, None where progress was shown already."""
+    """Carry out one ``%tuft`` line and show what it found, wherever in a cell the line stands.
+
+    Returns what is meant for the program, a training client, else None.
+    """
     words = split("%tuft", line)
     if words and not words[0].startswith("-") and words[0] not in VERBS:
         near = get_close_matches(words[0], VERBS, n=1)
@@ -79,14 +88,16 @@ def run(line: str) -> Any:
             [word.replace("model=", "--model=", 1) if word.startswith("model=") else word for word in words]
         )
     except _Help as text:
-        return Text(str(text))
+        return display(Text(str(text)))
     if unknown:
         raise TuftConnectionError(
             f"unrecognized arguments: {' '.join(unknown)}; `%tuft {arguments.verb or ''} --help` lists what it takes."
         )
     if arguments.verb is None:
-        return Text(parser().format_help())
-    return VERBS[arguments.verb].run(arguments)
+        return display(Text(parser().format_help()))
+    command = VERBS[arguments.verb]
+    found = command.run(arguments)
+    return found if command.returns or found is None else display(found)
 
 
 @magics_class

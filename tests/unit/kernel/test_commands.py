@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from tests.support.stub_server import KEY, StubServer
-from tuft_jupyter.kernel.commands.serving import PANEL_COMMAND
+from tuft_jupyter.kernel.commands.serving import OPEN, PANEL_COMMAND
 from tuft_jupyter.kernel.commands.table import COMMANDS
 from tuft_jupyter.kernel.report import Grid, Progress, ago, meanwhile, number, size
 
@@ -175,9 +176,9 @@ def test_every_command_helps(name: str, shell: InteractiveShell) -> None:
 
 
 def test_open_is_a_button_in_the_lab_and_words_elsewhere(shell: InteractiveShell) -> None:
-    result, shown = cell(shell, "%tuft open")
+    _, shown = cell(shell, "%tuft open")
     assert "left sidebar" in shown
-    assert f'data-commandlinker-command="{PANEL_COMMAND}"' in result.result._repr_html_()
+    assert f'data-commandlinker-command="{PANEL_COMMAND}"' in OPEN.run(Namespace())._repr_html_()
     assert f"'{PANEL_COMMAND}'" in (ROOT / "labextension" / "src" / "commandids.ts").read_text()
 
 

@@ -65,9 +65,9 @@ def test_python_values_can_stand_in_the_line(shell: InteractiveShell, hosted: St
 
 
 def test_status_and_shutdown(shell: InteractiveShell, hosted: StubServer) -> None:
-    assert "not connected" in repr(cell(shell, "%tuft status")[0].result)
+    assert "not connected" in cell(shell, "%tuft status")[1]
     cell(shell, "%tuft init")
-    shown = repr(cell(shell, "%tuft status")[0].result)
+    shown = cell(shell, "%tuft status")[1]
     for part in (
         hosted.address,
         "TUFT_ADDRESS",
@@ -77,9 +77,29 @@ def test_status_and_shutdown(shell: InteractiveShell, hosted: StubServer) -> Non
         "ada",
     ):
         assert part in shown
-    assert repr(cell(shell, "%tuft shutdown")[0].result) == "TuFT: disconnected."
-    assert repr(cell(shell, "%tuft shutdown")[0].result) == "TuFT: was not connected."
+    assert cell(shell, "%tuft shutdown")[1] == "TuFT: disconnected.\n"
+    assert cell(shell, "%tuft shutdown")[1] == "TuFT: was not connected.\n"
     assert not tuft_jupyter.is_initialized()
+
+
+def test_every_line_of_a_cell_shows_what_it_found(shell: InteractiveShell) -> None:
+    """Not the last one alone, as with expressions: `%tuft attach` stands above `training = %tuft resume`."""
+    _, shown, _ = cell(shell, "%tuft status\n%tuft shutdown\nx = 1")
+    assert "TuFT: not connected" in shown
+    assert "TuFT: was not connected." in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "read"),
+    [
+        ("init     # finds or starts a server, sets up the SDK", ["init"]),
+        ("init # it's mine", ["init"]),
+        ("# all of it", []),
+        ("sample 'What is # for?' -m a#1  # 'quoted'", ["sample", "What is # for?", "-m", "a#1"]),
+    ],
+)
+def test_a_comment_behind_a_command_is_none_of_its_words(line: str, read: list[str]) -> None:
+    assert magic.split("%tuft", line) == read
 
 
 @pytest.mark.parametrize(
@@ -130,15 +150,15 @@ def test_a_prompt_may_end_with_a_question_mark(
 
 @pytest.mark.parametrize("line", ["", "--help", "-h", "init --help", "init -h"])
 def test_help_is_shown_and_ends_nothing(line: str, shell: InteractiveShell) -> None:
-    result, _, _ = cell(shell, f"%tuft {line}")
+    result, shown, _ = cell(shell, f"%tuft {line}")
     assert result.success
-    assert "init" in repr(result.result)
-    assert "usage: %tuft" in repr(result.result)
+    assert "init" in shown
+    assert "usage: %tuft" in shown
 
 
 def test_the_generated_configuration_can_be_seen_without_its_key(shell: InteractiveShell) -> None:
     """S0-29, P5: `%tuft config --show` prints the YAML, the key covered."""
-    shown = repr(cell(shell, "%tuft config --show tuft/demo")[0].result)
+    shown = cell(shell, "%tuft config --show tuft/demo")[1]
     assert "model_name: tuft/demo" in shown
     assert "mode: file_redis" in shown
     assert "tml-" not in shown
@@ -146,7 +166,7 @@ def test_the_generated_configuration_can_be_seen_without_its_key(shell: Interact
 
 def test_the_doctor_answers_in_a_cell(shell: InteractiveShell) -> None:
     """S1-08: both interpreters and their versions."""
-    shown = repr(cell(shell, "%tuft doctor")[0].result)
+    shown = cell(shell, "%tuft doctor")[1]
     for label in ("this interpreter", "kernel python3", "backend", "shared memory", "journal"):
         assert label in shown
 

@@ -1,8 +1,8 @@
 """What a sub-command is: its name, its words of help, its options, and what it does.
 
-``run`` gets the parsed options and returns what the cell shows (None where progress was shown already); it fails by
-TuftConnectionError alone. ``complete`` offers words for the command's argument; it may ask the server, and offers
-nothing where there is none.
+``run`` gets the parsed options and returns what the cell shows (None where progress was shown already) or, where
+``returns`` is set, an object for the program; it fails by TuftConnectionError alone. ``complete`` offers words for the
+command's argument; it may ask the server, and offers nothing where there is none.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Command:
     description: str = ""
     example: str = ""
     complete: Callable[[], list[str]] = list
+    returns: bool = False
 
 
 class Text(str):
