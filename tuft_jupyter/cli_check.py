@@ -13,6 +13,7 @@ from typing import Any
 from tuft_jupyter import models
 from tuft_jupyter.config import ModelSettings, Settings, load_settings
 from tuft_jupyter.config.backends import Backend
+from tuft_jupyter.config.placement import sampling_gpus
 from tuft_jupyter.core.errors import UserError
 
 
@@ -58,7 +59,12 @@ def _training(model: ModelSettings, settings: Settings) -> str:
             return f"a server at {settings.backends.training_url}{rank}"
         case None:
             return "none"
-    return f"{_processes(model.data_parallel, model.training_gpus)}{longest}{rank}"
+    if settings.placement is not None and settings.placement.mode == "debug_inference_only":
+        return "none: placement.mode is debug_inference_only"
+    from tuft_jupyter.engine import demands  # as late as it is needed: every command imports this module
+
+    ask, processes = demands.ask_of(settings, model.model_name), demands.ranks_of(settings, model.model_name)
+    return f"{_processes(settings, model, processes, ask.training_gpus)}{longest}{rank}"
 
 
 def _sampling(model: ModelSettings, settings: Settings) -> str:
@@ -71,10 +77,16 @@ def _sampling(model: ModelSettings, settings: Settings) -> str:
             return "by the server that trains"
         case None:
             return "none"
-    kind = settings.sampler_asked(model.model_name)
-    return f"{kind}, {_processes(model.sampling_replicas, model.sampling_gpus)}{longest}{adapters}"
+    if settings.placement is not None and settings.placement.mode == "debug_train_only":
+        return "none: placement.mode is debug_train_only"
+    kind, gpus = settings.sampler_asked(model.model_name), sampling_gpus(settings.placement, model)
+    return f"{kind}, {_processes(settings, model, model.sampling_replicas, gpus)}{longest}{adapters}"
 
 
-def _processes(count: int, gpus: int | None) -> str:
-    where = {None: "", 0: " on the CPU"}.get(gpus, f" on {gpus} GPUs")
+def _processes(settings: Settings, model: ModelSettings, count: int, gpus: int) -> str:
+    """How many and where; nothing of GPUs where nobody said how many: the machine then decides."""
+    said = settings.placement is not None or (model.training_gpus, model.sampling_gpus) != (None, None)
+    where = f" on {gpus} GPU{'s' if gpus > 1 else ''}" if said else ""
+    if not gpus:
+        where = " on the CPU"
     return f"{count} process{'es' if count > 1 else ''}{where}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import types
 from pathlib import Path
@@ -142,6 +143,34 @@ def test_a_configuration_is_checked_without_a_server(
         cli.main(["check-config"])
     assert ended.value.code == 2
     assert served == []
+
+
+@pytest.mark.parametrize(
+    ("section", "training", "sampling"),
+    [
+        ("{}", "1 process on 1 GPU,", "1 process on 1 GPU"),
+        (
+            "{training_num_nodes: 2, training_num_gpus_per_node: 2, inference_num_gpus: 8}",
+            "4 processes on 4 GPUs,",
+            "1 process on 8 GPUs",
+        ),
+        ("{mode: debug_train_only}", "1 process on 1 GPU,", "none: placement.mode is debug_train_only"),
+        (
+            "{mode: debug_inference_only}",
+            "none: placement.mode is debug_inference_only",
+            "1 process on 1 GPU",
+        ),
+    ],
+)
+def test_check_config_counts_what_the_placement_asks_for(
+    section: str, training: str, sampling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "placed.yaml"
+    file.write_text(f"supported_models: [{{model_name: tuft/demo}}]\nplacement: {section}\n")
+    assert cli.main(["check-config", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert f"    training    {training}" in shown
+    assert re.search(rf"    sampling    (auto, )?{sampling}$", shown, re.MULTILINE)
 
 
 def test_launch_takes_the_default_file(
