@@ -62,7 +62,12 @@ def export(options: argparse.Namespace) -> int:
         sys.stdout.buffer.write(content)
         return 0
     target = Path(options.output or metrics.file_name(continuity.short(run), options.format))
-    target.write_bytes(content)
+    try:
+        target.write_bytes(content)
+    except OSError as error:
+        raise TuftConnectionError(
+            f"{target} cannot be written ({error.strerror}); name a file with --output FILE"
+        ) from None
     print(f"{target} ({len(columns['step'])} steps of {run})")
     return 0
 

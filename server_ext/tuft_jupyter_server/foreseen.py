@@ -31,7 +31,8 @@ async def warn(settings: Settings, catalog: Catalog, state: State, *, workers: b
             lambda: [*cluster(settings, os.environ), *vllm(settings, catalog, os.environ)]
         )
     for problem in found:
-        log.warning("%s", problem)
+        # Commands on several lines are put on one: a log's line breaks are escaped, and nobody could copy them.
+        log.warning("%s", " ".join(problem.replace("\\\n", " ").split()))
 
 
 def models_left_out(catalog: Catalog, state: State) -> Iterator[str]:

@@ -69,6 +69,9 @@ def test_runs_are_listed_exported_and_the_daemon_stopped(
     wrong = tuft(env, "export", "nobody")
     assert wrong.returncode == 1
     assert wrong.stderr.strip().startswith("tuft: 'nobody' is no run of yours")
+    nowhere = tuft(env, "export", run[:12], "-o", str(tmp_path / "missing" / "m.csv"))
+    assert nowhere.returncode == 1
+    assert "cannot be written (No such file or directory); name a file with --output FILE" in nowhere.stderr
 
     stopped = tuft(env, "stop", "--address", daemon.address)
     assert stopped.returncode == 0, stopped.stderr

@@ -15,6 +15,7 @@ import pytest
 from tests.support.logs import messages
 from tests.support.scripted_engine import ScriptedEngines
 from tuft_jupyter.config import load_settings
+from tuft_jupyter.engine import ray_place
 from tuft_jupyter_server.host import Host
 
 TWO_MODELS = [
@@ -101,6 +102,17 @@ def test_a_cluster_that_does_not_answer_is_told(tmp_path: Path, caplog: pytest.L
     (told,) = messages(caplog)
     assert "no worker can be started yet" in told
     assert address in told
+
+
+def test_commands_that_start_a_cluster_can_be_copied_from_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_place, "_current_clusters", lambda: iter([tmp_path / "none runs here"]))
+    monkeypatch.setattr(ray_place, "CURRENT_CLUSTER", tmp_path / "none runs here")
+    asyncio.run(start_and_stop(host(tmp_path, {"ray_address": "require"})))
+    (told,) = messages(caplog)
+    assert "ray start --head --port 6379 --node-ip-address" in told
+    assert "\n" not in told
 
 
 def test_a_port_that_was_chosen_for_weights_and_is_taken_is_told(
