@@ -65,8 +65,11 @@ export function plotOptions(plot: IPlot): uPlot.Options {
         space: large ? 64 : 48,
         incrs: plot.wholeX ? WHOLE : SPANS,
         grid: { show: false },
-        values: (_, ticks, __, ___, distance) =>
-          ticks.map(x => plot.xTick(x, distance))
+        // Without a point there is no axis beside it, and the first number would be cut off.
+        values: (u, ticks, __, ___, distance) =>
+          ticks.map(x =>
+            u.scales.y.min === null ? '' : plot.xTick(x, distance)
+          )
       },
       {
         ...axis,

@@ -294,7 +294,7 @@ export function Welcome(props: {
         lines={[
           `%tuft init ${model}`,
           'import tuft_jupyter',
-          'run = tuft_jupyter.create_training_client()'
+          'training = tuft_jupyter.create_training_client().result()'
         ]}
         trans={trans}
       />

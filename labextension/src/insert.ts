@@ -9,7 +9,7 @@ export function startCode(model: string): string {
   return [
     `%tuft init ${model}`,
     IMPORT,
-    'training = tuft_jupyter.create_training_client()'
+    'training = tuft_jupyter.create_training_client().result()'
   ].join('\n');
 }
 
@@ -19,8 +19,8 @@ export function checkpointCode({ kind, path }: ICheckpoint): string {
   return [
     ...service,
     kind === 'weights'
-      ? `training = service.create_training_client_from_state_with_optimizer(${quoted(path)})`
-      : `sampler = service.create_sampling_client(model_path=${quoted(path)})`
+      ? `training = service.create_training_client_from_state_with_optimizer(${quoted(path)}).result()`
+      : `sampler = service.create_sampling_client(model_path=${quoted(path)}).result()`
   ].join('\n');
 }
 

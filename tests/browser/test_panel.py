@@ -65,7 +65,7 @@ def test_pinning_publishing_and_code_are_one_click_away(staged: Staged) -> None:
         assert stage.calls[-1][1].endswith(end)
     button(staged, "Insert code to load draft").click()
     path = next(c["path"] for c in stage.snapshot["checkpoints"] if c["name"] == "draft")
-    code = f'create_sampling_client(model_path="{path}")'
+    code = f'create_sampling_client(model_path="{path}").result()'
     expect(page.locator(".jp-Notebook .jp-Cell").first).to_contain_text(code)
     assert code in staged.cells()[0]["source"]
 
