@@ -7,6 +7,7 @@ and has a plain text beside it. It knows nothing of servers: it is told names an
 from __future__ import annotations
 
 import html
+import re
 import sys
 import threading
 import time
@@ -23,6 +24,8 @@ ROWS = "margin: 4px 0; color: inherit; font-size: inherit;"
 FAINT = "color: var(--jp-ui-font-color2, #666); padding-right: 12px; text-align: left; vertical-align: top;"
 PLAIN_CELL = "text-align: left; vertical-align: top;"
 NUMBER = "text-align: right; vertical-align: top; font-variant-numeric: tabular-nums;"
+_NUMBER = re.compile(r"-?\d[\d.,e+-]*( .*)?")
+"""A number, alone or with its unit; a run's short name may begin with a digit and is none."""
 CLOCK_SECONDS = 1.0
 """How often the seconds are drawn while something is waited for."""
 BAR = '<progress style="width: 6em; height: 0.7em; vertical-align: middle; accent-color: var(--jp-brand-color1)">'
@@ -93,7 +96,7 @@ class Grid:
         return f'<div style="{CARD}">{title}{table if self.rows else ""}{foot}</div>'
 
     def _number(self, row: int, column: int) -> bool:
-        return self.rows[row][column] != "" and str(self.rows[row][column])[0] in "0123456789-"
+        return _NUMBER.fullmatch(str(self.rows[row][column])) is not None
 
 
 def ago(seconds: float) -> str:

@@ -188,6 +188,21 @@ def test_a_grid_escapes_and_aligns() -> None:
     assert "<a>" not in grid._repr_html_()
     assert "&lt;foot&gt;" in grid._repr_html_()
     assert repr(Grid("none", ("a",), [])) == "none"
+    runs = Grid(
+        "", ("run", "step"), [("72c3e47d:0", 9), ("a1:12", 10), ("9:1", "1e-05"), ("5e4:0", "2 min ago")]
+    )
+    assert [line[2:12] for line in repr(runs).splitlines()[2:]] == [
+        "72c3e47d:0",
+        "a1:12     ",
+        "9:1       ",
+        "5e4:0     ",
+    ]
+    assert [line[14:] for line in repr(runs).splitlines()[2:]] == [
+        "        9",
+        "       10",
+        "    1e-05",
+        "2 min ago",
+    ]
 
 
 def test_numbers_and_times_read_well() -> None:
