@@ -28,7 +28,7 @@ def in_a_sentence(client: Client) -> Iterator[None]:
                 f"The server at {client.address} does not know this command: it is of another version or make; "
                 "upgrade tuft-jupyter in its environment and restart it."
             ) from None
-        if error.status in (401, 403):
+        if error.status == 401 or (error.status == 403 and "Invalid API key" in str(error)):
             raise TuftConnectionError(
                 f"The TuFT server at {client.address} refuses this key ({error}): set TUFT_API_KEY to a key of "
                 "that server, then `%tuft shutdown` and `%tuft init`."

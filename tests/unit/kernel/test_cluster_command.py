@@ -61,6 +61,22 @@ def test_nodes_are_listed_with_their_gpus_and_what_is_placed_there(
         connect.shutdown()
 
 
+def test_who_may_not_look_at_the_cluster_is_not_told_that_the_key_is_wrong(
+    server: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user of a Hub's shared service has no other key to set, and the one there is is good."""
+    refusal = "only the owner of this server and its admins may look at its cluster: ask one of them"
+    server.routes["GET /tuft/ray"] = lambda _: (403, {"detail": refusal})
+    monkeypatch.setenv("TUFT_ADDRESS", server.address)
+    monkeypatch.setenv("TUFT_API_KEY", KEY)
+    connect.init()
+    try:
+        with pytest.raises(TuftConnectionError, match=f"refuses: {refusal}.$"):
+            asked("status")
+    finally:
+        connect.shutdown()
+
+
 def test_a_ray_that_does_not_run_yet_is_no_error() -> None:
     assert "starts with the first model" in repr(ray_grid({**FOUND, "address": None}))
 

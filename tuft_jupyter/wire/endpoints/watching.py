@@ -90,7 +90,9 @@ class WatchingEndpoints(Endpoints):
 
     async def ray(self, call: Call) -> Reply:
         if not call.principal.admin:
-            raise Forbidden("only the owner of this server and its admins may look at its cluster")
+            raise Forbidden(
+                "only the owner of this server and its admins may look at its cluster: ask one of them"
+            )
         return reply(await self.host.ray())
 
     async def gauges(self, call: Call) -> Reply:
