@@ -58,5 +58,6 @@ class SeenRequests:
 def already_used(run: str, seq: int) -> UserError:
     return UserError(
         f"seq_id {seq} of {run} was already used by a different request: "
-        "send each request with its own seq_id (create a new training client if two programs share one)"
+        "send each request with its own seq_id (where two programs train one run, end one of them; "
+        "tuft_jupyter.resume gives the other a client at its next request)"
     )
