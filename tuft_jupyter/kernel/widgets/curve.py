@@ -74,7 +74,7 @@ class LossCurve(Live):
             + (f", loss {number(run['loss'])}" if run["loss"] is not None else "")
             for run in self._shown(known)
         ]
-        return "; ".join(told) or "no run yet"
+        return "; ".join(told) or ("no run yet" if self._follow is None else "the runs that this cell trains")
 
     def _shown(self, known: dict[str, Any]) -> list[dict[str, Any]]:
         if self.runs or self._follow is not None:
