@@ -1,6 +1,6 @@
 """How far the learner has moved from the policy that drew its data, measured on that data.
 
-For the policy losses only: they bring the sampler's log-probabilities. It looks at a request and its answer, and knows
+For data that brings the sampler's log-probabilities and advantages. It looks at a request and its answer, and knows
 neither models nor how the loss is computed.
 """
 
@@ -19,11 +19,11 @@ def sampled_kl(request: ForwardBackward, answer: ForwardBackwardResult) -> dict[
     """
     total, count = 0.0, 0
     for datum, learner in zip(request.data, answer.logprobs, strict=True):
-        if not {"logprobs", "advantages"} <= datum.inputs.keys():
-            continue
-        counted = np.asarray(datum.inputs["advantages"]) != 0
-        sampler = np.asarray(datum.inputs["logprobs"], np.float64)[counted]
-        log_ratio = np.asarray(learner, np.float64)[counted] - sampler
+        sampler, advantages = (datum.inputs.get(name) for name in ("logprobs", "advantages"))
+        if sampler is None or advantages is None or not sampler.shape == advantages.shape == learner.shape:
+            continue  # of a loss that does not take them nobody checks the shapes
+        counted = advantages != 0
+        log_ratio = learner[counted].astype(np.float64) - sampler[counted]
         with np.errstate(over="ignore"):  # a ratio beyond all numbers: nothing is told
             total += float((np.expm1(log_ratio) - log_ratio).sum())
         count += int(counted.sum())

@@ -50,3 +50,16 @@ def test_a_loss_without_a_sampler_has_none_and_what_no_number_holds_is_not_told(
     assert sampled_kl(asked({"weights": [1.0]}), answered([-1.0])) == {}
     assert sampled_kl(asked({"logprobs": [-1.0], "advantages": [0.0]}), answered([-1.0])) == {}
     assert sampled_kl(asked({"logprobs": [-9999.0], "advantages": [1.0]}), answered([-1.0])) == {}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "advantages"), [((3,), (2,)), ((2,), (3,)), ((3,), (3,)), ((1,), (1,)), ((3, 1), (3, 1))]
+)
+def test_inputs_that_the_loss_does_not_take_may_have_any_shape(
+    sampler: tuple[int, ...], advantages: tuple[int, ...]
+) -> None:
+    """Nobody checks those: distillation over [N, K] targets of data that was drawn, say."""
+    given = {"logprobs": np.zeros(sampler, np.float32), "advantages": np.ones(advantages, np.float32)}
+    request = ForwardBackward([Datum(np.zeros(3, np.int32), given)], "cross_entropy")
+    answer = ForwardBackwardResult([np.zeros((3, 2), np.float32)], 0.0, 0.0)
+    assert sampled_kl(request, answer) == {}
