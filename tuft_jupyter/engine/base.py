@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.engine import experts, frozen, llama, memory, packing, precision
+from tuft_jupyter.engine.attention import CausalAttention, Scores
 from tuft_jupyter.engine.decoder import Decoder, ModuleDecoder
 from tuft_jupyter.engine.head import PLAIN, Readout
 from tuft_jupyter.engine.llama import LlamaDecoder
@@ -119,7 +120,7 @@ def load_base(
         run=run,
         readout=readout,
         vocab_size=min(hf.get_input_embeddings().num_embeddings, hf.get_output_embeddings().out_features),
-        max_length=_longest(hf.config.get_text_config()),
+        max_length=min([_longest(hf.config.get_text_config()), *_only_masked(hf, run)]),
         fingerprint=_fingerprint(hf),
     )
 
@@ -133,6 +134,27 @@ def _longest(config: Any) -> int:
     kinds = rope.values() if all(isinstance(kind, dict) for kind in rope.values()) else [rope]
     long = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
     return int(min([config.max_position_embeddings, *long]))
+
+
+@torch.no_grad()
+def _only_masked(hf: Any, run: Decoder) -> set[int]:
+    """Windows of which a family tells the mask alone (Qwen 2 MoE, Phi-3.5 MoE): here nobody reads masks, so that
+    its sequences end where a window would begin to matter.
+    """
+    kinds = getattr(hf.config.get_text_config(), "layer_types", None)
+    if isinstance(run, LlamaDecoder) or (kinds and set(kinds) == {"full_attention"}):
+        return set()
+    told: set[int | None] = set()
+    whole = CausalAttention((0, 1), hf.device)
+
+    def attend(layer: int, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor, scores: Scores) -> Tensor:
+        told.add(scores.window)
+        return whole(layer, q_1HND, k_1GND, v_1GND, scores)
+
+    packed = packing.Packed((0, 1), ((0, 1, None),), attend)
+    nought = torch.zeros(1, dtype=torch.int64, device=hf.device)
+    run(packed, nought, nought[None], backward=False)
+    return packed.memo.get(packing.LOCAL, set()) - told
 
 
 def _checked(path: str, dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:

@@ -31,6 +31,9 @@ from tuft_jupyter.engine.attention import CausalAttention, Scores
 
 ATTENTION = "tuft_packed"
 
+LOCAL = "local"
+"""In a row's ``memo``: the windows (or chunks) of the masks that a model asked for on its way over the row."""
+
 Segment = tuple[int, int, str | None]
 """``(start, end, adapter)``.
 
@@ -171,5 +174,12 @@ def _attend(
     return packed.attention(module.layer_idx, query, key, value, scores), None  # type: ignore[arg-type]
 
 
+def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
+    """None: whoever attends knows what is seen, and of a window from the layers."""
+    packed = current()
+    if packed is not None and local_size:
+        packed.memo.setdefault(LOCAL, set()).add(local_size)
+
+
 AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(ATTENTION, _mask)

@@ -33,7 +33,7 @@ def farthest(directory: Path, lengths: Sequence[int]) -> float:
     trainer = PeftTrainer(directory)
     data = [make_datum(length, seed=length) for length in lengths]
     for run in ("a", "b"):
-        trainer.create(run, LoraSpec(2, 4, 0))
+        trainer.create(run, LoraSpec(2, 4, 0, train_mlp=False))
     whole = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
     gaps = []
     results = trainer.forward_backward([("a", ask(data[:1])), ("b", ask(data[1:]))])
@@ -69,6 +69,38 @@ def test_longrope_ends_where_one_long_sequence_would_turn_the_others(tmp_path: P
     assert farthest(directory, (ORIGINAL, 40, 1)) <= 2e-6
     with pytest.raises(UserError, match=f"at most {ORIGINAL}"):
         PeftTrainer(directory).check(ask([make_datum(ORIGINAL + 1)]))
+
+
+EXPERTS: dict[str, Any] = {
+    "num_experts_per_tok": 2,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "moe_intermediate_size": 32,
+}
+SLIDING: dict[str, Any] = {
+    "use_sliding_window": True,
+    "max_window_layers": 2,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "longest", "extra"),
+    [
+        ("qwen2_moe", 8, {**SLIDING, "sliding_window": 8}),
+        ("qwen2_moe", 512, {**SLIDING, "sliding_window": 8, "use_sliding_window": False}),
+        ("phimoe", 8, {"sliding_window": 8}),
+        ("phimoe", 512, {}),
+        ("mixtral", 512, {"sliding_window": 8}),
+    ],
+)
+def test_a_sequence_ends_with_the_window_of_which_only_the_mask_is_told(
+    family: str, longest: int, extra: dict[str, Any], tmp_path: Path
+) -> None:
+    """Transformers' own layers of these families leave the window to the mask; others tell it to attention too."""
+    directory = make_model(tmp_path, family, **EXPERTS, **extra)
+    assert load_base(directory).max_length == longest
+    assert farthest(directory, (longest, 40 if longest > 40 else 5)) <= 2e-6
 
 
 @pytest.mark.parametrize(
