@@ -159,6 +159,9 @@ class ParallelTrainer(PeftTrainer):
         ]
         return self._joined(batch, mine, found, metrics)
 
+    def _use(self, runs: Sequence[str]) -> None:
+        self._everywhere(lambda: super(ParallelTrainer, self)._use(runs))
+
     def _sum_gradients(self, grads: Tensor) -> None:
         self.group.sum_(grads)
 

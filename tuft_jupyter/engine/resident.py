@@ -18,7 +18,7 @@ from tuft_jupyter.core.engine import RunMemory
 from tuft_jupyter.core.errors import NotFound
 from tuft_jupyter.core.types import LoraSpec
 from tuft_jupyter.engine.adam import Adam
-from tuft_jupyter.engine.lora import Adapter, AdapterBank
+from tuft_jupyter.engine.lora import Adapter, AdapterBank, NoRoom
 from tuft_jupyter.engine.offload import Handle, OffloadStore
 
 
@@ -66,15 +66,28 @@ class ResidentRuns:
         return self._here[run]
 
     def use(self, runs: Collection[str]) -> None:
-        """Have all of these in the model at once. NotFound if there is no such run."""
+        """Have all of these in the model at once. NotFound if there is no such run, NoRoom if they are too many."""
         for run in runs:
             if run not in self:
                 raise NotFound(f"run {run!r} is not in training here")
         for run in runs:
             if run in self._away:
-                self._bring_back(run)
+                self._bring_back(run, set(runs))
             self._here.move_to_end(run)
         self._make_room(set(runs))
+
+    def new(self, run: str, config: LoraConfig, using: Collection[str] = ()) -> Adapter:
+        """An adapter in the bank; where memory is short, runs that are not of these leave it first. As
+        :meth:`AdapterBank.add` otherwise.
+        """
+        while True:
+            try:
+                return self._bank.add(run, config, trainable=True)
+            except NoRoom:
+                idle = next((other for other in self._here if other not in using), None)
+                if idle is None:
+                    raise
+                self._offload(idle)
 
     def admit(self, run: str, spec: LoraSpec, adapter: Adapter) -> Run:
         """Begin to hold a run whose adapter is in the bank."""
@@ -104,15 +117,16 @@ class ResidentRuns:
             self._offload(run)
 
     def _offload(self, run: str) -> None:
-        live = self._here.pop(run)
+        live = self._here[run]
         vectors = [live.adapter.weights, *([live.grads] if live.dirty else []), *live.adam.held]
         handle = self._store.put(vectors)
         self._away[run] = _Offloaded(live.spec, live.adapter.config, live.adam.steps, live.dirty, handle)
+        del self._here[run]
         self._bank.remove(run)
 
-    def _bring_back(self, run: str) -> None:
+    def _bring_back(self, run: str, using: Collection[str]) -> None:
         away = self._away[run]
-        live = _fresh(away.spec, self._bank.add(run, away.config, trainable=True))
+        live = _fresh(away.spec, self.new(run, away.config, using))
         vectors = self._store.take(away.handle)
         del self._away[run]
         live.adapter.weights.copy_(vectors.pop(0))

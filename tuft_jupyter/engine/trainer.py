@@ -31,7 +31,7 @@ from tuft_jupyter.core.types import (
 from tuft_jupyter.engine import checkpoint, memory
 from tuft_jupyter.engine.base import load_base
 from tuft_jupyter.engine.checks import check_adam, check_request
-from tuft_jupyter.engine.lora import AdapterBank, initialize, lora_config
+from tuft_jupyter.engine.lora import AdapterBank, NoRoom, initialize, lora_config
 from tuft_jupyter.engine.offload import OffloadStore
 from tuft_jupyter.engine.passes import Item, Pass
 from tuft_jupyter.engine.resident import ResidentRuns
@@ -84,7 +84,7 @@ class PeftTrainer:
         config = lora_config(self.base, lora)
         if config.target_parameters and not self._experts:
             raise UserError(f"train_mlp: {NO_EXPERTS}, or train_mlp=False")
-        adapter = self.bank.add(run, config, trainable=True)
+        adapter = self._runs.new(run, config)
         initialize(adapter, lora.seed)
         self._runs.admit(run, lora, adapter)
 
@@ -101,7 +101,7 @@ class PeftTrainer:
             self._check_geometry(saved.spec)
             if saved.config.target_parameters and not self._experts:
                 raise UserError(f"checkpoint: {NO_EXPERTS}")
-            adapter = self.bank.add(run, saved.config, trainable=True)
+            adapter = self._runs.new(run, saved.config)
             try:
                 saved.check_fits(adapter)
             except UserError:
@@ -159,6 +159,7 @@ class PeftTrainer:
         for run, params in batch:
             try:
                 check_adam(params)
+                self._use([run])
                 live = self._runs[run]
                 if live.dirty:
                     self._sum_gradients(live.grads)
@@ -175,7 +176,12 @@ class PeftTrainer:
             NotFound(f"run {run!r} is not in training here") for run, _ in batch
         ]
         known = [i for i, (run, _) in enumerate(batch) if run in self._runs]
-        self._runs.use([batch[i][0] for i in known])
+        try:
+            self._use([batch[i][0] for i in known])
+        except NoRoom as error:  # not for all of them at once
+            if len(batch) == 1:
+                return [error]
+            return [self.forward_backward([item])[0] for item in batch]
         for i, result in zip(known, self._guarded([batch[i] for i in known]), strict=True):
             results[i] = result
         return results
@@ -189,11 +195,11 @@ class PeftTrainer:
         possible; else, or after that, run each alone, so that only the guilty one fails.
         """
         budget = self.micro_batch_tokens // 2 if halved else self.micro_batch_tokens
-        before = {
-            run: live.grads.clone() if live.dirty else None
-            for run, live in ((run, self._runs[run]) for run, request in batch if request.backward)
-        }
+        before: dict[str, Tensor | None] = {}
         try:
+            for run in [run for run, request in batch if request.backward]:
+                live = self._runs[run]
+                before[run] = live.grads.clone() if live.dirty else None
             for run in before:
                 self._runs[run].dirty = True
             return list(self._together(batch, budget, recompute=halved))
@@ -218,6 +224,10 @@ class PeftTrainer:
     ) -> list[ForwardBackwardResult]:
         """All of the batch in common passes, or an error that says nothing of who is guilty."""
         return Pass(self.base, batch, budget, recompute=recompute).run()
+
+    def _use(self, runs: Sequence[str]) -> None:
+        """Have the adapters of these runs in the model, or NoRoom."""
+        self._runs.use(runs)
 
     def _sum_gradients(self, grads: Tensor) -> None:
         """Make ``grads`` [P] whole before it is used; here it is."""

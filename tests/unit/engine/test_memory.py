@@ -127,3 +127,25 @@ def test_only_the_op_that_cannot_fit_fails(qwen3: Path, monkeypatch: pytest.Monk
     assert not isinstance(answered, TuftError)
     assert gradients(trainer, "a").abs().sum() == 0
     assert gradients(trainer, "b").abs().sum() > 0
+
+
+def test_who_has_no_memory_for_the_way_back_to_its_gradient_fails_alone(
+    qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L9: an accumulated gradient is copied before more is added to it; of a model with experts it has gigabytes."""
+    trainer = started(qwen3)
+    batch = [(run, ask([make_datum(9)])) for run in ("a", "b")]
+    trainer.forward_backward(batch[:1])
+    before, own, clone = gradients(trainer, "a"), trainer.bank["a"].grads, torch.Tensor.clone
+
+    def short(tensor: Tensor, **options: Any) -> Tensor:
+        if tensor is own:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return clone(tensor, **options)
+
+    monkeypatch.setattr(torch.Tensor, "clone", short)
+    refused, answered = trainer.forward_backward(batch)
+    assert isinstance(refused, UserError)
+    assert not isinstance(answered, TuftError)
+    assert own is not None
+    assert torch.equal(own, before)

@@ -13,6 +13,7 @@ from tests.support.datums import ask, make_datum
 from tuft_jupyter.core.engine import RunMemory
 from tuft_jupyter.core.errors import UserError
 from tuft_jupyter.core.types import AdamParams, ForwardBackwardResult, LoraSpec
+from tuft_jupyter.engine import memory
 from tuft_jupyter.engine.offload import OffloadStore
 from tuft_jupyter.engine.trainer import PeftTrainer
 
@@ -70,6 +71,53 @@ def test_each_run_says_what_it_takes_of_memory(qwen3: Path, tmp_path: Path, host
     assert trainer.memory()["a"] == RunMemory(idle=3 * weights if host else 0)
     trainer.remove("a")
     assert trainer.memory().keys() == {"b"}
+
+
+def short_of(trainer: PeftTrainer, monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
+    """Have memory for so many of the runs that are in the model now."""
+    size = 4 * max(adapter.weights.nbytes for adapter in trainer.bank._adapters.values())
+
+    def free(device: torch.device) -> int:
+        return runs * size - sum(4 * adapter.weights.nbytes for adapter in trainer.bank._adapters.values())
+
+    monkeypatch.setattr(memory, "available", free)
+
+
+def test_where_memory_is_short_runs_that_nobody_uses_leave_the_model_first(
+    qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = PeftTrainer(qwen3)
+    for run in "ab":
+        trainer.create(run, LoraSpec(4, 4, 0))
+        trainer.forward_backward([(run, ask([make_datum(5)]))])
+    grads = [trainer._runs[run].grads.clone() for run in "ab"]
+    short_of(trainer, monkeypatch, 2)
+    trainer.create("c", LoraSpec(4, 4, 0))
+    assert "a" not in trainer.bank
+    for run, before in zip("ab", grads, strict=True):
+        assert torch.equal(trainer._runs[run].grads, before)
+
+
+def test_runs_for_which_there_is_not_room_at_once_are_run_one_after_the_other(
+    qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L9: of a batch, and only who does not fit even alone is refused."""
+    alone, short = PeftTrainer(qwen3), PeftTrainer(qwen3)
+    batch = [(run, ask([make_datum(5, seed=i)])) for i, run in enumerate("ab")]
+    for trainer in (alone, short):
+        for run in "ab":
+            trainer.create(run, LoraSpec(4, 4, 0))
+    expected = [alone.forward_backward([item])[0] for item in batch]
+    short_of(short, monkeypatch, 1)
+    short.create("small", LoraSpec(1, 4, 0))  # both are away
+    for ours, theirs in zip(short.forward_backward(batch), expected, strict=True):
+        assert isinstance(ours, ForwardBackwardResult)
+        assert isinstance(theirs, ForwardBackwardResult)
+        assert ours.loss_sum == theirs.loss_sum
+    monkeypatch.setattr(memory, "available", lambda device: 0)
+    for ended in short.forward_backward([("a", batch[0][1]), ("small", batch[1][1])]):
+        assert isinstance(ended, UserError)
+    assert all(run in short.memory() for run in ("a", "b", "small"))
 
 
 @pytest.mark.slow
