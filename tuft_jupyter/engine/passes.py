@@ -171,6 +171,6 @@ def _combined(of_datums: list[Mapping[str, float]]) -> dict[str, float]:
     """Metrics ``name:sum`` and ``name:mean`` of several datums as one."""
     combined = {}
     for name in of_datums[0] if of_datums else ():
-        total = math.fsum(metrics[name] for metrics in of_datums)
+        total = sum(metrics[name] for metrics in of_datums)  # fsum takes no infinities of both signs
         combined[name] = total / len(of_datums) if name.endswith(":mean") else total
     return combined

@@ -137,3 +137,17 @@ def test_what_goes_wrong_while_it_runs_fails_that_request_alone_and_names_its_da
         assert not none.any()
         trainer._runs["other"].dirty = False
         ours.zero_()
+
+
+def test_a_metric_may_be_infinite_and_the_loss_is_learnt_from_all_the_same(qwen3: Path) -> None:
+    """H9: as at the client, where infinities of both signs add up to no number."""
+
+    def divided(logprobs: Any, w: Any) -> Any:
+        return -logprobs.sum(), {"custom/ratio:sum": w.sum() / (w.sum() - w.sum())}
+
+    trainer = PeftTrainer(qwen3, custom_loss=True)
+    trainer.create("run", SPEC)
+    data = [make_datum(4, w=np.full(4, sign, np.float32)) for sign in (1, -1)]
+    (result,) = trainer.forward_backward([("run", custom(graph_of(divided, {"logprobs": 1, "w": 1}), data))])
+    assert isinstance(result, ForwardBackwardResult), result
+    assert np.isnan(result.metrics["custom/ratio:sum"])
