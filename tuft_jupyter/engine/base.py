@@ -120,7 +120,7 @@ def load_base(
         run=run,
         readout=readout,
         vocab_size=min(hf.get_input_embeddings().num_embeddings, hf.get_output_embeddings().out_features),
-        max_length=min([_longest(hf.config.get_text_config()), *_only_masked(hf, run)]),
+        max_length=min([_longest(hf.config.get_text_config()), *_windows(hf, run)]),
         fingerprint=_fingerprint(hf),
     )
 
@@ -137,24 +137,33 @@ def _longest(config: Any) -> int:
 
 
 @torch.no_grad()
-def _only_masked(hf: Any, run: Decoder) -> set[int]:
+def _windows(hf: Any, run: Decoder) -> set[int]:
     """Windows of which a family tells the mask alone (Qwen 2 MoE, Phi-3.5 MoE): here nobody reads masks, so that
     its sequences end where a window would begin to matter.
+
+    UserError if it attends twice in one layer (DiffLlama): a sampler keeps one past for each.
     """
     kinds = getattr(hf.config.get_text_config(), "layer_types", None)
-    if isinstance(run, LlamaDecoder) or (kinds and set(kinds) == {"full_attention"}):
+    if isinstance(run, LlamaDecoder):
         return set()
+    layers: list[int] = []
     told: set[int | None] = set()
     whole = CausalAttention((0, 1), hf.device)
 
     def attend(layer: int, q_1HND: Tensor, k_1GND: Tensor, v_1GND: Tensor, scores: Scores) -> Tensor:
+        layers.append(layer)
         told.add(scores.window)
         return whole(layer, q_1HND, k_1GND, v_1GND, scores)
 
     packed = packing.Packed((0, 1), ((0, 1, None),), attend)
     nought = torch.zeros(1, dtype=torch.int64, device=hf.device)
     run(packed, nought, nought[None], backward=False)
-    return packed.memo.get(packing.LOCAL, set()) - told
+    if len(set(layers)) < len(layers):
+        raise UserError(
+            f"models of the family {hf.config.model_type!r} cannot be run: they attend more than once in a layer"
+        )
+    asked: set[int] = packed.memo.get(packing.LOCAL, set())
+    return set() if kinds and set(kinds) == {"full_attention"} else asked - told
 
 
 def _checked(path: str, dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:

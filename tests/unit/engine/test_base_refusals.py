@@ -37,6 +37,16 @@ def no_attention_interface(directory: Path) -> None:
     MambaForCausalLM(config).save_pretrained(directory)
 
 
+def attention_twice_in_a_layer(directory: Path) -> None:
+    """A sampler would have the second one's past for both."""
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+
+    shutil.rmtree(directory)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = DiffLlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    DiffLlamaForCausalLM(config).save_pretrained(directory)
+
+
 def no_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
 
@@ -54,6 +64,7 @@ def quantized(directory: Path) -> None:
     [
         (unknown_architecture, "cannot be read.*quantum"),
         (no_attention_interface, "mamba|attention"),
+        (attention_twice_in_a_layer, "attend more than once in a layer"),
         (no_weights, "cannot be loaded"),
         (damaged_weights, "weights cannot be read"),
         (quantized, "is quantized; use its unquantized weights"),
