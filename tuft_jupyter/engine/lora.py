@@ -62,7 +62,7 @@ class _FusedLora(torch.autograd.Function):
         hidden = add_updates(x_NI, parts, y_NO)
         ctx.save_for_backward(x_NI, *hidden)
         ctx.weight_OI, ctx.parts, ctx.shape = weight_OI, parts, x.shape
-        return y_NO.view(*x.shape[:-1], -1)
+        return torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], y_NO.shape[1]))  # models may write into it
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
@@ -283,13 +283,12 @@ class AdapterBank:
         for path, weights in fused.items():
             for which, shape in zip(_PAIR, weights.shapes(config.r), strict=True):
                 place(path, which, shape)
-        layers: list[tuple[str, _Layer, float]] = [
-            (path, layer, layer.scaling[name]) for path, layer in adapted.items()
-        ]
-        layers += [(path, weights, config.lora_alpha / config.r) for path, weights in fused.items()]
+        scales: dict[str, float] = {path: layer.scaling[name] for path, layer in adapted.items()}
+        scales |= dict.fromkeys(fused, config.lora_alpha / config.r)
+        layers: dict[str, _Layer] = {**adapted, **fused}
         named = tuple(
-            (layer, (_file_name(path, _PAIR[0]), _file_name(path, _PAIR[1])), scale)
-            for path, layer, scale in layers
+            (layer, (_file_name(path, _PAIR[0]), _file_name(path, _PAIR[1])), scales[path])
+            for path, layer in layers.items()
         )
         return _Geometry(name, named, layout, total)
 
@@ -394,6 +393,7 @@ def target_modules(base: BaseModel, spec: LoraSpec) -> list[str]:
                 )
         elif not found[flag]:
             raise UserError(f"{flag}: this model has no such linear layers; set {flag}=False")
-        elsewhere = {name for other, pairs in found.items() if other != flag for _, name in pairs}
-        chosen |= {f"{parent}.{name}" if name in elsewhere else name for parent, name in found[flag]}
+        # Numbers are names of layers too.
+        shared = {n for other, pairs in found.items() for _, n in pairs if other != flag or n.isdigit()}
+        chosen |= {f"{parent}.{name}" if name in shared else name for parent, name in found[flag]}
     return sorted(chosen)

@@ -51,7 +51,8 @@ def activations(base: BaseModel, tokens: int) -> int:
     config = base.hf.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // heads
-    mlp = 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    sizes = getattr(config, "intermediate_size", None) or 4 * hidden  # of each layer, in Gemma 3n
+    mlp = 3 * (max(sizes) if isinstance(sizes, list) else sizes)
     experts = getattr(config, "num_experts_per_tok", None)
     if experts:  # each reads and writes rows of its own
         mlp = max(

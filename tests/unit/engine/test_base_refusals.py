@@ -42,8 +42,9 @@ def attention_twice_in_a_layer(directory: Path) -> None:
     from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
     shutil.rmtree(directory)
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = DiffLlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    config = DiffLlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     DiffLlamaForCausalLM(config).save_pretrained(directory)
 
 

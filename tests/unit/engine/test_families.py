@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from tests.support.datums import ask, make_datum
 from tests.support.plain_peft import cross_entropy, plain_peft
@@ -67,6 +69,36 @@ def test_two_tenants_in_one_pass_get_what_peft_gives_each_alone(family: str, tmp
         views = adapter.split(adapter.grads)
         ours, theirs = (torch.cat([g[name].flatten() for name in gradients]) for g in (views, gradients))
         assert distance(ours, theirs) <= LIMIT
+
+
+def test_gemma_3n_has_numbered_layers_and_writes_into_what_they_give(tmp_path: Path) -> None:
+    """Its MLPs have a size each, and its MLP adapters are PEFT's, which finds them by the names in the file."""
+    own: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 6,
+        "laurel_rank": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 320,
+        "activation_sparsity_pattern": [0.0] * 4,
+    }
+    directory = make_model(tmp_path / "m", "gemma3n", layers=4, spread=0.05, **own)
+    trainer, data = PeftTrainer(directory), [make_datum(n) for n in (5, 19)]
+    randomized(trainer, "a", ALL, 0)
+    (result,) = trainer.forward_backward([("a", ask(data))])
+    assert not isinstance(result, TuftError), result
+    trainer.save("a", tmp_path / "a", optimizer=False)
+    whole = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    loss, _, gradients = cross_entropy(
+        PeftModel.from_pretrained(whole, tmp_path / "a", is_trainable=True).eval(), data
+    )
+    assert result.loss_sum == pytest.approx(loss, rel=LIMIT)
+    adapter = trainer.bank["a"]
+    assert adapter.grads is not None
+    assert adapter.layout.keys() >= gradients.keys()
+    views = adapter.split(adapter.grads)
+    ours, theirs = (torch.cat([g[name].flatten() for name in gradients]) for g in (views, gradients))
+    assert distance(ours, theirs) <= 1e-5
 
 
 def test_half_precision_is_as_near_the_truth_as_peft(tmp_path: Path) -> None:
