@@ -170,6 +170,8 @@ def _attend(
     packed = current()
     if packed is None:
         raise RuntimeError("a packed model was called outside of Packed.active()")
+    if value.shape[-1] != key.shape[-1]:
+        raise RuntimeError("its values have another size than its keys")
     scores = Scores(scaling, sliding_window, softcap, s_aux)
     return packed.attention(module.layer_idx, query, key, value, scores), None  # type: ignore[arg-type]
 

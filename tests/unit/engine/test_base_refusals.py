@@ -48,6 +48,19 @@ def attention_twice_in_a_layer(directory: Path) -> None:
     DiffLlamaForCausalLM(config).save_pretrained(directory)
 
 
+def small_values(directory: Path) -> None:
+    """DeepSeek's latent attention. Some of a GPU's kernels take that, no cache of ours does."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    shutil.rmtree(directory)
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, head_dim=4,
+    )  # fmt: skip
+    DeepseekV3ForCausalLM(config).save_pretrained(directory)
+
+
 def no_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
 
@@ -66,6 +79,7 @@ def quantized(directory: Path) -> None:
         (unknown_architecture, "cannot be read.*quantum"),
         (no_attention_interface, "mamba|attention"),
         (attention_twice_in_a_layer, "attend more than once in a layer"),
+        (small_values, "values have another size than its keys"),
         (no_weights, "cannot be loaded"),
         (damaged_weights, "weights cannot be read"),
         (quantized, "is quantized; use its unquantized weights"),
