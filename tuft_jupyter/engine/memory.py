@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from tuft_jupyter.engine.base import BaseModel
 
@@ -51,17 +51,23 @@ def activations(base: BaseModel, tokens: int) -> int:
     config = base.hf.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // heads
-    sizes = getattr(config, "intermediate_size", None) or 4 * hidden  # of each layer, in Gemma 3n
-    mlp = 3 * (max(sizes) if isinstance(sizes, list) else sizes)
-    experts = getattr(config, "num_experts_per_tok", None)
+    size_of_mlp = _largest(config, "intermediate_size") or 4 * hidden
+    mlp = 3 * size_of_mlp
+    experts = _largest(config, "num_experts_per_tok")
     if experts:  # each reads and writes rows of its own
         mlp = max(
-            mlp, experts * (2 * hidden + 3 * (getattr(config, "moe_intermediate_size", None) or mlp // 3))
+            mlp, experts * (2 * hidden + 3 * (_largest(config, "moe_intermediate_size") or size_of_mlp))
         )
     kept = 3 * hidden + 6 * heads * size + mlp
     seen = 256 if base.device.type == "cpu" else 0  # keys of a token, on average, where they are kept
     probabilities = 4 * heads * seen  # fp32
     return int(config.num_hidden_layers * tokens * (kept * base.dtype.itemsize + probabilities))
+
+
+def _largest(config: PretrainedConfig, name: str) -> int:
+    """A size in a configuration, 0 without; some have one for each layer (Gemma 3n, Hunyuan's MoE)."""
+    sizes: int | list[int] | None = getattr(config, name, None)
+    return max(sizes) if isinstance(sizes, list) else sizes or 0
 
 
 def available(device: torch.device) -> int:

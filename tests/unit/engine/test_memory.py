@@ -81,6 +81,17 @@ def test_what_is_computed_again_is_not_kept(tmp_path: Path, monkeypatch: pytest.
     assert live_peak(trainer, 300) < 0.5 * kept
 
 
+def test_sizes_may_differ_from_layer_to_layer(qwen3: Path) -> None:
+    """The largest counts: a configuration has a list where most have a number (Gemma 3n, Hunyuan's MoE)."""
+    base = started(qwen3).base
+    config = vars(base.hf.config)  # Qwen's own class takes no lists
+    kept = memory.activations(base, 9)
+    config["intermediate_size"] = [16, config["intermediate_size"]]
+    assert memory.activations(base, 9) == kept
+    config |= {"num_experts_per_tok": [1, 4], "moe_intermediate_size": [8, 512]}
+    assert memory.activations(base, 9) > kept
+
+
 def short_of(trainer: PeftTrainer, monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
     """Have every pass over more than ``limit`` tokens run out of memory; the tokens of the passes tried."""
     tried: list[int] = []
