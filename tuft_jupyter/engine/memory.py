@@ -8,9 +8,13 @@ arXiv 1604.06174).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from safetensors import safe_open
 
@@ -25,6 +29,9 @@ SHARE = 0.5
 KV_SHARE = 0.25
 """Of the free memory, what a sampler's keys and values may take: a trainer may be beside it."""
 
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")
+_V2 = ("memory.max", "memory.current", "inactive_file", "active_file")
 _FEWEST = 4096  # positions, however little memory there is
 _WIDTHS = {
     "F64": 8,
@@ -75,9 +82,45 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    import psutil
+    left = [limit - _used(group, names) for limit, group, names in _limits()]
+    return max(0, min([psutil.virtual_memory().available, *left]))
 
-    return int(psutil.virtual_memory().available)
+
+def total() -> int:
+    """Bytes of memory that this process may come to: the machine's, or what its control groups allow."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _, _ in _limits())])
+
+
+@cache
+def _limits() -> list[tuple[int, Path, Sequence[str]]]:
+    """Limit, directory and names of files of the control groups around this process that have a limit.
+
+    In a container (a JupyterHub's, say) the machine's memory is not ours; the top one there may be its own.
+    """
+    found: list[tuple[int, Path, Sequence[str]]] = []
+    machine = psutil.virtual_memory().total
+    for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, names = (_GROUPS / "memory", _V1) if controllers else (_GROUPS, _V2)
+        own = top / path.strip("/")
+        for group in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+            with suppress(OSError, ValueError):  # it is not there, or says "max"
+                limit = int((group / names[0]).read_text())
+                if limit < machine:
+                    found.append((limit, group, names))
+    return found
+
+
+def _used(group: Path, names: Sequence[str]) -> int:
+    """Bytes that a control group holds and would not give back, as it does the pages of files."""
+    try:
+        used = int((group / names[1]).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return used - sum(int(stat.get(name, 0)) for name in names[2:])
+    except OSError:  # we were moved to another
+        return 0
 
 
 def kv_positions(base: BaseModel) -> int:
@@ -118,9 +161,7 @@ def roomy(hf: PreTrainedModel) -> bool:
 
 def for_adapters(device: torch.device) -> tuple[int, int]:
     """Bytes for adapters in training: in the model, and in host memory for those that are idle."""
-    import psutil
-
-    share = psutil.virtual_memory().total // 8
+    share = total() // 8
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 4, share
     return share, 0

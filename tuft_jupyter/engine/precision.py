@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import psutil
 import torch
 
 from tuft_jupyter.engine import memory
@@ -21,7 +20,7 @@ NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """By the names that a configuration has for them; ``auto`` is none of these."""
 
 SHARE = 0.25
-"""Of the machine's memory, what the weights may take in fp32: trainer and sampler each have them."""
+"""Of the memory, what the weights may take in fp32: trainer and sampler each have them."""
 
 _CLEARLY = 1.25
 """How many times as fast bf16 must be: no machine known is near it, so each start of a server finds the same."""
@@ -34,7 +33,7 @@ def chosen(directory: Path, device: str) -> torch.dtype | None:
     """
     if device != "cpu":
         return None
-    if memory.weights(directory, torch.float32) > SHARE * psutil.virtual_memory().total:
+    if memory.weights(directory, torch.float32) > SHARE * memory.total():
         return None
     return None if "BF16" in memory.stored(directory) and bf16_pays() else torch.float32
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -79,6 +81,62 @@ def test_what_is_computed_again_is_not_kept(tmp_path: Path, monkeypatch: pytest.
     assert kept <= 1.5 * memory.activations(trainer.base, 300)  # the estimate is of the right size
     monkeypatch.setattr(memory, "available", lambda device: 1000)
     assert live_peak(trainer, 300) < 0.5 * kept
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where control groups are, and none yet."""
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+    memory._limits.cache_clear()
+    yield tmp_path
+    memory._limits.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("own", "files"),
+    [
+        (
+            "0::/",
+            {
+                "memory.max": "9000000", "memory.current": "5000000",
+                "memory.stat": "inactive_file 300000\nactive_file 700000",
+            },
+        ),
+        (
+            "0::/users/alice\n",  # JupyterHub's systemdspawner: a limit for each user, and one for all
+            {
+                "users/alice/memory.max": "max", "users/memory.max": "9000000", "users/memory.current": "5000000",
+                "users/memory.stat": "anon 1\ninactive_file 1000000", "memory.max": "90000000",
+                "memory.current": "6000000", "memory.stat": "",
+            },
+        ),
+        (
+            "5:cpu:/\n4:memory:/docker/1f\n0::/",  # the container's own is the top one that it sees
+            {
+                "memory/memory.limit_in_bytes": "9000000", "memory/memory.usage_in_bytes": "5000000",
+                "memory/memory.stat": "total_inactive_file 1000000",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_memory_ends_where_the_container_does(own: str, files: dict[str, str], groups: Path) -> None:
+    """Else a pod of 4 GB on a machine of 256 is killed instead of told that something does not fit."""
+    (groups / "own").write_text(own)
+    for name, text in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(text)
+    assert memory.available(torch.device("cpu")) == 5_000_000
+    assert memory.total() == 9_000_000
+    assert memory.for_adapters(torch.device("cpu")) == (1_125_000, 0)
+
+
+@pytest.mark.parametrize("own", [None, "", "0::/", "3:cpu:/\n2:memory:/gone"])
+def test_without_a_limit_memory_is_the_machines(own: str | None, groups: Path) -> None:
+    if own is not None:
+        (groups / "own").write_text(own)
+    assert memory.total() == psutil.virtual_memory().total
+    assert memory.available(torch.device("cpu")) > 0
 
 
 def test_sizes_may_differ_from_layer_to_layer(qwen3: Path) -> None:
