@@ -20,6 +20,7 @@ from tuft_jupyter.core.types import SampleRequest, SampleResult, TargetIds
 from tuft_jupyter.engine.sampling import generator, invert
 
 _AT_ONCE = 512  # positions
+_DRAWN_AT_ONCE = 1 << 14  # tokens: each takes a few kilobytes while it is looked for
 _NOTHING = -99999.0  # the protocol's logprob of a cell that holds no token
 _ALTERNATIVES = 1 << 32  # the number of their random stream, beyond those of samples
 
@@ -136,6 +137,12 @@ class _Alternatives:
         self._tokens, self._logprobs = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
 
     def update(self, start: int, end: int, logp_MV: Tensor) -> None:
+        step = max(1, _DRAWN_AT_ONCE // self._tokens.shape[1])
+        for at in range(start, end, step):
+            until = min(at + step, end)
+            self._draw(at, until, logp_MV[at - start : until - start])
+
+    def _draw(self, start: int, end: int, logp_MV: Tensor) -> None:
         k = self._tokens.shape[1]
         if self._temperature == 0:
             tokens_MK = logp_MV.argmax(-1, keepdim=True).expand(-1, k)

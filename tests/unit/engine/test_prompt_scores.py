@@ -19,6 +19,8 @@ from tests.support.adapters import make_adapter, peft_model, plain_model
 from tests.support.loops import on_a_loop
 from tests.support.sampling import prompt
 from tests.support.tiny_models import make_model
+from tuft_jupyter.engine import prompt_scores
+from tuft_jupyter.engine.sampling import invert
 from tuft_jupyter.engine.sampling_worker import SamplingWorker
 from tuft_jupyter.engine.torch_sampler import TorchSampler
 
@@ -149,6 +151,27 @@ async def test_alternatives_follow_the_models_distribution_at_the_requests_tempe
     chi = float((((seen - 200 * mass) ** 2) / (200 * mass + 1e-9))[200 * mass > 5].sum())
     degrees = int((200 * mass > 5).sum())
     assert abs(chi - degrees) < 6 * np.sqrt(2 * degrees)
+
+
+@on_a_loop
+async def test_however_many_alternatives_are_asked_for_a_bounded_number_is_drawn_at_once(
+    worker: SamplingWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand at each of 512 positions took more than a gigabyte; which are drawn does not depend on it."""
+    drawn: list[int] = []
+
+    def counted(masses_NV: torch.Tensor, uniforms_NK: torch.Tensor) -> torch.Tensor:
+        drawn.append(uniforms_NK.numel())
+        return invert(masses_NV, uniforms_NK)
+
+    monkeypatch.setattr(prompt_scores, "invert", counted)
+    fields: dict[str, Any] = {"prompt_alt_tokens_k": 1024, "params": {"temperature": 0.7, "seed": 11}}
+    answers = [await sample(worker, **fields)]
+    assert max(drawn) <= prompt_scores._DRAWN_AT_ONCE
+    monkeypatch.setattr(prompt_scores, "_DRAWN_AT_ONCE", 1 << 30)
+    answers.append(await sample(worker, **fields))
+    tokens = [answer.prompt_alt_tokens.tokens.tolist() for answer in answers if answer.prompt_alt_tokens]
+    assert tokens[0] == tokens[1]
 
 
 @on_a_loop
