@@ -30,7 +30,7 @@ test: $(STAMPS)/installed system  ## run every test: Python, TypeScript, real se
 	$(BIN)/python tests/support/to_the_end.py -m pytest -q --durations=15 --ignore tests/unit
 	if [ -e $(VLLM)/ready ]; then $(MAKE) --no-print-directory vllm-test; fi
 
-unit: $(STAMPS)/installed  ## run the fast unit tests only (a minute and a half)
+unit: $(STAMPS)/installed  ## run the fast unit tests only (a minute and a quarter)
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/unit
 
 check: $(STAMPS)/installed  ## lint, types, import rules, documentation coverage
