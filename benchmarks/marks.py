@@ -66,7 +66,7 @@ MARKS = {
     "throughput": Mark(
         "1 tenant, 8 x 256 tokens, whole server over a plain PEFT loop",
         1.2,
-        note="1.10 to 1.25 x in nine runs. Equal lengths leave no padding to save; half of the time is the frozen "
+        note="1.10 to 1.25 x in eleven runs. Equal lengths leave no padding to save; half of the time is the frozen "
         "matrices, at 108 of a core's 118 GFLOP/s; the notebook server and Ray are 5 %. Tried: small operations in one "
         "pass, huge pages (kept)",
     ),

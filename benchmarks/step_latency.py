@@ -27,6 +27,10 @@ CALLS = 30
 WARM = 5
 TOKENS = 16
 RATIO = 1.5
+AROUND = (
+    "1.11 to 1.53 x in ten quiet runs. Client, server and trainer are awake at once, on two cores here: whatever "
+    "else runs weighs more than on the plain loop. Of the 13 ms around the trainer 9 are the SDK's own"
+)
 
 
 def measure() -> list[Row]:
@@ -46,7 +50,7 @@ def measure() -> list[Row]:
     return [
         Row(f"plain PEFT step, 1 x {TOKENS} tokens, median of {CALLS}", f"{plain_ms:.1f} ms"),
         Row(f"served step, 1 x {TOKENS} tokens, median of {CALLS}", f"{served_ms:.1f} ms"),
-        at_most("served step / plain step", served_ms / plain_ms, RATIO, " x"),
+        at_most("served step / plain step", served_ms / plain_ms, RATIO, " x", note=AROUND),
     ]
 
 
