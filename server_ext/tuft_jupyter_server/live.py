@@ -69,9 +69,8 @@ class Beside:
         self._principal = principal
         self._tenant = tenant
         self._status: Message = {}
-        self._queue: list[Message] | None = (
-            None  # a panel that comes back still shows what waited when it left
-        )
+        # None until it is told, empty or not: a panel that comes back still shows what waited when it left
+        self._queue: list[Message] | None = None
         self._runs: Message = {}
         self._line = 0
 

@@ -363,10 +363,8 @@ def _take_lock(path: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if not isinstance(
-            error, BlockingIOError | PermissionError
-        ):  # a network file system without locks, say
-            lock.close()
+        if not isinstance(error, BlockingIOError | PermissionError):
+            lock.close()  # a network file system without locks, say
             raise Unavailable(
                 f"the journal {path} cannot be locked ({error.strerror}): choose a file on another file system "
                 "(persistence.file_path), or another TUFT_HOME"

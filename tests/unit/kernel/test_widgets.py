@@ -88,9 +88,7 @@ def test_a_training_cell_s_curve_shows_the_runs_as_they_come(
     """Nothing, not some other run, until the first; then whatever the function names."""
     trained: list[str] = []
     curve = tuft_jupyter.LossCurve(lambda: list(trained))
-    assert (
-        repr(curve) == "LossCurve: the runs that this cell trains"
-    )  # and so it is printed, with two runs on record
+    assert repr(curve) == "LossCurve: the runs that this cell trains"  # though there are two on record
     pictures = sent(curve, monkeypatch)
     curve._repr_mimebundle_()
     until(lambda: bool(pictures), 10, "a first picture")
